@@ -1,0 +1,3 @@
+"""Leanlight: lean learning on PyTorch Lightning."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,102 @@
+"""Turn jsonargparse's many-line messages into one line that names the key, the expectation and the nearest valid name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from typing import Any
+
+from leanlight.contracts.errors import nearest
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
+_TYPE = re.compile(r"Expected (?:a|an) <class '([\w.]+)'>")
+
+
+def one_line(message: str, parser: Any) -> str:
+    """Return `message` of `parser` (or of none) as one line."""
+    text = " ".join(message.split())
+    if match := re.match(r"unrecognized arguments: (.+)", text):
+        options = [word for word in match[1].split() if word.startswith("-")] or match[1].split()
+        key = options[0].split("=")[0].lstrip("-")
+        return f"{key}: not an option of this command{nearest(key, _keys(parser))}"
+    if match := re.search(r"does not accept option '([^']+)'", text):
+        return f"{match[1]}: not a key of the configuration{nearest(match[1], _keys(parser))}"
+    if match := re.match(r"the following arguments are required: (.+)", text):
+        missing = ", ".join(key.strip().split(".", 1)[-1] for key in match[1].split(","))
+        return f"{missing}: required, but not given; start from a config: --config classifier/fashion_mnist_small"
+    return _value_error(text) if _KEY.search(text) else text
+
+
+def _value_error(text: str) -> str:
+    # The first alternative of a union is the one that was meant; the text of the others only repeats that it failed.
+    body = re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+    keys = _KEY.findall(body)
+    path = ".init_args.".join(keys) if keys[0] in ("model", "data") else ".".join(keys)
+    if match := re.search(r"Option '([^']+)' is not accepted", body):
+        is_factory = "expects a function or a callable class" in body
+        inner = _factory_class(text) if is_factory else _owner(body[: match.start()])
+        return f"{path}.init_args.{match[1]}: not an argument of {inner}{nearest(match[1], _arguments(inner))}"
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", body):
+        hint = nearest(match[2], _classes(match[1]))
+        return f"{path}.class_path: {match[1]} has no class {match[2]!r}{hint}"
+    if match := re.search(r"No module named '([\w.]+)'", body):
+        return f"{path}.class_path: no module named {match[1]!r}"
+    if match := re.search(r"the following arguments are required: ([\w, .]+)", body):
+        return f"{path}.init_args.{match[1].strip()}: required by {_owner(body[: match.start()])}, but not given"
+    if match := re.search(r"Expected a dot import path string: (\S+)", body):
+        return f"{path}: {match[1]!r} is not a known class; give its full path, e.g. lit_modules.nn.ConvNet"
+    got = re.search(r"Got value: (.+?)(?:\. Got value|$)", body) or re.search(r"Given value: (.+)$", text)
+    expected = " or ".join(dict.fromkeys(_TYPE.findall(body)))
+    if expected and got:
+        return f"{path}: expected {expected}, got {got[1].strip()!r}"
+    return f"{path}: {body.split(': ', 1)[-1]}"
+
+
+def _owner(before: str) -> str:
+    return (_CLASS.findall(before) or ["the class"])[-1]
+
+
+def _factory_class(text: str) -> str:
+    return (re.findall(r"class_path='([\w.]+)'", text) or ["the class"])[0]
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _arguments(class_path: str) -> list[str]:
+    """Names a class accepts, its bases' included where it hands on **kwargs."""
+    found = _import(class_path)
+    if found is None:
+        return []
+    names: list[str] = []
+    for base in inspect.getmro(found):
+        names += [name for name in inspect.signature(base.__init__).parameters if name not in ("self", "args", "kwargs")]
+    return names
+
+
+def _classes(module: str) -> list[str]:
+    try:
+        found = import_module(module)
+    except ImportError:
+        return []
+    return [name for name in getattr(found, "__all__", dir(found)) if not name.startswith("_")]
+
+
+def _keys(parser: Any) -> list[str]:
+    """Every key of a parser and of its subcommands' parsers."""
+    keys: list[str] = []
+    for action in getattr(parser, "_actions", []):
+        inner = getattr(action, "_name_parser_map", None)
+        if inner:
+            for sub in inner.values():
+                keys += _keys(sub)
+        elif action.dest not in ("help", "subcommand"):
+            keys.append(action.dest)
+    return keys

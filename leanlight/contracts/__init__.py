@@ -1,0 +1,137 @@
+"""Contracts between data, methods and callbacks. Imports only torch and the standard library.
+
+Names load on first use, so that the command line can read the errors without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leanlight.contracts.batches import (
+        Batch,
+        ClientBatch,
+        ImageBatch,
+        MultimodalBatch,
+        SessionBatch,
+        Transition,
+        VQABatch,
+    )
+    from leanlight.contracts.errors import (
+        DivergedError,
+        MissingExtraError,
+        UserError,
+        nearest,
+    )
+    from leanlight.contracts.files import (
+        atomic_path,
+        atomic_write,
+        sha256_file,
+    )
+    from leanlight.contracts.media import (
+        Animation,
+        Bars,
+        Curve,
+        Heatmap,
+        Histogram,
+        ImageGrid,
+        MediaItem,
+        Table,
+    )
+    from leanlight.contracts.meta import (
+        DataMeta,
+    )
+    from leanlight.contracts.protocols import (
+        HasTerms,
+        MethodData,
+        MethodModule,
+        NetworkFactory,
+        PrimaryMetric,
+        Progress,
+        ResumableLogger,
+        Split,
+    )
+    from leanlight.contracts.rng import (
+        capture_rng,
+        isolated_rng,
+        restore_rng,
+    )
+
+_HOME = {
+    "Batch": "batches",
+    "ClientBatch": "batches",
+    "ImageBatch": "batches",
+    "MultimodalBatch": "batches",
+    "SessionBatch": "batches",
+    "Transition": "batches",
+    "VQABatch": "batches",
+    "DivergedError": "errors",
+    "MissingExtraError": "errors",
+    "UserError": "errors",
+    "nearest": "errors",
+    "atomic_path": "files",
+    "atomic_write": "files",
+    "sha256_file": "files",
+    "Animation": "media",
+    "Bars": "media",
+    "Curve": "media",
+    "Heatmap": "media",
+    "Histogram": "media",
+    "ImageGrid": "media",
+    "MediaItem": "media",
+    "Table": "media",
+    "DataMeta": "meta",
+    "HasTerms": "protocols",
+    "MethodData": "protocols",
+    "MethodModule": "protocols",
+    "NetworkFactory": "protocols",
+    "PrimaryMetric": "protocols",
+    "Progress": "protocols",
+    "ResumableLogger": "protocols",
+    "Split": "protocols",
+    "capture_rng": "rng",
+    "isolated_rng": "rng",
+    "restore_rng": "rng",
+}
+
+__all__ = [
+    "Animation",
+    "Bars",
+    "Batch",
+    "ClientBatch",
+    "Curve",
+    "DataMeta",
+    "DivergedError",
+    "HasTerms",
+    "Heatmap",
+    "Histogram",
+    "ImageBatch",
+    "ImageGrid",
+    "MediaItem",
+    "MethodData",
+    "MethodModule",
+    "MissingExtraError",
+    "MultimodalBatch",
+    "NetworkFactory",
+    "PrimaryMetric",
+    "Progress",
+    "ResumableLogger",
+    "SessionBatch",
+    "Split",
+    "Table",
+    "Transition",
+    "UserError",
+    "VQABatch",
+    "atomic_path",
+    "atomic_write",
+    "capture_rng",
+    "isolated_rng",
+    "nearest",
+    "restore_rng",
+    "sha256_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

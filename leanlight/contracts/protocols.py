@@ -1,0 +1,85 @@
+"""What callbacks, the command line and the tests may ask of a module, a DataModule or a logger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from leanlight.contracts.media import MediaItem
+from leanlight.contracts.meta import DataMeta
+
+NetworkFactory = Callable[[], nn.Module]
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class PrimaryMetric:
+    """The metric a method is judged by, logged on validation data. name: ``val/…``. mode: which way is better."""
+
+    name: str
+    mode: Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is, in the method's own unit (``step``, ``round``, ``frames``, ``outer_step``, ``images``)."""
+
+    unit: str
+    value: int
+
+
+@runtime_checkable
+class MethodModule(Protocol):
+    """Every method's LightningModule."""
+
+    @property
+    def primary_metric(self) -> PrimaryMetric:
+        """What `best` checkpoints follow."""
+
+    def media(self, split: Split) -> Mapping[str, MediaItem]:
+        """Pictures of the present state; called outside of gradients, at the end of an epoch of `split`."""
+
+    def example_input(self) -> tuple[Tensor, ...]:
+        """A small valid input of `forward`, on the module's device."""
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write what works without this suite into the existing `directory`; return the files."""
+
+    def progress(self) -> Progress:
+        """How far training is."""
+
+
+@runtime_checkable
+class MethodData(Protocol):
+    """Every method's LightningDataModule."""
+
+    meta: DataMeta
+
+    def ensure_available(self) -> None:
+        """Find and check the data, downloading if need be; raise UserError with every place tried. Writes no run."""
+
+
+@runtime_checkable
+class ResumableLogger(Protocol):
+    """A logger whose file can be cut back to what it held when a checkpoint was written."""
+
+    def position(self) -> int:
+        """Number of rows written and flushed so far."""
+
+    def rewind(self, position: int) -> None:
+        """Drop every row after the first `position`."""
+
+
+@runtime_checkable
+class HasTerms(Protocol):
+    """A module that names the terms of its last loss, so that the NaN guard can say which one broke."""
+
+    def loss_terms(self) -> Mapping[str, Tensor | float]:
+        """Name → detached scalar."""
+
+
+Hyperparameters = Mapping[str, Any]

@@ -1,0 +1,75 @@
+"""The suite's methods as a static table, readable without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from leanlight.configs_path import config_root
+from leanlight.contracts.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method.
+
+    name: folder in lit_modules and configs. title: what it is. paper: reference, empty for the suite's own tools.
+    module: import path of its main LightningModule. extra: optional dependencies it needs, empty for none.
+    benchmark: ``module:function`` for `leanlight benchmark`. commands: further subcommands it registers.
+    """
+
+    name: str
+    title: str
+    paper: str
+    module: str
+    extra: str = ""
+    benchmark: str = ""
+    commands: tuple[str, ...] = ()
+
+    def _configs(self, folder: str = "") -> list[str]:
+        base = config_root() / self.name / folder
+        return [(Path(self.name) / folder / path.stem).as_posix() for path in sorted(base.glob("*.yaml"))]
+
+    @property
+    def configs(self) -> list[str]:
+        """Names of its runnable configs."""
+        return self._configs()
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of its result tables."""
+        return self._configs("tables")
+
+    @property
+    def pipelines(self) -> list[str]:
+        """Names of its pipelines."""
+        return self._configs("pipelines")
+
+    @property
+    def smallest(self) -> str:
+        """The config that runs in seconds, used by tests: digits before others."""
+        small = [name for name in self.configs if name.endswith("_small")]
+        return min(small, key=lambda name: ("digits" not in name, name))
+
+
+METHODS: dict[str, MethodInfo] = {
+    info.name: info
+    for info in (
+        MethodInfo(
+            name="classifier",
+            title="Image classifier, ordinary and spiking: the suite's shared tool",
+            paper="",
+            module="lit_modules.classifier.ImageClassifier",
+            benchmark="leanlight.benchmarks.classifier:run",
+        ),
+    )
+}
+
+
+def method(name: str) -> MethodInfo:
+    """Return a method by name; UserError with the nearest name otherwise."""
+    if name not in METHODS:
+        raise UserError(
+            f"method {name!r}: not a method of the suite{nearest(name, METHODS)}; `leanlight methods` lists them"
+        )
+    return METHODS[name]

@@ -1,0 +1,22 @@
+"""Command line options whose errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from leanlight.contracts.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that raises UserError, with the nearest option, instead of printing its usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            known = [option for action in self._actions for option in action.option_strings]
+            raise UserError(f"{match[1]}: not an option of `{self.prog}`{nearest(match[1].split('=')[0], known)}")
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` shows the options")

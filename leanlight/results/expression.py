@@ -1,0 +1,107 @@
+"""Arithmetic over a table's rows and metrics, as a claim writes it: ``convnet['test/accuracy'] - linear['test/accuracy']``."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from leanlight.contracts.errors import UserError, nearest
+
+Reference = tuple[str, str]  # row, metric
+_BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "mean": lambda *values: math.fsum(values) / len(values),
+    "min": lambda *values: min(values),
+    "max": lambda *values: max(values),
+    "abs": abs,
+    "log": math.log,
+}
+_ONE_ARGUMENT = ("abs", "log")
+_LONGEST = 1000  # characters; more would only serve to exhaust the parser
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A checked expression. text: as written. references: the (row, metric) pairs it reads, in order."""
+
+    text: str
+    references: tuple[Reference, ...]
+    _tree: ast.expr
+
+    def evaluate(self, values: Mapping[Reference, float]) -> float:
+        """Return its value; ArithmeticError or ValueError where it has none (division by zero, log of 0)."""
+        result = _evaluate(self._tree, values)
+        if not math.isfinite(result):
+            raise ArithmeticError(f"the result is {result}")
+        return result
+
+
+def parse_expression(text: str, rows: Collection[str], metrics: Collection[str], where: str) -> Expression:
+    """Check `text` against the names of rows and metrics; nothing of it is ever run as Python.
+
+    Allowed: numbers, parentheses, ``+ - * /``, ``row['metric']`` and mean, min, max, abs, log (natural).
+    """
+    try:
+        if len(text) > _LONGEST:
+            raise SyntaxError
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError(f"{where}: expr {text[:80]!r} is not an arithmetic expression") from None
+    references: list[Reference] = []
+    _check(tree, rows, metrics, f"{where}: expr", references)
+    if not references:
+        raise UserError(f"{where}: expr {text!r} reads no row; write row['metric']")
+    return Expression(text, tuple(dict.fromkeys(references)), tree)
+
+
+def _check(
+    node: ast.expr, rows: Collection[str], metrics: Collection[str], where: str, found: list[Reference]
+) -> None:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            children = [left, right]
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+            children = [operand]
+        case ast.Call(func=ast.Name(id=name), args=[_, *more] as arguments, keywords=[]) if name in _FUNCTIONS:
+            if more and name in _ONE_ARGUMENT:
+                raise UserError(f"{where}: {name}() takes one value")
+            children = arguments
+        case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=str() as metric)):
+            if row not in rows:
+                raise UserError(f"{where}: no row {row!r}{nearest(row, rows)}")
+            if metric not in metrics:
+                raise UserError(f"{where}: no metric {metric!r}{nearest(metric, metrics)}")
+            found.append((row, metric))
+            return
+        case _:
+            allowed = f"row['metric'], numbers, + - * / and {', '.join(_FUNCTIONS)}"
+            raise UserError(f"{where}: {ast.unparse(node)!r} is not allowed; expected {allowed}")
+    for child in children:
+        _check(child, rows, metrics, where, found)
+
+
+def _evaluate(node: Any, values: Mapping[Reference, float]) -> float:
+    match node:
+        case ast.Constant(value=value):
+            return float(value)
+        case ast.BinOp(left=left, op=op, right=right):
+            return _BINARY[type(op)](_evaluate(left, values), _evaluate(right, values))
+        case ast.UnaryOp(op=op, operand=operand):
+            return _UNARY[type(op)](_evaluate(operand, values))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return float(_FUNCTIONS[name](*(_evaluate(argument, values) for argument in arguments)))
+        case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=metric)):
+            return values[row, metric]
+    raise AssertionError(f"unchecked expression node {node!r}")

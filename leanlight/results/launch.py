@@ -1,0 +1,181 @@
+"""Child processes of the suite: start, interrupt and collect them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from leanlight.results.state import RunLock
+
+GRACE_S = 60.0  # an interrupted run gets this long to write its checkpoint
+_BUSY = 75  # exit code of a job whose run folder another process works in (EX_TEMPFAIL)
+
+
+def option(key: str, value: Any) -> str:
+    """Write one override as a command line option; anything but text goes as JSON, which is YAML too."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def command(*arguments: str) -> list[str]:
+    """Return the command that runs ``leanlight ARGUMENTS`` with this Python."""
+    return [sys.executable, "-m", "leanlight", *arguments]
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(jobs: int = 1, device: str | None = None) -> dict[str, str]:
+    """Environment of one of `jobs` processes side by side: its share of the cores, its GPU."""
+    threads = str(max(1, usable_cores() // jobs))
+    limits = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return {**os.environ, **limits, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
+
+
+def signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None:
+    """Send a signal to a child and everything it started."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        process.poll()
+
+
+def stop(processes: Sequence[subprocess.Popen[Any]], grace_s: float = GRACE_S) -> None:
+    """Interrupt children, so that they write their checkpoints; kill those that have not ended after `grace_s`."""
+    for process in processes:
+        if process.poll() is None:
+            signal_group(process, signal.SIGINT)
+    deadline = time.monotonic() + grace_s
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:  # also when the user presses Ctrl-C once more
+        for process in processes:
+            if process.poll() is None:
+                signal_group(process, signal.SIGKILL)
+                process.wait()
+
+
+@contextmanager
+def terminations_interrupt() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal act like Ctrl-C, so that children are stopped cleanly then too."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_in_foreground(arguments: Sequence[str], env: Mapping[str, str], lock: RunLock) -> int:
+    """Run a child that writes to this terminal; return its exit code. Ctrl-C stops it cleanly and is raised on."""
+    process = subprocess.Popen(arguments, env=env, start_new_session=True, pass_fds=[lock.fd])
+    try:
+        return process.wait()
+    except BaseException:
+        stop([process])
+        raise
+
+
+@dataclass
+class Job:
+    """One child process. log: where its output goes. lock: of the run folder it works in."""
+
+    key: str
+    arguments: list[str]
+    log: Path
+    lock: RunLock
+    started: float = field(default=0.0, init=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _file: IO[bytes] | None = field(default=None, init=False)
+
+    def start(self, env: Mapping[str, str]) -> bool:
+        """Start the child; False when another process works in its run folder."""
+        if not self.lock.acquire(wait=False):
+            return False
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.log, "wb")  # noqa: SIM115, closed in `close`
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            self.arguments,
+            env=env,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=[self.lock.fd],
+        )
+        return True
+
+    def close(self) -> None:
+        """Close what the parent holds of it."""
+        if self._file is not None:
+            self._file.close()
+        self.lock.release()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int,
+    devices: Sequence[str] = (),
+    *,
+    started: Callable[[Job], None] = lambda job: None,
+    ended: Callable[[Job, int], None] = lambda job, code: None,
+    tick: Callable[[Sequence[Job]], None] = lambda running: None,
+) -> None:
+    """Run all jobs, at most `workers` side by side, each slot on its device; one that fails does not stop the others.
+
+    started, ended and tick are told what happens. On Ctrl-C the running children are stopped cleanly; it is raised on.
+    """
+    waiting, running = list(reversed(jobs)), dict[int, Job]()
+    try:
+        while waiting or running:
+            for slot in range(workers):
+                if slot not in running and waiting:
+                    job = waiting.pop()
+                    device = devices[slot % len(devices)] if devices else None
+                    if job.start(environment(workers, device)):
+                        running[slot] = job
+                        started(job)
+                    else:
+                        job.close()
+                        ended(job, _BUSY)
+            for slot, job in list(running.items()):
+                code = job.process.poll() if job.process else None
+                if code is not None:
+                    del running[slot]
+                    job.close()
+                    ended(job, code)
+            tick(list(running.values()))
+            time.sleep(0.1)
+    except BaseException:
+        stop([job.process for job in running.values() if job.process])
+        raise
+
+
+def why_failed(job: Job, code: int, lines: int = 6) -> str:
+    """Exit code and the last lines of a job's log."""
+    if code == _BUSY:
+        return "another process works in this run folder; wait for it and run the command again"
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    text = job.log.read_text(errors="replace") if job.log.is_file() else ""
+    tail = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-lines:]
+    return "\n".join([how, *tail])

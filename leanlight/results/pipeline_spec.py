@@ -1,0 +1,174 @@
+"""A pipeline as its YAML file describes it: ordered stages whose inputs are outputs of earlier ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from leanlight.configs_path import find_config
+from leanlight.contracts.errors import UserError, nearest
+from leanlight.results.reading import Reader, read_mapping, unique
+
+COMMANDS = ("fit", "validate", "test", "predict", "export")
+_REFERENCE = re.compile(r"\$\{stages\.([^}]*)\}")
+_OUTPUTS = ("artifacts.", "metrics.", "run_dir")
+_FOLDER = re.compile(r"[A-Za-z0-9][\w.\-]*")
+_SET_BY_RUNNER = frozenset({"run.id", "run.method", "run.dataset", "run.inputs", "trainer.default_root_dir"})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``${stages.<stage>.<output>}``: output is run_dir, artifacts.<what> or metrics.<name>."""
+
+    stage: str
+    output: str
+
+    def __str__(self) -> str:
+        return f"${{stages.{self.stage}.{self.output}}}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step. overrides: keys of the config → values. inputs: name → file of an earlier stage (or any path)."""
+
+    name: str
+    command: str
+    config: str
+    overrides: dict[str, Any]
+    inputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """All stages in order. stem: the file's name without suffix; method and dataset: where the run folders go."""
+
+    stem: str
+    method: str
+    dataset: str
+    title: str
+    note: str
+    stages: tuple[Stage, ...]
+
+    def split_key(self, key: str, where: str) -> tuple[str, str]:
+        """Split ``stage.key`` of an override; UserError when the stage is unknown or the key is missing."""
+        stage, _, rest = key.partition(".")
+        names = [each.name for each in self.stages]
+        if stage not in names:
+            raise UserError(f"{where}: {key}: no stage {stage!r}{nearest(stage, names)}; expected stage.key")
+        if not rest:
+            raise UserError(f"{where}: {key}: names no key of stage {stage!r}; expected stage.key")
+        return stage, rest
+
+    def with_overrides(self, overrides: Mapping[str, Any], where: str) -> PipelineSpec:
+        """Return a copy with ``stage.key`` overrides added, checked like the file's own."""
+        extra: dict[str, dict[str, Any]] = {stage.name: {} for stage in self.stages}
+        for key, value in overrides.items():
+            stage, rest = self.split_key(key, where)
+            extra[stage][rest] = value
+        stages = tuple(replace(s, overrides={**s.overrides, **extra[s.name]}) for s in self.stages)
+        check_stages(stages, where)
+        return replace(self, stages=stages)
+
+    def with_seed(self, seed: int) -> PipelineSpec:
+        """Return a copy that runs with `seed`; a stage that names its own seed_everything keeps it."""
+        stages = tuple(
+            s if s.command == "export" else replace(s, overrides={"seed_everything": seed, **s.overrides})
+            for s in self.stages
+        )
+        return replace(self, stages=stages)
+
+
+def load_pipeline(name: str) -> PipelineSpec:
+    """Read and check the pipeline `name` (a path or a config's name); UserError names the first thing that is wrong."""
+    path = find_config(name)
+    top = Reader(read_mapping(path), path.name, "method dataset title note stages".split())
+    items = top.get("stages", list)
+    if not items:
+        raise UserError(f"{path.name}: stages is empty; name at least one")
+    stages = tuple(_stage(item, f"{path.name}: stages[{i}]") for i, item in enumerate(items))
+    unique([stage.name for stage in stages], f"{path.name}: stages")
+    check_stages(stages, path.name)
+    for key in ("method", "dataset"):
+        if not _FOLDER.fullmatch(top.get(key, str)):
+            raise UserError(f"{path.name}: {key} {top.get(key, str)!r} is not a folder name")
+    return PipelineSpec(
+        stem=path.stem,
+        method=top.get("method", str),
+        dataset=top.get("dataset", str),
+        title=top.get("title", str, path.stem),
+        note=top.get("note", str, ""),
+        stages=stages,
+    )
+
+
+def _stage(content: Any, where: str) -> Stage:
+    reader = Reader(content, where, "name command config overrides inputs".split())
+    name = reader.name()
+    reader.where = where = f"{where} {name}"
+    command = reader.choice("command", COMMANDS, "fit")
+    inputs = reader.get("inputs", dict, {})
+    for key, value in inputs.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise UserError(f"{where}: inputs must map names to paths, got {key!r}: {value!r}")
+    if command == "export":
+        if "config" in reader.content or "overrides" in reader.content or set(inputs) != {"source"}:
+            raise UserError(
+                f"{where}: export takes one input and nothing else: inputs: {{source: '${{stages.STAGE.run_dir}}'}}"
+            )
+        return Stage(name, command, "", {}, dict(inputs))
+    return Stage(name, command, reader.config(), reader.get("overrides", dict, {}), dict(inputs))
+
+
+def check_stages(stages: tuple[Stage, ...], where: str) -> None:
+    """Raise UserError for an override the runner owns and for a reference to a stage that is unknown or later."""
+    names = [stage.name for stage in stages]
+    for position, stage in enumerate(stages):
+        place = f"{where}: stage {stage.name}"
+        for key in stage.overrides:
+            if not isinstance(key, str) or key in _SET_BY_RUNNER:
+                raise UserError(f"{place}: overrides: {key} is set by the pipeline itself")
+        for reference in references([stage.overrides, stage.inputs], place):
+            if reference.stage not in names:
+                raise UserError(f"{place}: {reference}: no stage {reference.stage!r}{nearest(reference.stage, names)}")
+            if names.index(reference.stage) >= position:
+                raise UserError(f"{place}: {reference}: stage {reference.stage!r} does not come before {stage.name!r}")
+
+
+def references(value: Any, where: str) -> Iterator[Reference]:
+    """Yield every reference inside a nested value; UserError for one that names no output."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from references(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            yield from references(item, where)
+    elif isinstance(value, str):
+        for match in _REFERENCE.finditer(value):
+            yield _parse(match[1], where)
+
+
+def _parse(body: str, where: str) -> Reference:
+    stage, _, output = body.partition(".")
+    complete = output == "run_dir" or any(output.startswith(o) and len(output) > len(o) for o in _OUTPUTS[:2])
+    if not complete or ".." in Path(output.removeprefix("artifacts.")).parts:
+        raise UserError(
+            f"{where}: ${{stages.{body}}}: expected ${{stages.STAGE.run_dir}}, .artifacts.checkpoint, .artifacts.best, "
+            ".artifacts.export, .artifacts.FILE or .metrics.NAME"
+        )
+    return Reference(stage, output)
+
+
+def substitute(value: Any, lookup: Callable[[Reference], str | float]) -> Any:
+    """Replace every reference in a nested value; a value that is nothing but a metric reference becomes the number."""
+    if isinstance(value, Mapping):
+        return {key: substitute(item, lookup) for key, item in value.items()}
+    if isinstance(value, list):
+        return [substitute(item, lookup) for item in value]
+    if not isinstance(value, str):
+        return value
+    if whole := _REFERENCE.fullmatch(value):
+        return lookup(_parse(whole[1], "stages"))
+    return _REFERENCE.sub(lambda match: str(lookup(_parse(match[1], "stages"))), value)

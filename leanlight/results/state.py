@@ -1,0 +1,80 @@
+"""What to do about a run that may already be there: take it, go on with it, or start it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from leanlight.runs import code_version, read_summary
+
+Action = Literal["reuse", "resume", "start", "diverged"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """action: what to do. stale: the code has changed since the run that is reused. why: for the reader."""
+
+    action: Action
+    why: str
+    stale: bool = False
+
+
+def decide(run_dir: Path, identity: str, *, fresh: bool = False, rerun_stale: bool = False) -> Decision:
+    """Decide about the run folder `run_dir` that should hold the run with configuration hash `identity`.
+
+    Only a finished run of this very configuration is reused. An unfinished one goes on from its last checkpoint, unless
+    the code has changed: half a run of each version would be a result of neither. A diverged run of the same code would
+    diverge again, so it is not repeated.
+    """
+    summary = read_summary(run_dir)
+    if fresh:
+        return Decision("start", "asked for anew")
+    if summary is None:
+        return Decision("start", "not run yet")
+    if summary.get("config_hash") != identity:
+        return Decision("start", "the folder holds another configuration")
+    changed, status = is_stale(summary), summary.get("status")
+    if status == "finished":
+        if changed and rerun_stale:
+            return Decision("start", "code changed since it ran")
+        return Decision("reuse", "finished, but the code has changed since" if changed else "finished", stale=changed)
+    if changed:
+        return Decision("start", f"{status}, and the code has changed since")
+    if status == "diverged":
+        return Decision("diverged", str(summary.get("error") or "diverged"))
+    if (run_dir / "checkpoints" / "last.ckpt").is_file():
+        return Decision("resume", f"{status}, with a checkpoint")
+    return Decision("start", f"{status} before its first checkpoint")
+
+
+def is_stale(summary: dict[str, Any]) -> bool:
+    """Whether the project files that a run imported have changed since."""
+    files = summary.get("code_files")
+    return files is None or code_version(files)[0] != summary.get("code_hash")
+
+
+class RunLock:
+    """Keeps two processes from working in one run folder; a child that inherits `fd` keeps it locked while it lives.
+
+    The lock file stands beside the runs, since a fresh start removes the run folder itself.
+    """
+
+    def __init__(self, runs_root: Path, run_id: str) -> None:
+        path = runs_root / ".locks" / run_id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def acquire(self, *, wait: bool) -> bool:
+        """Take the lock; without `wait` return False at once when another process has it."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let go; a child that is still alive keeps its own hold."""
+        os.close(self.fd)

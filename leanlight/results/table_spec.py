@@ -1,0 +1,233 @@
+"""A result table as its YAML file describes it: rows, seeds, metrics, the paper's figures, claims."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from leanlight.configs_path import config_root, find_config
+from leanlight.contracts.errors import UserError, nearest
+from leanlight.results.expression import Expression, parse_expression
+from leanlight.results.pipeline_spec import PipelineSpec, load_pipeline
+from leanlight.results.reading import Reader, read_mapping, unique
+
+Scale = Literal["small", "paper"]
+_FOLDER = re.compile(r"[A-Za-z0-9][\w.\-]*")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: ``value * scale`` with `digits` decimals and `unit`. optional: a run may lack it."""
+
+    label: str
+    higher_is_better: bool
+    unit: str = ""
+    scale: float = 1.0
+    digits: int = 3
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """What the paper prints: value in the shown unit, its setting, where it stands."""
+
+    value: float
+    setting: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a config, or one stage of a pipeline, with overrides.
+
+    setting: what a reader must know to compare (ipc, keep_ratio, T, epochs, …). stage: whose summary counts.
+    """
+
+    name: str
+    label: str
+    method: str
+    config: str
+    overrides: dict[str, Any]
+    setting: dict[str, Any]
+    paper: dict[str, PaperFigure]
+    pipeline: PipelineSpec | None = None
+    stage: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that holds when the expression exceeds `margin` over seeds. scope: whose claim it is."""
+
+    id: str
+    text: str
+    scope: Literal["paper", "reduced"]
+    expr: Expression
+    margin: float
+    min_seeds: int
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A whole table. name: as on the command line, for the published command. stem: its file name without suffix."""
+
+    name: str
+    stem: str
+    method: str
+    dataset: str
+    scale: Scale
+    title: str
+    note: str
+    seeds: tuple[int, ...]
+    checkpoint: Literal["last", "best"]
+    metrics: dict[str, Metric]
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...] = field(default=())
+
+
+def load_table(name: str) -> TableSpec:
+    """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
+    path = find_config(name)
+    keys = "method dataset scale title note seeds checkpoint metrics rows claims"
+    top = Reader(read_mapping(path), path.name, keys.split())
+    metrics = {str(key): _metric(value, f"{path.name}: metrics {key}") for key, value in top.get("metrics", dict).items()}
+    if not metrics:
+        raise UserError(f"{path.name}: metrics is empty; name at least one")
+    method = _folder(top, "method")
+    items = top.get("rows", list)
+    if not items:
+        raise UserError(f"{path.name}: rows is empty; name at least one")
+    rows = tuple(_row(item, f"{path.name}: rows[{i}]", method, metrics) for i, item in enumerate(items))
+    names = [row.name for row in rows]
+    unique(names, f"{path.name}: rows")
+    claims = tuple(
+        _claim(item, f"{path.name}: claims[{i}]", names, metrics) for i, item in enumerate(top.get("claims", list, []))
+    )
+    unique([claim.id for claim in claims], f"{path.name}: claims")
+    return TableSpec(
+        name=_short_name(path, name),
+        stem=path.stem,
+        method=method,
+        dataset=_folder(top, "dataset"),
+        scale=top.choice("scale", ("small", "paper")),  # type: ignore[arg-type]
+        title=top.get("title", str),
+        note=top.get("note", str, ""),
+        seeds=_seeds(top),
+        checkpoint=top.choice("checkpoint", ("last", "best"), "last"),  # type: ignore[arg-type]
+        metrics=metrics,
+        rows=rows,
+        claims=claims,
+    )
+
+
+def _short_name(path: Path, given: str) -> str:
+    """The name that finds this table on any machine: never an absolute path."""
+    root = config_root().resolve()
+    if path.resolve().is_relative_to(root):
+        return path.resolve().relative_to(root).with_suffix("").as_posix()
+    return path.name if Path(given).is_absolute() else given
+
+
+def _folder(reader: Reader, key: str) -> str:
+    value: str = reader.get(key, str)
+    if not _FOLDER.fullmatch(value):
+        raise UserError(f"{reader.where}: {key} {value!r} is not a folder name (letters, digits, '.', '_' and '-')")
+    return value
+
+
+def _seeds(top: Reader) -> tuple[int, ...]:
+    seeds = top.get("seeds", list)
+    if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
+        raise UserError(f"{top.where}: seeds must be a list of whole numbers from 0, got {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{top.where}: seeds {seeds} names a seed twice")
+    return tuple(seeds)
+
+
+def _metric(content: Any, where: str) -> Metric:
+    reader = Reader(content, where, "label higher_is_better unit scale digits optional".split())
+    digits = reader.get("digits", int, 3)
+    if not 0 <= digits <= 9:
+        raise UserError(f"{where}: digits must be 0 to 9, got {digits}")
+    scale = reader.number("scale", 1.0)
+    if scale <= 0:
+        raise UserError(f"{where}: scale must be above 0, got {scale}")
+    return Metric(
+        label=reader.get("label", str),
+        higher_is_better=reader.get("higher_is_better", bool),
+        unit=reader.get("unit", str, ""),
+        scale=scale,
+        digits=digits,
+        optional=reader.get("optional", bool, False),
+    )
+
+
+def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -> Row:
+    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper".split())
+    name = reader.name()
+    reader.where = where = f"{where} {name}"
+    if ("config" in reader.content) == ("pipeline" in reader.content):
+        raise UserError(f"{where}: expected either config or pipeline")
+    pipeline = load_pipeline(reader.config("pipeline")) if "pipeline" in reader.content else None
+    stage = ""
+    if pipeline is not None:
+        stages = [each.name for each in pipeline.stages]
+        stage = reader.get("stage", str)
+        if stage not in stages:
+            raise UserError(f"{where}: stage {stage!r} is not in {reader.content['pipeline']}{nearest(stage, stages)}")
+    elif "stage" in reader.content:
+        raise UserError(f"{where}: stage belongs to a pipeline, this row has a config")
+    overrides = reader.get("overrides", dict, {})
+    _check_overrides(overrides, pipeline, where)
+    paper = reader.get("paper", dict, {})
+    for metric in paper:
+        if metric not in metrics:
+            raise UserError(f"{where}: paper names no metric of this table: {metric!r}{nearest(str(metric), metrics)}")
+    return Row(
+        name=name,
+        label=reader.get("label", str, name),
+        method=reader.get("method", str, method),
+        config=reader.config() if pipeline is None else reader.get("pipeline", str),
+        overrides=overrides,
+        setting=reader.get("setting", dict, {}),
+        paper={str(key): _paper(value, f"{where}: paper {key}") for key, value in paper.items()},
+        pipeline=pipeline,
+        stage=stage,
+    )
+
+
+def _check_overrides(overrides: Mapping[Any, Any], pipeline: PipelineSpec | None, where: str) -> None:
+    for key in overrides:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: overrides: {key!r} is not a key such as model.init_args.lr")
+        if pipeline is not None:
+            pipeline.split_key(key, f"{where}: overrides")
+        elif key in RESERVED:
+            raise UserError(f"{where}: overrides: {key} is set by the table (seeds, checkpoint, runs root)")
+
+
+RESERVED = frozenset({"seed_everything", "run.id", "run.test", "run.method", "run.dataset", "trainer.default_root_dir"})
+
+
+def _paper(content: Any, where: str) -> PaperFigure:
+    reader = Reader(content, where, ("value", "setting", "source"))
+    return PaperFigure(reader.number("value"), reader.get("setting", dict, {}), reader.get("source", str))
+
+
+def _claim(content: Any, where: str, rows: Collection[str], metrics: Collection[str]) -> Claim:
+    reader = Reader(content, where, "id text scope expr margin min_seeds".split())
+    identifier = reader.name("id")
+    reader.where = where = f"{where} {identifier}"
+    min_seeds = reader.get("min_seeds", int, 3)
+    if min_seeds < 2:
+        raise UserError(f"{where}: min_seeds must be at least 2 (one seed has no interval), got {min_seeds}")
+    return Claim(
+        id=identifier,
+        text=reader.get("text", str),
+        scope=reader.choice("scope", ("paper", "reduced")),  # type: ignore[arg-type]
+        expr=parse_expression(reader.get("expr", str), rows, metrics, where),
+        margin=reader.number("margin", 0.0),
+        min_seeds=min_seeds,
+    )

@@ -1,0 +1,185 @@
+"""Run folders: their settings, identity, summary, and the facts of machine and code that go with a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from leanlight.contracts.errors import UserError
+from leanlight.contracts.files import atomic_write, sha256_file
+
+PROJECT = Path(__file__).resolve().parent.parent
+_CODE_ROOTS = ("leanlight/contracts", "lit_modules", "datamodules", "callbacks")
+# Trainer settings that decide numbers. The others (logging, progress bars, folders) do not change a run's identity.
+_TRAINER_KEYS = (
+    "accelerator strategy devices num_nodes precision max_epochs min_epochs max_steps min_steps max_time fast_dev_run "
+    "limit_train_batches limit_val_batches limit_test_batches overfit_batches val_check_interval "
+    "check_val_every_n_epoch accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic benchmark "
+    "use_distributed_sampler sync_batchnorm callbacks plugins reload_dataloaders_every_n_epochs"
+).split()
+_PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data lies, not what it is
+
+
+@dataclass
+class RunSettings:
+    """House settings of a run.
+
+    Args:
+        method: folder under the runs root; by default the package of the model.
+        dataset: folder under the method; by default the data's own name.
+        id: name of the run folder; by default date, time and configuration hash.
+        tags: W&B tags.
+        notes: free text kept with the run.
+        wandb: auto logs online when W&B has a key, offline otherwise.
+        wandb_project: W&B project.
+        test: which weights to test when `fit` ends.
+        inputs: files of earlier stages this run depends on, by name; their content is part of the run's identity.
+    """
+
+    method: str | None = None
+    dataset: str | None = None
+    id: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str = ""
+    wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
+    wandb_project: str = "leanlight"
+    test: Literal["none", "last", "best"] = "last"
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("method", "dataset", "id"):
+            value = getattr(self, key)
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", value):
+                raise UserError(f"run.{key}: {value!r} is not a folder name (letters, digits, '.', '_' and '-')")
+
+
+def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
+    """Identity of a run: what decides its numbers, and nothing else.
+
+    resolved: the configuration as `leanlight.cli.train.resolve` gives it. inputs: name → path of the stage inputs; each
+    counts by the sha256 of its content, wherever its path stands in the configuration. Returns 64 hex digits.
+    """
+    digests = {str(path): sha256_file(path) for path in (inputs or {}).values()}
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return digests.get(str(value), value) if isinstance(value, (str, Path)) else value
+
+    trainer = resolved.get("trainer", {})
+    identity = {
+        "model": resolved.get("model"),
+        "data": resolved.get("data"),
+        "trainer": {key: trainer.get(key) for key in _TRAINER_KEYS},
+        "seed": resolved.get("seed_everything"),
+        "test": (resolved.get("run") or {}).get("test"),
+        "inputs": sorted(digests.values()),
+    }
+    return hashlib.sha256(json.dumps(clean(identity), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_version(files: Iterable[str] | None = None) -> tuple[str, list[str]]:
+    """Hash of the project's files that decide numbers.
+
+    files: paths relative to the project; by default those imported so far. Returns (64 hex digits, the files). A file that
+    is gone counts as empty, so that a removed file shows as a change.
+    """
+    if files is None:
+        loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+        paths = {Path(name).resolve() for name in loaded if name}
+        relative = (path.relative_to(PROJECT).as_posix() for path in paths if path.is_relative_to(PROJECT))
+        files = [name for name in relative if name.startswith(_CODE_ROOTS)]
+    names = sorted(files)
+    digest = hashlib.sha256()
+    for name in names:
+        path = PROJECT / name
+        digest.update(f"{name}:{sha256_file(path) if path.is_file() else ''}\n".encode())
+    return digest.hexdigest(), names
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(PROJECT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@cache
+def commit() -> tuple[str, bool]:
+    """Commit of the project and whether tracked files differ from it; ("", False) outside a git checkout."""
+    return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """What the figures were measured on: processor, memory, GPUs, versions. Never host, user or path."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    facts: dict[str, Any] = {
+        "cpu": names[0].strip() if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "gpus": [],
+    }
+    for package in ("torch", "lightning", "torchmetrics", "spikingjelly"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return facts
+
+
+def new_run_id(identity: str) -> str:
+    """A run folder's name: the same on every process of one launch, different for every launch."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm-{job}"
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the local agent is the common parent of this node's processes
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            raise UserError("run.id: torchrun on several nodes needs --run.id NAME, so that all nodes share one folder")
+        return f"{stamp[:8]}-torchrun-{os.getppid()}"
+    return f"{stamp}-{identity[:6]}"
+
+
+def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
+    """Return a run's summary.json, or None when there is none."""
+    path = Path(run_dir) / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json atomically."""
+    atomic_write(run_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
+
+
+def find_runs(root: Path | str) -> list[Path]:
+    """Every run folder under `root` (``<method>/<dataset>/<run id>``), sorted."""
+    return sorted(path.parent for path in Path(root).glob("*/*/*/summary.json"))
+
+
+def list_artifacts(run_dir: Path) -> list[dict[str, Any]]:
+    """Checkpoints and artefacts of a run with size and sha256, pictures left out."""
+    files = [*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("artifacts/**/*")]
+    keep = sorted(path for path in files if path.is_file() and "media" not in path.relative_to(run_dir).parts)
+    return [
+        {"path": p.relative_to(run_dir).as_posix(), "sha256": sha256_file(p), "bytes": p.stat().st_size} for p in keep
+    ]

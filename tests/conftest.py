@@ -1,0 +1,38 @@
+"""Settings of every test: one thread, W&B offline and silent, no colours or terminal width of the machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    WANDB_MODE="offline", WANDB_SILENT="true", OMP_NUM_THREADS="1", MPLBACKEND="Agg", COLUMNS="200", NO_COLOR="1"
+)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def leanlight(tmp_path):
+    """Run the command line in a process of its own, in `tmp_path`; returns the completed process."""
+
+    def call(*args, env=None, check=False, timeout=240):
+        return subprocess.run(
+            [sys.executable, "-m", "leanlight", *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=check,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        )
+
+    return call
