@@ -12,13 +12,16 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="leanlight run", description=__doc__)
     parser.add_argument("pipeline", help="YAML file, or a config's name: METHOD/pipelines/NAME")
     parser.add_argument("--fresh", action="store_true", help="repeat every stage")
-    parser.add_argument("--from", dest="start_at", metavar="STAGE", default="", help="repeat this stage and those after it")
-    parser.add_argument("--rerun-stale", action="store_true", help="repeat stages whose code has changed since they ran")
+    parser.add_argument(
+        "--from", dest="start_at", metavar="STAGE", default="", help="repeat this stage and those after it"
+    )
+    parser.add_argument(
+        "--rerun-stale", action="store_true", help="repeat stages whose code has changed since they ran"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="override a stage's key")
     parser.add_argument("--seed", type=int, help="seed of every stage that names none")
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--id", default="", help="name of the summary under RUNS_ROOT/pipelines (default: file name)")
-    parser.add_argument("--identity", default="", help="kept in the summary; tables set it")
     args = parser.parse_args(argv)
 
     from leanlight.results.launch import terminations_interrupt
@@ -30,9 +33,7 @@ def main(argv: list[str]) -> int:
         spec = spec.with_seed(args.seed)
     runner = PipelineRunner(spec, args.runs_root, args.id)
     with terminations_interrupt():
-        code = runner.run(
-            fresh=args.fresh, start_at=args.start_at, rerun_stale=args.rerun_stale, identity=args.identity
-        )
+        code = runner.run(fresh=args.fresh, start_at=args.start_at, rerun_stale=args.rerun_stale)
     if code == 0:
         print(f"pipeline: {runner.folder / 'summary.json'}")
     return int(code != 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -123,7 +124,8 @@ class LeanlightCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if self.parse_only:
             return
-        super().instantiate_classes()
+        with _construction_errors():
+            super().instantiate_classes()
         self.model._log_hyperparams = self.datamodule._log_hyperparams = False  # W&B gets the whole config once
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -203,8 +205,10 @@ class LeanlightCLI(LightningCLI):
         try:
             yield
         except (UserError, MisconfigurationException) as error:
-            if self.fresh and not self.recorder.started and self.trainer.is_global_zero and self._opened:
+            if self._opened and self.fresh and not self.recorder.started:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
+                for parent in self._made:
+                    parent.rmdir()
             if isinstance(error, UserError):
                 raise
             raise UserError(" ".join(str(error).split())) from error
@@ -217,6 +221,7 @@ class LeanlightCLI(LightningCLI):
                 raise UserError(
                     f"run.id: {self.run_dir} exists already; choose another --run.id or go on with --resume {self.run_dir}"
                 )
+            self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
             try:
                 (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self._opened = True
@@ -307,39 +312,41 @@ def check_monitors(config: Any, where: str = "") -> None:
             check_monitors(value, f"{where}[{index}]")
 
 
-def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Remove ``flag VALUE`` or ``flag=VALUE`` from `args`; return the value and the rest."""
+def _take(args: list[str], *flags: str) -> tuple[str | None, list[str]]:
+    """Remove the first ``FLAG VALUE`` or ``FLAG=VALUE`` from `args`; return its value, or None, and the rest."""
     for index, arg in enumerate(args):
-        if arg == flag:
-            if index + 1 == len(args):
-                raise UserError(f"{flag}: expects a run folder")
-            return args[index + 1], args[:index] + args[index + 2 :]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1], args[:index] + args[index + 1 :]
+        flag, equals, value = arg.partition("=")
+        if flag not in flags:
+            continue
+        if equals:
+            return value, args[:index] + args[index + 1 :]
+        if index + 1 == len(args):
+            raise UserError(f"{flag}: expects a value")
+        return args[index + 1], args[:index] + args[index + 2 :]
     return None, args
 
 
 def expand(argv: list[str]) -> tuple[list[str], Path | None]:
     """Resolve config names, `--resume` and `--run`; return arguments for LightningCLI and the folder to go on in."""
     command, args = argv[0], list(argv[1:])
-    for index, arg in enumerate(args):
-        if arg in ("--config", "-c") and index + 1 < len(args):
-            args[index + 1] = _readable_config(args[index + 1])
-        elif arg.startswith("--config="):
-            args[index] = "--config=" + _readable_config(arg.removeprefix("--config="))
+    configs: list[str] = []  # first, in their order: a key on the command line stands above any config
+    name, args = _take(args, "--config", "-c")
+    while name is not None:
+        configs.append(f"--config={_readable_config(name)}")
+        name, args = _take(args, "--config", "-c")
     resume, args = _take(args, "--resume")
     source, args = _take(args, "--run")
     if resume is not None:
         if command != "fit":
             raise UserError(f"--resume: goes with fit; {command} takes --run RUN_DIR")
-        return _from_run(command, resume, "--resume", args), Path(resume)
+        return _from_run(command, resume, "--resume", [*configs, *args]), Path(resume)
     if source is not None:
         if command == "fit":
             raise UserError("--run: goes with validate, test and predict; fit takes --resume RUN_DIR")
         target = Path(source) / command
         target = target if not target.exists() else target.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return _from_run(command, source, "--run", args), target
-    return [command, *args], None
+        return _from_run(command, source, "--run", [*configs, *args]), target
+    return [command, *configs, *args], None
 
 
 def _readable_config(name: str) -> str:
@@ -365,6 +372,18 @@ def _from_run(command: str, folder: str, flag: str, args: list[str]) -> list[str
 
 
 @contextmanager
+def _construction_errors() -> Iterator[None]:
+    """Bad values that a class of the configuration refuses are the user's errors, however deep they were wrapped."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or UserError(f"config: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
 def _as_user_errors() -> Iterator[None]:
     try:
         yield
@@ -385,6 +404,10 @@ def main(argv: list[str]) -> int:
     """Run a subcommand; 0 done, 130 interrupted. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own module beside the config is importable
     arguments, run_dir = expand(argv)
     with _as_user_errors():
         try:

@@ -39,7 +39,9 @@ def paired(expression: Expression, seeds: Sequence[int], values: Values) -> tupl
     found: dict[int, float] = {}
     problems: list[str] = []
     for seed in seeds:
-        missing = [f"{row}/{metric}" for row, metric in expression.references if seed not in values.get((row, metric), {})]
+        missing = [
+            f"{row}/{metric}" for row, metric in expression.references if seed not in values.get((row, metric), {})
+        ]
         if missing:
             problems.append(f"seed {seed}: no {', '.join(missing)}")
             continue
@@ -89,4 +91,4 @@ def _verdict(claim: Claim, spec: TableSpec, values: list[float], evidence: dict[
         return "reproduced", f"{where} lies above {claim.margin:g}"
     if high <= claim.margin:
         return "not_reproduced", f"{where} does not exceed {claim.margin:g}"
-    return "inconclusive", f"{where} holds {claim.margin:g}"
+    return "inconclusive", f"{where} contains {claim.margin:g}"

@@ -1,4 +1,4 @@
-"""Arithmetic over a table's rows and metrics, as a claim writes it: ``convnet['test/accuracy'] - linear['test/accuracy']``."""
+"""Arithmetic over a table's rows and metrics, as claims write it: ``convnet['test/loss'] - linear['test/loss']``."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def parse_expression(text: str, rows: Collection[str], metrics: Collection[str],
     return Expression(text, tuple(dict.fromkeys(references)), tree)
 
 
-def _check(
-    node: ast.expr, rows: Collection[str], metrics: Collection[str], where: str, found: list[Reference]
-) -> None:
+def _check(node: ast.expr, rows: Collection[str], metrics: Collection[str], where: str, found: list[Reference]) -> None:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return
@@ -94,7 +92,7 @@ def _check(
 
 def _evaluate(node: Any, values: Mapping[Reference, float]) -> float:
     match node:
-        case ast.Constant(value=value):
+        case ast.Constant(value=int() | float() as value):
             return float(value)
         case ast.BinOp(left=left, op=op, right=right):
             return _BINARY[type(op)](_evaluate(left, values), _evaluate(right, values))
@@ -102,6 +100,6 @@ def _evaluate(node: Any, values: Mapping[Reference, float]) -> float:
             return _UNARY[type(op)](_evaluate(operand, values))
         case ast.Call(func=ast.Name(id=name), args=arguments):
             return float(_FUNCTIONS[name](*(_evaluate(argument, values) for argument in arguments)))
-        case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=metric)):
+        case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=str() as metric)):
             return values[row, metric]
     raise AssertionError(f"unchecked expression node {node!r}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from leanlight.results.state import RunLock
 
@@ -39,7 +39,7 @@ def usable_cores() -> int:
 def environment(jobs: int = 1, device: str | None = None) -> dict[str, str]:
     """Environment of one of `jobs` processes side by side: its share of the cores, its GPU."""
     threads = str(max(1, usable_cores() // jobs))
-    limits = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     return {**os.environ, **limits, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
 
 
@@ -51,12 +51,12 @@ def signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None
         process.poll()
 
 
-def stop(processes: Sequence[subprocess.Popen[Any]], grace_s: float = GRACE_S) -> None:
-    """Interrupt children, so that they write their checkpoints; kill those that have not ended after `grace_s`."""
+def stop(processes: Sequence[subprocess.Popen[Any]]) -> None:
+    """Interrupt children, so that they write their checkpoints; kill those that have not ended after `GRACE_S`."""
     for process in processes:
         if process.poll() is None:
             signal_group(process, signal.SIGINT)
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + GRACE_S
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -97,39 +97,42 @@ def run_in_foreground(arguments: Sequence[str], env: Mapping[str, str], lock: Ru
 
 @dataclass
 class Job:
-    """One child process. log: where its output goes. lock: of the run folder it works in."""
+    """One child process in one run folder.
+
+    prepare: called once the folder is locked; returns the command, or None when nothing is left to do. log: where the
+    child's output goes.
+    """
 
     key: str
-    arguments: list[str]
+    run_id: str
+    runs_root: Path
     log: Path
-    lock: RunLock
+    prepare: Callable[[], list[str] | None]
     started: float = field(default=0.0, init=False)
-    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
-    _file: IO[bytes] | None = field(default=None, init=False)
 
-    def start(self, env: Mapping[str, str]) -> bool:
-        """Start the child; False when another process works in its run folder."""
-        if not self.lock.acquire(wait=False):
-            return False
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.log, "wb")  # noqa: SIM115, closed in `close`
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            self.arguments,
-            env=env,
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=[self.lock.fd],
-        )
-        return True
-
-    def close(self) -> None:
-        """Close what the parent holds of it."""
-        if self._file is not None:
-            self._file.close()
-        self.lock.release()
+    def start(self, env: Mapping[str, str]) -> subprocess.Popen[bytes] | int:
+        """Start the child; return it, or an exit code when there is none to start."""
+        lock = RunLock(self.runs_root, self.run_id)
+        try:
+            if not lock.acquire(wait=False):
+                return _BUSY
+            arguments = self.prepare()
+            if arguments is None:
+                return 0
+            self.started = time.monotonic()
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "wb") as log:
+                return subprocess.Popen(
+                    arguments,
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=[lock.fd],
+                )
+        finally:
+            lock.release()  # the child keeps its own hold
 
 
 def run_jobs(
@@ -139,35 +142,31 @@ def run_jobs(
     *,
     started: Callable[[Job], None] = lambda job: None,
     ended: Callable[[Job, int], None] = lambda job, code: None,
-    tick: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> None:
     """Run all jobs, at most `workers` side by side, each slot on its device; one that fails does not stop the others.
 
-    started, ended and tick are told what happens. On Ctrl-C the running children are stopped cleanly; it is raised on.
+    started and ended are told what happens. On Ctrl-C the running children are stopped cleanly; it is raised on.
     """
-    waiting, running = list(reversed(jobs)), dict[int, Job]()
+    waiting, running = list(reversed(jobs)), dict[int, tuple[Job, subprocess.Popen[bytes]]]()
     try:
         while waiting or running:
             for slot in range(workers):
                 if slot not in running and waiting:
                     job = waiting.pop()
-                    device = devices[slot % len(devices)] if devices else None
-                    if job.start(environment(workers, device)):
-                        running[slot] = job
-                        started(job)
+                    process = job.start(environment(workers, devices[slot % len(devices)] if devices else None))
+                    if isinstance(process, int):
+                        ended(job, process)
                     else:
-                        job.close()
-                        ended(job, _BUSY)
-            for slot, job in list(running.items()):
-                code = job.process.poll() if job.process else None
+                        running[slot] = job, process
+                        started(job)
+            for slot, (job, process) in list(running.items()):
+                code = process.poll()
                 if code is not None:
                     del running[slot]
-                    job.close()
                     ended(job, code)
-            tick(list(running.values()))
-            time.sleep(0.1)
+            time.sleep(0.1 if running else 0)
     except BaseException:
-        stop([job.process for job in running.values() if job.process])
+        stop([process for _, process in running.values()])
         raise
 
 

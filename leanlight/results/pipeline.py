@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from leanlight import runs
+from leanlight.configs_path import config_root, find_config
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.contracts.files import sha256_file
 from leanlight.results.launch import command, environment, option, run_in_foreground
 from leanlight.results.pipeline_spec import PipelineSpec, Reference, Stage, references, substitute
+from leanlight.results.reading import read_mapping
 from leanlight.results.state import RunLock, decide
 
 Say = Callable[[str], None]
@@ -38,29 +39,29 @@ class PipelineRunner:
         self._stages: list[dict[str, Any]] = []
         self._begin = time.monotonic()
 
-    def run(self, *, fresh: bool = False, start_at: str = "", rerun_stale: bool = False, identity: str = "") -> int:
+    def run(self, *, fresh: bool = False, start_at: str = "", rerun_stale: bool = False) -> int:
         """Run what is missing; return 0 when every stage has finished, else the exit code of the one that failed.
 
-        fresh: repeat every stage. start_at: repeat this stage and those after it. identity: kept in the summary, so that
-        a table finds its own.
+        fresh: repeat every stage. start_at: repeat this stage and those after it. rerun_stale: repeat stages whose code
+        has changed since they ran.
         """
         names = [stage.name for stage in self.spec.stages]
         if start_at and start_at not in names:
             raise UserError(f"--from: no stage {start_at!r}{nearest(start_at, names)}; stages: {', '.join(names)}")
         repeat_from = 0 if fresh else names.index(start_at) if start_at else len(names)
         for position, stage in enumerate(self.spec.stages):
-            self._write("running", identity)
+            self._write("running")
             try:
                 code = self._run_stage(stage, f"{position + 1}/{len(names)}", position >= repeat_from, rerun_stale)
             except KeyboardInterrupt:
-                self._write("interrupted", identity)
+                self._write("interrupted")
                 self.say(f"interrupted in stage {stage.name}; the same command goes on from here")
                 raise
             if code:
-                self._write("failed", identity)
+                self._write("failed")
                 self.say(f"stage {stage.name} failed (exit code {code})")
                 return code
-        self._write("finished", identity)
+        self._write("finished")
         return 0
 
     def _run_stage(self, stage: Stage, place: str, fresh: bool, rerun_stale: bool) -> int:
@@ -187,12 +188,16 @@ class PipelineRunner:
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.runs_root).as_posix()
 
-    def _write(self, status: str, identity: str) -> None:
+    def _write(self, status: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        summaries = [runs.read_summary(run_dir) or {} for run_dir in self.run_dirs.values()]
+        code_hash, code_files = runs.code_version({name for s in summaries for name in s.get("code_files", ())})
         summary = {
             "status": status,
             "pipeline": self.spec.stem,
-            "config_hash": identity,
+            "config_hash": pipeline_identity(self.spec),
+            "code_hash": "mixed" if any(stage.get("stale") for stage in self._stages) else code_hash,
+            "code_files": code_files,
             "stages": self._stages,
             "wall_s": round(time.monotonic() - self._begin, 3),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,7 +233,10 @@ def set_overrides(pairs: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def describe(spec: PipelineSpec) -> str:
-    """One canonical text of everything a pipeline says, for its identity."""
-    stages = [[s.name, s.command, s.config, s.overrides, s.inputs] for s in spec.stages]
-    return json.dumps([spec.method, spec.dataset, stages], sort_keys=True, default=str)
+def pipeline_identity(spec: PipelineSpec) -> str:
+    """Hash of everything a pipeline and its configs say; the stages' own hashes are known only as it runs."""
+    stages = [[s.name, s.command, s.overrides, s.inputs] for s in spec.stages]
+    names = {stage.config for stage in spec.stages if stage.config}
+    configs = {name: read_mapping(find_config(name)) for name in names}
+    defaults = read_mapping(config_root() / "defaults.yaml")
+    return runs.config_hash({"model": [spec.method, spec.dataset, stages, configs, defaults]})

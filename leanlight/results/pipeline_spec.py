@@ -84,7 +84,7 @@ class PipelineSpec:
 def load_pipeline(name: str) -> PipelineSpec:
     """Read and check the pipeline `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
-    top = Reader(read_mapping(path), path.name, "method dataset title note stages".split())
+    top = Reader(read_mapping(path), path.name, "method dataset title note stages")
     items = top.get("stages", list)
     if not items:
         raise UserError(f"{path.name}: stages is empty; name at least one")
@@ -105,7 +105,7 @@ def load_pipeline(name: str) -> PipelineSpec:
 
 
 def _stage(content: Any, where: str) -> Stage:
-    reader = Reader(content, where, "name command config overrides inputs".split())
+    reader = Reader(content, where, "name command config overrides inputs")
     name = reader.name()
     reader.where = where = f"{where} {name}"
     command = reader.choice("command", COMMANDS, "fit")

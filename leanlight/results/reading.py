@@ -48,15 +48,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 class Reader:
     """Takes typed values out of one mapping and knows where it stands.
 
-    content: the mapping. where: its place, for messages. known: every key it may have.
+    content: the mapping. where: its place, for messages. known: every key it may have, separated by spaces.
     """
 
-    def __init__(self, content: Any, where: str, known: Collection[str]) -> None:
+    def __init__(self, content: Any, where: str, known: str) -> None:
         if not isinstance(content, Mapping):
             raise UserError(f"{where}: expected keys and values, got {content!r}")
         for key in content:
-            if key not in known:
-                raise UserError(f"{where}: key {key!r} is unknown{nearest(str(key), known)}")
+            if key not in known.split():
+                raise UserError(f"{where}: key {key!r} is unknown{nearest(str(key), known.split())}")
         self.content, self.where = content, where
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:

@@ -47,7 +47,7 @@ def decide(run_dir: Path, identity: str, *, fresh: bool = False, rerun_stale: bo
         return Decision("diverged", str(summary.get("error") or "diverged"))
     if (run_dir / "checkpoints" / "last.ckpt").is_file():
         return Decision("resume", f"{status}, with a checkpoint")
-    return Decision("start", f"{status} before its first checkpoint")
+    return Decision("start", f"{status}, without a checkpoint to go on from")
 
 
 def is_stale(summary: dict[str, Any]) -> bool:
@@ -76,5 +76,5 @@ class RunLock:
         return True
 
     def release(self) -> None:
-        """Let go; a child that is still alive keeps its own hold."""
+        """Let go; a child that was given `fd` keeps its own hold while it lives."""
         os.close(self.fd)

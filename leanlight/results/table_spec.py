@@ -91,8 +91,10 @@ def load_table(name: str) -> TableSpec:
     """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
     keys = "method dataset scale title note seeds checkpoint metrics rows claims"
-    top = Reader(read_mapping(path), path.name, keys.split())
-    metrics = {str(key): _metric(value, f"{path.name}: metrics {key}") for key, value in top.get("metrics", dict).items()}
+    top = Reader(read_mapping(path), path.name, keys)
+    metrics = {
+        str(key): _metric(value, f"{path.name}: metrics {key}") for key, value in top.get("metrics", dict).items()
+    }
     if not metrics:
         raise UserError(f"{path.name}: metrics is empty; name at least one")
     method = _folder(top, "method")
@@ -147,7 +149,7 @@ def _seeds(top: Reader) -> tuple[int, ...]:
 
 
 def _metric(content: Any, where: str) -> Metric:
-    reader = Reader(content, where, "label higher_is_better unit scale digits optional".split())
+    reader = Reader(content, where, "label higher_is_better unit scale digits optional")
     digits = reader.get("digits", int, 3)
     if not 0 <= digits <= 9:
         raise UserError(f"{where}: digits must be 0 to 9, got {digits}")
@@ -165,7 +167,7 @@ def _metric(content: Any, where: str) -> Metric:
 
 
 def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -> Row:
-    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper".split())
+    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper")
     name = reader.name()
     reader.where = where = f"{where} {name}"
     if ("config" in reader.content) == ("pipeline" in reader.content):
@@ -212,12 +214,12 @@ RESERVED = frozenset({"seed_everything", "run.id", "run.test", "run.method", "ru
 
 
 def _paper(content: Any, where: str) -> PaperFigure:
-    reader = Reader(content, where, ("value", "setting", "source"))
+    reader = Reader(content, where, "value setting source")
     return PaperFigure(reader.number("value"), reader.get("setting", dict, {}), reader.get("source", str))
 
 
 def _claim(content: Any, where: str, rows: Collection[str], metrics: Collection[str]) -> Claim:
-    reader = Reader(content, where, "id text scope expr margin min_seeds".split())
+    reader = Reader(content, where, "id text scope expr margin min_seeds")
     identifier = reader.name("id")
     reader.where = where = f"{where} {identifier}"
     min_seeds = reader.get("min_seeds", int, 3)

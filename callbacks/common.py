@@ -1,0 +1,32 @@
+"""Questions that several callbacks ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from leanlight.contracts import Batch
+
+
+def writes_files(trainer: Trainer) -> bool:
+    """Whether this process writes the run's files: rank zero does, except in a `fast_dev_run`."""
+    return trainer.is_global_zero and not is_trial(trainer)
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves nothing behind."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+
+
+def items_in(batch: Any) -> int:
+    """Number of items in a batch of any kind; 1 for a batch without tensors."""
+    if isinstance(batch, (Batch, Tensor)):
+        return len(batch)
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 1

@@ -1,0 +1,60 @@
+"""Write what a trained module exports, and hand it to W&B as a model artifact."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.common import writes_files
+from leanlight.contracts import MethodModule, isolated_rng, sha256_file
+
+
+class ExportArtifact(Callback):
+    """Calls ``module.export(<run folder>/artifacts/export)`` when training has ended well, on rank zero.
+
+    It is the state after the last step that is exported. Where a `WandbLogger` is, the files become an artifact of type
+    ``model`` with the module's class, progress, newest metrics and the files' sha256 as metadata. Modules without
+    `export` are left alone.
+
+    Args:
+        aliases: names of this version in W&B.
+    """
+
+    def __init__(self, aliases: Sequence[str] = ("latest",)) -> None:
+        self.aliases = list(aliases)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, MethodModule) or not writes_files(trainer):
+            return
+        folder = Path(trainer.default_root_dir) / "artifacts" / "export"
+        folder.mkdir(parents=True, exist_ok=True)
+        with isolated_rng():
+            files = pl_module.export(folder)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and files:
+                self._log_artifact(logger, files, _metadata(trainer, pl_module, files))
+
+    def _log_artifact(self, logger: WandbLogger, files: Sequence[Path], metadata: dict[str, Any]) -> None:
+        import wandb
+
+        run = logger.experiment
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.id}-export")
+        artifact = wandb.Artifact(name, type="model", metadata=metadata)
+        for file in files:
+            artifact.add_file(str(file), name=Path(file).name)
+        run.log_artifact(artifact, aliases=self.aliases)
+
+
+def _metadata(trainer: Trainer, module: MethodModule, files: Sequence[Path]) -> dict[str, Any]:
+    progress = module.progress()
+    return {
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "progress": {progress.unit: progress.value},
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "sha256": {Path(file).name: sha256_file(file) for file in files},
+    }

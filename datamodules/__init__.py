@@ -1,0 +1,25 @@
+"""Reusable LightningDataModules, by kind of data. Names load on first use: the catalogue alone needs no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.catalog import CATALOG, DatasetInfo
+    from datamodules.imagenet import ImageFolderStream
+    from datamodules.images import ImageDataModule, ImageSplit
+
+_HOME = {
+    "CATALOG": "catalog",
+    "DatasetInfo": "catalog",
+    "ImageDataModule": "images",
+    "ImageSplit": "images",
+    "ImageFolderStream": "imagenet",
+}
+
+__all__ = ["CATALOG", "DatasetInfo", "ImageDataModule", "ImageFolderStream", "ImageSplit"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,170 @@
+"""Loaders whose order is a pure function of seed, epoch and rank, and that can go on in the middle of an epoch.
+
+They are plain iterables: Lightning neither wraps them nor injects samplers into them, and finds `set_epoch`,
+`state_dict` and `load_state_dict` where it looks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leanlight.contracts import ImageBatch, UserError
+
+# From blocks of positions to batches: at once from memory, or through worker processes.
+Fetch = Callable[[Iterable[Tensor]], Iterable[ImageBatch]]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process' rank and the number of processes, (0, 1) outside of distributed runs."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class TrainOrder:
+    """Which items a rank takes in which batch, and how far it is.
+
+    A global batch has ``world * batch_size`` items, and rank r takes its r-th block: all ranks together see what one
+    process with the global batch would. Every rank has equally many batches, of equal size: the last, shorter global
+    batch is dropped (`drop_last`) or filled up from the start of the order to a multiple of `world`.
+
+    epoch: chosen by `set_epoch`. position: batches handed out in this epoch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.shuffle, self.drop_last = size, batch_size, seed, shuffle, drop_last
+        self.rank, self.world, self.global_batch = rank, world, batch_size * world
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return (math.floor if self.drop_last else math.ceil)(self.size / self.global_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; another one than the present starts at its beginning."""
+        if epoch != self.epoch:
+            self.position = 0
+        self.epoch = epoch
+
+    def indices(self) -> Tensor:
+        """(size,) int64, the order of the present epoch over all ranks."""
+        if not self.shuffle:
+            return torch.arange(self.size)
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randperm(self.size, generator=generator)
+
+    def blocks(self, start: int) -> Iterator[Tensor]:
+        """This rank's positions, batch by batch, from batch `start` on."""
+        order = self.indices()
+        for low in range(start * self.global_batch, len(self) * self.global_batch, self.global_batch):
+            batch = order[low : low + self.global_batch]
+            missing = -len(batch) % self.world
+            filled = torch.cat([batch, order.repeat(math.ceil(missing / self.size))[:missing]])
+            yield filled.view(self.world, -1)[self.rank]
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and position, the same on every rank."""
+        items_done = self.position * self.global_batch
+        return {"epoch": self.epoch, "items_done": items_done, "items": self.size, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take over what `state_dict` gave; UserError when it stands inside an epoch of another order."""
+        position, rest = divmod(state["items_done"], self.global_batch)
+        same = (state["items"], state["seed"], 0) == (self.size, self.seed, rest)
+        if state["items_done"] and not same:
+            raise UserError(
+                f"the checkpoint stands inside an epoch ({state['items_done']} of {state['items']} items, seed "
+                f"{state['seed']}) and cannot go on with {self.size} items, seed {self.seed}, global batch "
+                f"{self.global_batch}; keep dataset, fractions, seed and global batch"
+            )
+        self.epoch, self.position = state["epoch"], position
+
+
+class TrainLoader:
+    """Batches in a `TrainOrder`. After `load_state_dict` the next iteration goes on with exactly the next batch."""
+
+    def __init__(self, order: TrainOrder, fetch: Fetch) -> None:
+        self.sampler, self._fetch = order, fetch  # Lightning calls `loader.sampler.set_epoch`
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        # A generator's body starts at the first `next`: Lightning calls iter() before it sets the epoch. The position
+        # counts batches handed out, not fetched, so that workers may run ahead.
+        order = self.sampler
+        start = order.position if order.position < len(order) else 0
+        for number, batch in enumerate(self._fetch(order.blocks(start)), start + 1):
+            order.position = number
+            yield batch
+        order.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """See `TrainOrder.state_dict`."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """See `TrainOrder.load_state_dict`."""
+        self.sampler.load_state_dict(state)
+
+
+def train_loader(
+    datamodule: pl.LightningDataModule, size: int, fetch: Fetch, batch_size: int, seed: int | None, drop_last: bool
+) -> TrainLoader:
+    """The training loader of a DataModule on this rank; seed None: that of ``seed_everything``, else 0.
+
+    Not shuffled while Lightning overfits a few batches, so that every epoch has the same ones.
+    """
+    rank, world = rank_and_world()
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    shuffle = not getattr(datamodule.trainer, "overfit_batches", 0)
+    order = TrainOrder(size, batch_size, seed, shuffle, drop_last, rank, world)
+    if not len(order):
+        raise UserError(
+            f"batch_size={batch_size} on {world} process(es) with drop_last leaves no batch of {size} training items; "
+            "lower batch_size"
+        )
+    return TrainLoader(order, fetch)
+
+
+class EvalLoader:
+    """A split in its own order, each item exactly once over all ranks.
+
+    Ranks hold contiguous shards whose sizes differ by one at most. All ranks have equally many batches (some an item
+    shorter), because DistributedDataParallel synchronises buffers at every forward pass, in evaluation too.
+    Metrics must weight by items, as torchmetrics and `self.log` do.
+    """
+
+    def __init__(self, size: int, batch_size: int, fetch: Fetch, rank: int = 0, world: int = 1) -> None:
+        if size < world:
+            raise UserError(f"a split of {size} items cannot be spread over {world} processes")
+        self._fetch = fetch
+        begin, end = (size * r // world for r in (rank, rank + 1))
+        # With batches of one item the shorter shards set the number, and the longer ones end with a batch of two.
+        batches = min(math.ceil(math.ceil(size / world) / batch_size), size // world)
+        # A shard that is one item short may lack one for its last batch: the batch before it then gives one up.
+        cuts = [begin + min(i * batch_size, end - begin - batches + i) for i in range(batches)]
+        self._blocks = [torch.arange(*bounds) for bounds in zip(cuts, [*cuts[1:], end], strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        return iter(self._fetch(self._blocks))

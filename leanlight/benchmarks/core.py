@@ -1,0 +1,244 @@
+"""Timing that stands noise, and measurements as documents that can be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from leanlight import runs
+from leanlight.contracts.errors import UserError
+
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value. low, high: quartiles of the repetitions. better: which way is good; none for a mere fact."""
+
+    value: float
+    unit: str
+    better: Better | None
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound that a figure should keep: ``figure <= bound`` where lower is better, ``>=`` where higher is."""
+
+    figure: str
+    bound: float
+    text: str
+
+
+@dataclass
+class Measurement:
+    """What a method's benchmark returns.
+
+    settings: shapes, sizes, threads, names: what a reader must know to repeat it. figures: by name ``part/what``.
+    targets: bounds on figures. checks: statements that were verified in the run (equal pixels, equal weights).
+    missing: figures that could not be taken, with the reason.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def summarise(samples: Sequence[float], unit: str, better: Better | None = "lower") -> Figure:
+    """Median and quartiles of at least one sample."""
+    ordered = sorted(samples)
+    low, high = (
+        (statistics.quantiles(ordered, n=4, method="inclusive")[i] for i in (0, 2)) if len(ordered) > 1 else ordered * 2
+    )
+    return Figure(statistics.median(ordered), unit, better, low, high, len(ordered))
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each of `rounds` rounds, after `warmup` rounds that do not count.
+
+    Every round runs each candidate once and starts with another one, so that a machine that slows down for a while
+    slows all alike; compare candidates by their ratios within a round. On a GPU a candidate ends when the device has
+    finished.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize()
+            begin = time.perf_counter()
+            candidates[name]()
+            synchronize()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Quotients of samples that were taken side by side."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has finished."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def document(method: str, measured: Measurement, quick: bool) -> dict[str, Any]:
+    """The measurement with what it was taken on, ready for JSON."""
+    commit, dirty = runs.commit()
+    return {
+        "kind": "benchmark",
+        "method": method,
+        "quick": quick,
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": runs.machine(),
+        "settings": measured.settings,
+        "figures": {name: asdict(figure) for name, figure in measured.figures.items()},
+        "targets": [
+            {**asdict(target), "met": _met(target, measured.figures[target.figure])}
+            for target in measured.targets
+            if target.figure in measured.figures
+        ],
+        "checks": measured.checks,
+        "missing": measured.missing,
+    }
+
+
+def _met(target: Target, figure: Figure) -> bool:
+    return figure.value >= target.bound if figure.better == "higher" else figure.value <= target.bound
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """A document as `document` made it; UserError when the file is missing or something else."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"benchmark: cannot read {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"benchmark: {path} is not JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or content.get("kind") != "benchmark":
+        raise UserError(f"benchmark: {path} is not a file that `leanlight benchmark` wrote")
+    return content
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure in two documents. ratio: after over before. verdict: ``same`` when the quartile ranges overlap."""
+
+    name: str
+    unit: str
+    before: float
+    after: float
+    ratio: float
+    verdict: Literal["better", "worse", "same", ""]
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Difference], list[str], list[str]]:
+    """Differences of the figures in both, names only in `before`, names only in `after`."""
+    old, new = before["figures"], after["figures"]
+    common = [_difference(name, old[name], new[name]) for name in old if name in new]
+    return common, [name for name in old if name not in new], [name for name in new if name not in old]
+
+
+def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
+    verdict: Literal["better", "worse", "same", ""] = "same"
+    if new["better"] is None:
+        verdict = ""
+    elif new["low"] > old["high"] or new["high"] < old["low"]:
+        verdict = "better" if (new["value"] > old["value"]) == (new["better"] == "higher") else "worse"
+    ratio = new["value"] / old["value"] if old["value"] else math.nan
+    return Difference(name, new["unit"], old["value"], new["value"], ratio, verdict)
+
+
+def warnings_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Reasons why two documents should not be compared figure by figure."""
+    found = []
+    if before["method"] != after["method"]:
+        found.append(f"different methods: {before['method']} and {after['method']}")
+    for key in sorted({*before["machine"], *after["machine"]}):
+        pair = before["machine"].get(key), after["machine"].get(key)
+        if pair[0] != pair[1]:
+            found.append(f"machine differs in {key}: {pair[0]} and {pair[1]}")
+    for key in sorted({*before["settings"], *after["settings"]}):
+        pair = before["settings"].get(key), after["settings"].get(key)
+        if pair[0] != pair[1]:
+            found.append(f"settings differ in {key}: {pair[0]} and {pair[1]}")
+    return found
+
+
+def _number(value: float) -> str:
+    """Four significant digits, without an exponent where a reader can do without."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _label(content: Mapping[str, Any]) -> str:
+    return f"{content['commit'][:8] or 'no commit'}{' + changes' if content['dirty'] else ''}"
+
+
+def print_document(content: Mapping[str, Any], console: Console) -> None:
+    """Show a measurement as a table, then its targets, checks and gaps."""
+    table = Table(title=f"{content['method']}, {_label(content)}", title_justify="left")
+    table.add_column("figure")
+    for column in ("median", "quartiles"):
+        table.add_column(column, justify="right")
+    table.add_column("unit")
+    for name, figure in content["figures"].items():
+        spread = f"{_number(figure['low'])} to {_number(figure['high'])}" if figure["n"] > 1 else ""
+        table.add_row(name, _number(figure["value"]), spread, figure["unit"])
+    console.print(table)
+    for target in content["targets"]:
+        mark = "met" if target["met"] else "MISSED"
+        console.print(
+            f"{mark}: {target['text']}: {_number(content['figures'][target['figure']]['value'])}", highlight=False
+        )
+    for text, passed in content["checks"].items():
+        console.print(f"{'checked' if passed else 'FAILED'}: {text}", highlight=False)
+    for name, reason in content["missing"].items():
+        console.print(f"not measured: {name}: {reason}", highlight=False, markup=False)
+
+
+def print_comparison(before: Mapping[str, Any], after: Mapping[str, Any], console: Console) -> None:
+    """Show two measurements side by side, with what only one of them has."""
+    common, only_before, only_after = compare(before, after)
+    table = Table(title=f"{after['method']}: {_label(before)} → {_label(after)}", title_justify="left")
+    table.add_column("figure")
+    for column in ("before", "after", "after/before"):
+        table.add_column(column, justify="right")
+    table.add_column("unit")
+    table.add_column("verdict")
+    colour = {"better": "green", "worse": "red"}
+    for item in common:
+        style = colour.get(item.verdict)
+        cells = item.name, _number(item.before), _number(item.after), f"{item.ratio:.3f}", item.unit, item.verdict
+        table.add_row(*cells, style=style)
+    console.print(table)
+    for name in only_before:
+        console.print(f"only before: {name}", highlight=False, markup=False)
+    for name in only_after:
+        console.print(f"only after: {name}", highlight=False, markup=False)
+    for text in warnings_of(before, after):
+        console.print(f"note: {text}", highlight=False, markup=False)

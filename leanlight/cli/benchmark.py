@@ -1,0 +1,55 @@
+"""`leanlight benchmark`: measure speed and memory of a method, or compare two measurements."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+
+from leanlight.contracts.errors import UserError
+from leanlight.contracts.files import atomic_write
+from leanlight.registry import METHODS, method
+from leanlight.results.arguments import Parser
+
+
+def main(argv: list[str]) -> int:
+    """Measure, show and write; 0 when every target is met and every check passes, else 1."""
+    parser = Parser(prog="leanlight benchmark", description=__doc__)
+    parser.add_argument("method", nargs="?", help="default: every method that has a benchmark")
+    parser.add_argument("--output", type=Path, help="default: docs/results/METHOD/benchmark.json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; not written by default")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="show two files side by side"
+    )
+    args = parser.parse_args(argv)
+    console = Console()
+    if args.compare:
+        from leanlight.benchmarks.core import print_comparison, read
+
+        print_comparison(read(args.compare[0]), read(args.compare[1]), console)
+        return 0
+    names = [method(args.method).name] if args.method else [name for name in METHODS if METHODS[name].benchmark]
+    if args.output and len(names) > 1:
+        raise UserError("--output: names one file, but there are several benchmarks; name a method, too")
+    return max(_measure(name, args.output, args.quick, console) for name in names)
+
+
+def _measure(name: str, output: Path | None, quick: bool, console: Console) -> int:
+    entry = METHODS[name].benchmark
+    if not entry:
+        raise UserError(
+            f"method {name!r}: has no benchmark; these have: {', '.join(m for m in METHODS if METHODS[m].benchmark)}"
+        )
+    from leanlight.benchmarks.core import document, print_document
+
+    module, function = entry.split(":")
+    console.print(f"benchmark of {name}: a few minutes; other work on this machine disturbs it", highlight=False)
+    content = document(name, getattr(import_module(module), function)(quick), quick)
+    print_document(content, console)
+    path = output or (None if quick else Path("docs/results") / name / "benchmark.json")
+    if path is not None:
+        atomic_write(path, json.dumps(content, indent=2) + "\n")
+        console.print(f"written: {path}", highlight=False)
+    return int(not all(target["met"] for target in content["targets"]) or not all(content["checks"].values()))

@@ -1,0 +1,145 @@
+"""Small figures of a table: bars over rows with every seed shown, learning curves of its runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from leanlight.results.format import show_number
+
+# Distinguishable with the common colour deficiencies, readable on light and dark ground.
+PALETTE = ("#4c7fc0", "#d98032", "#479c72", "#b9609a", "#8a7fce", "#9a8a45", "#4fa8ba", "#b95d5d")
+_MAX_POINTS = 400  # of one curve; more cannot be seen
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure's ground and text."""
+
+    ground: str
+    text: str
+    faint: str
+
+
+LIGHT = Theme("#ffffff", "#2a2f36", "#dfe3e8")
+DARK = Theme("#1b1f24", "#d5dae0", "#363c44")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Learning curve of one row: a line for each seed."""
+
+    label: str
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]]
+    position: int
+
+
+def draw_bars(document: Mapping[str, Any], metrics: Sequence[str], theme: Theme = LIGHT, columns: int = 1) -> bytes:
+    """PNG of one panel a metric: a bar from zero for each row, its deviation, a dot for each seed."""
+    rows = list(reversed(document["rows"]))
+    columns = min(columns, len(metrics))
+    lines = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(4.4 * columns, (0.42 * len(rows) + 0.75) * lines), facecolor=theme.ground, dpi=144)
+    for position, name in enumerate(metrics):
+        axes = figure.add_subplot(lines, columns, position + 1)
+        _bar_panel(axes, rows, name, document["metrics"][name], theme)
+    return _png(figure)
+
+
+def _bar_panel(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, shown: Mapping[str, Any], theme: Theme
+) -> None:
+    scale, widest = shown["scale"], 0.0
+    for height, row in enumerate(rows):
+        measured = row["metrics"].get(name)
+        if measured is None:
+            continue
+        mean, std = measured["mean"] * scale, (measured["std"] or 0.0) * scale
+        seeds = [value * scale for value in measured["by_seed"].values()]
+        color = PALETTE[(len(rows) - 1 - height) % len(PALETTE)]
+        axes.barh(height, mean, height=0.62, color=color, alpha=0.75)
+        axes.errorbar(mean, height, xerr=std, color=theme.text, capsize=2.5, linewidth=1.1)
+        axes.plot(seeds, [height] * len(seeds), ".", color=theme.text, markersize=3.5, alpha=0.7)
+        end = max(mean + std, *seeds)
+        widest = max(widest, end)
+        label = show_number(mean, shown["digits"])
+        axes.annotate(
+            label, (end, height), xytext=(6, 0), textcoords="offset points", va="center", color=theme.text, fontsize=8.5
+        )
+    axes.set_yticks(range(len(rows)), [_plain(row["label"], 28) for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    if widest > 0:
+        axes.set_xlim(0, widest * 1.16)
+    unit = f" ({shown['unit']})" if shown["unit"] else ""
+    better = "higher" if shown["higher_is_better"] else "lower"
+    axes.set_title(_plain(f"{shown['label']}{unit}, {better} is better"), loc="left", color=theme.text, fontsize=9.5)
+    _calm(axes, theme)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, theme: Theme = LIGHT) -> bytes:
+    """PNG of learning curves: one colour a row, one line a seed."""
+    figure = Figure(figsize=(4.4, 2.9), facecolor=theme.ground, dpi=144)
+    axes = figure.add_subplot()
+    for curve in curves:
+        color = PALETTE[curve.position % len(PALETTE)]
+        for order, (x, y) in enumerate(curve.lines):
+            label = _plain(curve.label, 28) if order == 0 else None
+            axes.plot(x, y, color=color, linewidth=1.3, alpha=0.8, label=label, marker="." if len(x) < 15 else None)
+    axes.set_xlabel(_plain(xlabel), color=theme.text, fontsize=8.5)
+    axes.set_title(_plain(ylabel), loc="left", color=theme.text, fontsize=9.5)
+    _calm(axes, theme)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=theme.text)
+    return _png(figure)
+
+
+def _calm(axes: Axes, theme: Theme) -> None:
+    axes.set_facecolor(theme.ground)
+    axes.grid(color=theme.faint, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(colors=theme.text, labelsize=8.5, length=0)
+
+
+def _plain(text: str, longest: int = 60) -> str:
+    """Text that fits and that matplotlib takes literally: a dollar would start a formula."""
+    short = text if len(text) <= longest else text[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return short.replace("$", r"\$")
+
+
+def _png(figure: Figure) -> bytes:
+    figure.tight_layout(pad=0.6)
+    buffer = io.BytesIO()
+    # No metadata: the same results give the same bytes.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def read_curve(run_dir: Path, metric: str) -> tuple[str, list[float], list[float]] | None:
+    """Values of `metric` in a run's metrics.csv over its unit of progress: (unit, x, y), or None for fewer than 2."""
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        return None
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        unit = next((name for name in columns if name.startswith("progress/")), "step")
+        points = [
+            (float(row[unit]), float(row[metric])) for row in reader if metric in columns and row[metric] and row[unit]
+        ]
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if len(points) < 2:
+        return None
+    points = points[:: max(1, len(points) // _MAX_POINTS)]
+    return unit.removeprefix("progress/"), [x for x, _ in points], [y for _, y in points]

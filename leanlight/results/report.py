@@ -1,0 +1,121 @@
+"""Turn results into Markdown, figures and one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from leanlight.contracts.errors import UserError
+from leanlight.contracts.files import atomic_write
+from leanlight.results.document import read_document
+from leanlight.results.figures import DARK, LIGHT, Curve, Theme, draw_bars, draw_curves, read_curve
+from leanlight.results.format import show_metric
+from leanlight.results.markdown import (
+    check_markers,
+    document_markdown,
+    method_section,
+    replace_results,
+    suite_table,
+)
+from leanlight.results.page import FigureView, TableView, render_page
+from leanlight.results.pictures import Picture, png_uri, run_folder, run_pictures
+
+RESULTS = Path("docs/results")
+_PICTURES_A_ROW = 6
+_PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
+
+
+def find_documents(results: Path = RESULTS) -> list[Path]:
+    """Every results JSON under `results`; UserError when there is none."""
+    found = sorted(results.glob("*/*.json"))
+    if not found:
+        raise UserError(f"no results in {results}; `leanlight reproduce TABLE` writes them")
+    return found
+
+
+def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
+    """Write Markdown and a figure beside each results JSON, and ``output/index.html``; return the page's path."""
+    documents = {path: read_document(path) for path in paths}
+    views, room = [], _PAGE_BYTES
+    for path, document in documents.items():
+        figure, measured = path.with_suffix(".png"), _measured(document)
+        if measured:
+            atomic_write(figure, draw_bars(document, measured, columns=2))
+        atomic_write(path.with_suffix(".md"), document_markdown(document, figure.name if measured else ""))
+        pictures, room = _pictures(document, runs_root, room)
+        views.append(TableView(document, _figures(document, runs_root), pictures))
+    page = output / "index.html"
+    try:
+        atomic_write(page, render_page(views))
+    except OSError as error:
+        raise UserError(f"--output: cannot write {page} ({error.strerror})") from error
+    return page
+
+
+def write_readmes(root: Path, results: Path = RESULTS) -> list[Path]:
+    """Rewrite the results in README.md and in the README of every method that has some; return the files.
+
+    Every file is checked for its markers before the first is written.
+    """
+    documents = [read_document(path) for path in find_documents(root / results)]
+    contents = {root / "README.md": suite_table(documents)}
+    for method in dict.fromkeys(document["method"] for document in documents):
+        own = [document for document in documents if document["method"] == method]
+        contents[root / "lit_modules" / method / "README.md"] = method_section(own)
+    for path in contents:
+        check_markers(path)
+    for path, content in contents.items():
+        replace_results(path, content)
+    return list(contents)
+
+
+def _pictures(document: Mapping[str, Any], runs_root: Path, room: int) -> tuple[dict[str, list[Picture]], int]:
+    """Pictures of each row's first run, as long as there is room on the page; return them and the room that is left."""
+    found: dict[str, list[Picture]] = {}
+    for row in document["rows"]:
+        folder = run_folder(runs_root, row["runs"][0]) if row["runs"] else None
+        for picture in run_pictures(folder, _PICTURES_A_ROW) if folder else []:
+            if len(picture.uri) <= room:
+                room -= len(picture.uri)
+                found.setdefault(row["name"], []).append(picture)
+    return found, room
+
+
+def _measured(document: Mapping[str, Any]) -> list[str]:
+    """The table's metrics that at least one row has."""
+    return [name for name in document["metrics"] if any(name in row["metrics"] for row in document["rows"])]
+
+
+def _figures(document: Mapping[str, Any], runs_root: Path) -> list[FigureView]:
+    figures = []
+    for name in _measured(document):
+        drawn = {theme: png_uri(draw_bars(document, [name], theme)) for theme in (LIGHT, DARK)}
+        figures.append(FigureView(f"{document['metrics'][name]['label']} of each row", drawn[LIGHT], drawn[DARK]))
+    curves = _learning_curves(document, runs_root)
+    return figures + ([curves] if curves else [])
+
+
+def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> FigureView | None:
+    """Validation curve of the table's first metric that the runs logged, where their folders are found."""
+    for name, metric in document["metrics"].items():
+        validated = "val/" + name.partition("/")[2]
+        curves, units = [], set()
+        for position, row in enumerate(document["rows"]):
+            folders = [run_folder(runs_root, run) for run in row["runs"]]
+            lines = [read_curve(folder, validated) for folder in folders if folder]
+            found = [line for line in lines if line]
+            units |= {unit for unit, _, _ in found}
+            if found:
+                scaled = [(x, [value * metric["scale"] for value in y]) for _, x, y in found]
+                curves.append(Curve(row["label"], scaled, position))
+        if curves:
+            return _curve_figure(curves, "/".join(sorted(units)), f"{show_metric(metric)[:-2]} on validation data")
+    return None
+
+
+def _curve_figure(curves: Sequence[Curve], unit: str, title: str) -> FigureView:
+    def drawn(theme: Theme) -> str:
+        return png_uri(draw_curves(curves, unit, title, theme))
+
+    return FigureView(title, drawn(LIGHT), drawn(DARK))

@@ -1,0 +1,133 @@
+"""Train fresh networks on images and score them without a Trainer: the judge of distilled and selected data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanlight.contracts import NetworkFactory, UserError, isolated_rng, nearest
+from leanlight.contracts.augment import AUGMENTATIONS
+from lit_modules.classifier.losses import class_index
+
+LabelledImages = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a fresh network is trained.
+
+    epochs: passes over the images. batch_size: the last batch of a pass may be smaller. lr: peak learning rate.
+    optimizer: ``sgd`` (with `momentum`), ``adam`` or ``adamw``. schedule: ``constant``; ``cosine`` to zero, a step at
+    a time; ``halfway`` divides by 10 after half of the epochs (Zhao et al. 2021). augment: a name in
+    `leanlight.contracts.augment.AUGMENTATIONS`. label_smoothing: in [0, 1).
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 1e-3
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "halfway"] = "constant"
+    augment: str | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"recipe.{name}: expected a positive number, got {getattr(self, name)}")
+        for name, valid in (("optimizer", ("sgd", "adam", "adamw")), ("schedule", ("constant", "cosine", "halfway"))):
+            if getattr(self, name) not in valid:
+                raise UserError(f"recipe.{name}: expected one of {valid}, got {getattr(self, name)!r}")
+        if self.augment is not None and self.augment not in AUGMENTATIONS:
+            hint = nearest(self.augment, AUGMENTATIONS)
+            raise UserError(f"recipe.augment: expected one of {sorted(AUGMENTATIONS)}, got {self.augment!r}{hint}")
+
+    def make_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Return the recipe's optimiser over all parameters of `network`."""
+        parameters = network.parameters()
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, batches: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the recipe's schedule, to be stepped after each of `batches` batches an epoch."""
+        steps = self.epochs * batches
+        if self.schedule == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        milestones = [(self.epochs // 2 + 1) * batches] if self.schedule == "halfway" else []
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+
+
+def train(network: nn.Module, data: LabelledImages, recipe: Recipe) -> nn.Module:
+    """Train `network` in place on `data` and return it in evaluation mode.
+
+    data: images (N, C, H, W), float in [0, 1] or uint8 in [0, 255], and labels, (N,) int64 or (N, K) soft, on the
+    network's device. Draws from the global random state; every batch order and augmentation follows from it.
+    """
+    images, labels = data
+    augment = AUGMENTATIONS[recipe.augment] if recipe.augment else None
+    optimizer = recipe.make_optimizer(network)
+    scheduler = recipe.make_scheduler(optimizer, batches=-(-len(images) // recipe.batch_size))
+    network.train()
+    for _ in range(recipe.epochs):
+        # The order is drawn on the CPU so that it does not depend on the device.
+        for index in torch.randperm(len(images)).split(recipe.batch_size):
+            index = index.to(images.device)
+            image = _as_float(images[index])
+            logits = network(augment(image, None) if augment else image)
+            loss = F.cross_entropy(logits, labels[index], label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: LabelledImages, batch_size: int = 512) -> float:
+    """Share of `data` that `network` labels right, in [0, 1]; data as in `train`. Leaves it in evaluation mode."""
+    network.eval()
+    images, labels = data
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
+    for image, label in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        right += (network(_as_float(image)).argmax(1) == class_index(label)).sum()
+    return right.item() / len(images)
+
+
+def train_and_score(
+    data: LabelledImages,
+    factory: NetworkFactory,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    test_data: LabelledImages,
+    device: torch.device | str = "cpu",
+    on_scored: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train one fresh network a seed on `data` and return their accuracies on `test_data`, in the order of `seeds`.
+
+    A score depends on its seed and the arguments alone, not on other seeds, so that seeds may be split over ranks.
+    All random states are left as they were. data, test_data: as in `train`, on any device. on_scored: called with
+    (seed, accuracy) after each network, for a progress bar.
+    """
+    data = (data[0].to(device), data[1].to(device))
+    test_data = (test_data[0].to(device), test_data[1].to(device))
+    scores = []
+    for seed in seeds:
+        # A callback may call this from a validation hook, where Lightning has gradients and version counting off.
+        with isolated_rng(seed), torch.inference_mode(False), torch.enable_grad():
+            network = train(factory().to(device), data, recipe)
+            scores.append(accuracy(network, test_data))
+        if on_scored:
+            on_scored(seed, scores[-1])
+    return scores
+
+
+def _as_float(image: Tensor) -> Tensor:
+    return image.float().div_(255) if image.dtype == torch.uint8 else image

@@ -1,0 +1,89 @@
+"""Ordinary counterparts of the spiking autoencoders: the VAE baseline and the feature autoencoder behind FAD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_modules.esvae.layers import CHANNELS_32, bottom_side
+from lit_modules.esvae.losses import gaussian_kl
+from lit_modules.esvae.networks import Autoencoder, Code
+
+
+class FeatureAutoencoder(Autoencoder):
+    """Plain convolutional autoencoder: strided convolutions with batch norm and LeakyReLU, a linear latent, the mirror of both.
+
+    Its latent is the feature space of the Fréchet autoencoder distance. Arguments: see `SAE`.
+    """
+
+    spiking = False
+    generates = False
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 32,
+        channels: Sequence[int] = CHANNELS_32,
+        latent_size: int = 64,
+    ) -> None:
+        super().__init__(in_channels, image_size, latent_size)
+        side = bottom_side(image_size, channels)
+        flat = channels[-1] * side**2
+        self.encoder = nn.Sequential(
+            *(
+                _block(nn.Conv2d(before, after, 3, stride=2, padding=1), after)
+                for before, after in zip((in_channels, *channels), channels, strict=False)
+            ),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(flat, latent_size)
+        backwards = (*reversed(channels), channels[0])
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_size, flat),
+            nn.Unflatten(1, (channels[-1], side, side)),
+            *(
+                _block(nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1), after)
+                for before, after in zip(backwards, backwards[1:], strict=False)
+            ),
+            nn.ConvTranspose2d(channels[0], in_channels, 3, padding=1),
+            nn.Tanh(),
+        )
+
+    def encode(self, image: Tensor) -> Code:
+        latent = self.head(self.encoder(image))
+        return Code(latent, latent, latent.new_zeros(()))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+class VAE(FeatureAutoencoder):
+    """Variational autoencoder with a Gaussian latent (Kingma & Welling 2014) on the same convolutions; divergence: KL from N(0, 1)."""
+
+    generates = True
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 32,
+        channels: Sequence[int] = CHANNELS_32,
+        latent_size: int = 128,
+    ) -> None:
+        super().__init__(in_channels, image_size, channels, latent_size)
+        self.log_variance = nn.Linear(self.head.in_features, latent_size)
+
+    def encode(self, image: Tensor) -> Code:
+        hidden = self.encoder(image)
+        mean, log_variance = self.head(hidden), self.log_variance(hidden)
+        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        return Code(z, mean, gaussian_kl(mean, log_variance))
+
+    def draw(self, count: int) -> Tensor:
+        weight = self.head.weight
+        return torch.randn(count, self.latent_size, dtype=weight.dtype, device=weight.device)
+
+
+def _block(convolution: nn.Conv2d | nn.ConvTranspose2d, channels: int) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.LeakyReLU())

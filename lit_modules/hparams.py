@@ -1,0 +1,108 @@
+"""Hyper-parameters that a checkpoint can hold and rebuild, for modules made by a config and for modules made in Python.
+
+LightningCLI saves the arguments of a module as its config: classes as ``{class_path, init_args}``. A module made in
+Python has live objects instead (``functools.partial(ConvNet, width=16)``), which ``torch.load(weights_only=True)``
+refuses. `save_hparams` writes them in LightningCLI's form, so that there is one form of checkpoint and one way back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.core import saving
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+
+from leanlight.contracts import UserError
+
+_REBUILD = "lit_modules.hparams.rebuild"
+# The list of functions that a checkpoint may name to rebuild its module.
+saving._ALLOWED_INSTANTIATORS.add(_REBUILD)
+
+
+def save_hparams(module: LightningModule) -> None:
+    """Call it in ``__init__`` of `module` instead of ``save_hyperparameters()``.
+
+    ``load_from_checkpoint(weights_only=True)`` then rebuilds the module, and so does a checkpoint of the rebuilt
+    module. Raises UserError naming the argument when one of them cannot be written down.
+    """
+    frame = inspect.currentframe()
+    assert frame is not None
+    module.save_hyperparameters(frame=frame.f_back, logger=False)
+    if "_instantiator" not in module.hparams:  # made in Python: the arguments are live objects
+        config = {name: encode(value, name) for name, value in module.hparams.items()}
+        with _given_hyperparameters_context({**config, "_class_path": _import_path(type(module), "module")}, _REBUILD):
+            module.save_hyperparameters(logger=False)
+    module.hparams["_instantiator"] = _REBUILD
+
+
+def rebuild(module_class: type[LightningModule], config: dict[str, Any]) -> LightningModule:
+    """Make a module from the hyper-parameters in its checkpoint; ``load_from_checkpoint`` calls it.
+
+    Lightning's own function would leave live objects in the hyper-parameters of the module it makes.
+    """
+    config = {name: encode(value, name) for name, value in config.items() if not name.startswith("_")}
+    with _given_hyperparameters_context({**config, "_class_path": _import_path(module_class, "module")}, _REBUILD):
+        return instantiate_module(module_class, config)
+
+
+def encode(value: Any, name: str) -> Any:
+    """Return `value` in plain containers, numbers and strings, as a config would give it.
+
+    Classes and module-level functions become import paths; ``functools.partial`` of a class and dataclass instances
+    become ``{class_path, init_args}``, nested ones too. name: argument name for the UserError raised for anything
+    else.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item, f"{name}.{i}") for i, item in enumerate(value)]
+    if isinstance(value, type):
+        return {"class_path": _import_path(value, name)}
+    if isinstance(value, functools.partial):
+        arguments = _named_arguments(value, name)
+        return {"class_path": _import_path(value.func, name), "init_args": encode(arguments, name)}
+    if is_dataclass(value):
+        arguments = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+        return {"class_path": _import_path(type(value), name), "init_args": encode(arguments, name)}
+    if inspect.isfunction(value):
+        return _import_path(value, name)
+    raise UserError(
+        f"{name}: expected a number, string, class, functools.partial(Class, ...) or dataclass, so that a checkpoint "
+        f"can rebuild it; got an object of {type(value).__name__}"
+    )
+
+
+def _named_arguments(value: functools.partial[Any], name: str) -> dict[str, Any]:
+    """Arguments of a partial by name."""
+    if not value.args:
+        return value.keywords
+    bound = inspect.signature(value.func).bind_partial(*value.args, **value.keywords)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL and parameter.name in bound.arguments:
+            raise UserError(f"{name}: expected functools.partial with named arguments, got unnamed ones: {value.args}")
+    return dict(bound.arguments)
+
+
+def _import_path(thing: Any, name: str) -> str:
+    """Dotted path of a class or function; UserError for what no import can reach."""
+    path = getattr(thing, "__qualname__", "")
+    if not path or "<" in path:
+        raise UserError(
+            f"{name}: expected functools.partial(Class, ...), a class or a module-level function, so that a checkpoint "
+            f"can rebuild it; got {path or type(thing).__name__}, which cannot be imported"
+        )
+    return f"{thing.__module__}.{path}"

@@ -1,0 +1,213 @@
+"""Spiking layers that several methods share, on spikingjelly's neurons.
+
+Signals are time-first, (T, N, ...). Stateless layers (convolution, norm, pooling, linear) work on time folded into
+the batch, (T·N, ...); only neurons and readouts see the time axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor, nn
+
+from leanlight.contracts import UserError
+from lit_modules.nn.checks import pooled_size, require_positive
+from lit_modules.nn.normalize import Normalize, PixelStatistic
+
+SurrogateName = Literal["rect", "rect_zero", "atan"]
+
+
+def repeat_time(x: Tensor, time_steps: int) -> Tensor:
+    """Show the same input at every step (direct encoding): (N, ...) → (T, N, ...), a view without copies.
+
+    Apply it as late as possible: what precedes the first neuron is the same at every step and needs computing once.
+    """
+    return x.unsqueeze(0).expand(time_steps, *x.shape)
+
+
+def fold_time(x: Tensor) -> Tensor:
+    """(T, N, ...) → (T·N, ...), for layers without state."""
+    return x.flatten(0, 1)
+
+
+def unfold_time(x: Tensor, time_steps: int) -> Tensor:
+    """(T·N, ...) → (T, N, ...)."""
+    return x.unflatten(0, (time_steps, -1))
+
+
+def reset(network: nn.Module) -> None:
+    """Set every neuron of `network` to rest and drop the graph its potential holds."""
+    functional.reset_net(network)
+
+
+class _RectAroundZeroPotential(torch.autograd.Function):
+    """Step at 0 whose gradient is 1 where the potential itself, x + v_threshold, is within 0.5 of zero."""
+
+    @staticmethod
+    def forward(x: Tensor, v_threshold: float) -> Tensor:
+        return surrogate.heaviside(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.v_threshold = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad_output * ((x + ctx.v_threshold).abs() < 0.5), None
+
+
+class RectAroundZeroPotential(surrogate.SurrogateFunctionBase):
+    """Rectangular surrogate centred on potential 0 instead of on the threshold.
+
+    It is what the published code of FSVAE and ESVAE computes; the textbook form (STBP, Wu et al. 2018) centres on the
+    threshold and is spikingjelly's `Rect`.
+    """
+
+    def __init__(self, v_threshold: float, spiking: bool = True) -> None:
+        super().__init__(spiking=spiking, v_threshold=v_threshold)
+
+    @staticmethod
+    def spiking_function(x: Tensor, v_threshold: float) -> Tensor:
+        return _RectAroundZeroPotential.apply(x, v_threshold)
+
+    @staticmethod
+    def primitive_function(x: Tensor, v_threshold: float) -> Tensor:
+        return (x + v_threshold + 0.5).clamp(0.0, 1.0)
+
+
+def lif(
+    tau: float = 0.25,
+    v_threshold: float = 0.2,
+    surrogate_gradient: SurrogateName = "rect",
+    detach_reset: bool = False,
+) -> neuron.LIFNode:
+    """Make a leaky integrate-and-fire neuron with hard reset, over (T, N, ...) inputs I.
+
+    ``u[t] = tau * u[t-1] * (1 - o[t-1]) + I[t]``, ``o[t] = 1 if u[t] >= v_threshold else 0``. The input enters in
+    full. Firing is at ``>=`` (spikingjelly); papers that write ``>`` differ only where the potential meets the
+    threshold exactly.
+
+    tau: share of the potential kept from step to step, in (0, 1); spikingjelly's time constant is 1 / (1 - tau).
+    surrogate_gradient: ``rect`` is 1 within 0.5 of the threshold; ``rect_zero`` is 1 within 0.5 of potential 0;
+    ``atan`` is smooth. detach_reset: cut the gradient through the reset.
+    """
+    if not 0.0 < tau < 1.0:
+        raise UserError(f"tau: expected a number between 0 and 1 (share of the potential kept a step), got {tau}")
+    if v_threshold <= 0.0:
+        raise UserError(f"v_threshold: expected a positive number, got {v_threshold}")
+    surrogates = {
+        "rect": surrogate.Rect,
+        "rect_zero": lambda: RectAroundZeroPotential(float(v_threshold)),
+        "atan": surrogate.ATan,
+    }
+    return neuron.LIFNode(
+        tau=1.0 / (1.0 - tau),
+        decay_input=False,
+        v_threshold=float(v_threshold),
+        v_reset=0.0,
+        surrogate_function=surrogates[surrogate_gradient](),
+        detach_reset=detach_reset,
+        step_mode="m",
+    )
+
+
+class ThresholdBatchNorm(nn.Module):
+    """Threshold-dependent batch norm, tdBN (Zheng et al. 2021, arXiv:2011.05280), on time folded into the batch.
+
+    ``y = weight * alpha * v_threshold * (x - mean) / sqrt(var + eps) + bias`` per channel with statistics over batch,
+    time and space. x: (T·N, C) or (T·N, C, H, W). weight starts at 1; the factor stays outside of it, as in the
+    paper's formula, so that a step of an adaptive optimiser has the same relative size for any threshold.
+    """
+
+    def __init__(
+        self, channels: int, v_threshold: float = 0.2, alpha: float = 1.0, dims: Literal[0, 2] = 2, **options: Any
+    ) -> None:
+        """dims: number of space dimensions. options: `eps` and `momentum` of torch's batch norm."""
+        super().__init__()
+        self.scale = alpha * v_threshold
+        # The norm is a child, not a base class, so that SyncBatchNorm.convert_sync_batchnorm keeps the factor.
+        self.norm = (nn.BatchNorm2d if dims == 2 else nn.BatchNorm1d)(channels, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.norm, {"weight": self.norm.weight * self.scale}, (x,))
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class LeakyReadout(nn.Module):
+    """Potential of a leaky integrator without threshold after the last step: ``sum_t decay**(T-1-t) * y[t]``.
+
+    (T, N, ...) → (N, ...). decay: in [0, 1]; 1 is the plain sum.
+    """
+
+    def __init__(self, decay: float = 0.8) -> None:
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise UserError(f"decay: expected a number in [0, 1], got {decay}")
+        self.decay = decay
+
+    def forward(self, y: Tensor) -> Tensor:
+        steps = torch.arange(len(y) - 1, -1, -1, device=y.device)
+        return torch.tensordot(torch.pow(self.decay, steps).to(y.dtype), y, dims=1)
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}"
+
+
+class SpikingConvNet(nn.Module):
+    """Spiking ConvNet: `depth` blocks of [conv 3x3 → average pooling by 2 → tdBN → LIF], then one linear layer.
+
+    (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes). The image is shown at each of `time_steps`
+    steps; its convolution and norm are computed once. Pooling comes before the neuron, so every layer but the first
+    receives binary spikes. Neurons start at rest in each forward and hold nothing afterwards.
+
+    tau: share of the potential kept a step. v_threshold: firing threshold. surrogate_gradient: see `lif`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        width: int = 32,
+        depth: int = 3,
+        time_steps: int = 4,
+        tau: float = 0.5,
+        v_threshold: float = 1.0,
+        surrogate_gradient: SurrogateName = "rect",
+        image_size: int = 28,
+        mean: PixelStatistic = 0.5,
+        std: PixelStatistic = 0.5,
+    ) -> None:
+        super().__init__()
+        require_positive(
+            in_channels=in_channels, num_classes=num_classes, width=width, depth=depth, time_steps=time_steps
+        )
+        side = pooled_size(image_size, depth)
+        self.time_steps = time_steps
+        self.normalize = Normalize(in_channels, mean, std)
+        self.currents = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(in_channels if i == 0 else width, width, 3, padding=1),
+                nn.AvgPool2d(2),
+                ThresholdBatchNorm(width, v_threshold),
+            )
+            for i in range(depth)
+        )
+        self.neurons = nn.ModuleList(lif(tau, v_threshold, surrogate_gradient) for _ in range(depth))
+        self.head = nn.Linear(width * side**2, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        reset(self)
+        current = repeat_time(self.currents[0](self.normalize(image)), self.time_steps)
+        spikes = self.neurons[0](current)
+        for layer, fire in zip(self.currents[1:], self.neurons[1:], strict=True):
+            spikes = fire(unfold_time(layer(fold_time(spikes)), self.time_steps))
+        # The head is linear: the mean over time of its outputs is its output at the mean firing rate.
+        logits = self.head(spikes.mean(0).flatten(1))
+        reset(self)
+        return logits

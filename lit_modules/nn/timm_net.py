@@ -1,0 +1,43 @@
+"""Any network of the timm collection behind the suite's interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from leanlight.contracts import MissingExtraError, UserError, nearest
+from lit_modules.nn.normalize import Normalize, PixelStatistic
+
+
+class TimmNet(nn.Module):
+    """A timm network by name: (N, in_channels, H, W) in [0, 1] → (N, num_classes) logits.
+
+    options: further arguments of `timm.create_model`, e.g. ``img_size``. pretrained: load timm's weights (downloads
+    them). Raises MissingExtraError without timm, UserError for an unknown name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        pretrained: bool = False,
+        options: dict[str, Any] | None = None,
+        mean: PixelStatistic = 0.5,
+        std: PixelStatistic = 0.5,
+    ) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("timm", "vision") from error
+        if not timm.is_model(name.partition(".")[0]):
+            raise UserError(f"name: timm has no network {name!r}{nearest(name, timm.list_models())}")
+        self.normalize = Normalize(in_channels, mean, std)
+        self.network = timm.create_model(
+            name, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **(options or {})
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(self.normalize(image))

@@ -1,0 +1,113 @@
+"""A run that is killed and resumed ends as if it had never been disturbed: the same weights, the same metrics.csv."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from leanlight.registry import METHODS
+
+COMMON = [
+    "--trainer.max_epochs=3",
+    "--trainer.log_every_n_steps=1",
+    "--exact_resume.every_n_train_steps=3",
+    "--run.wandb=disabled",
+    "--run.id=a",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def launch(folder, *arguments):
+    command = [sys.executable, "-m", "leanlight", "fit", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def finish(process):
+    _, error = process.communicate(timeout=280)
+    assert process.returncode == 0, error.decode()[-3000:]
+
+
+def run_dir(folder):
+    (found,) = folder.glob("runs/*/*/a")
+    return found
+
+
+def rows(folder):
+    found = list(folder.glob("runs/*/*/a/metrics.csv"))
+    return found[0].read_bytes().count(b"\n") if found else 0
+
+
+def kill_when_written(folder, method, count):
+    """Start a run, kill it without warning once metrics.csv has `count` lines and a checkpoint is there."""
+    process = launch(folder, "--config", METHODS[method].smallest, *COMMON)
+    while process.poll() is None:
+        if rows(folder) >= count and list(folder.glob("runs/*/*/a/checkpoints/last.ckpt")):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stderr.close()
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended before line {count}: {process.stderr.read().decode()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Weights and metrics.csv of an undisturbed run, one a method."""
+    done = {}
+
+    def get(method):
+        if method not in done:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            finish(launch(folder, "--config", METHODS[method].smallest, *COMMON))
+            found = run_dir(folder)
+            checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
+            done[method] = checkpoint, (found / "metrics.csv").read_bytes()
+        return done[method]
+
+    return get
+
+
+def check(folder, method, undisturbed, lines):
+    expected, metrics = undisturbed(method)
+    kill_when_written(folder, method, lines)
+    finish(launch(folder, "--resume", run_dir(folder)))
+    found = run_dir(folder)
+    resumed = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == expected["global_step"]
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), f"{name} after a kill at line {lines}"
+    assert (found / "metrics.csv").read_bytes() == metrics, f"metrics.csv after a kill at line {lines}"
+
+
+def test_a_killed_classifier_resumes_exactly(tmp_path, undisturbed):
+    lines = undisturbed("classifier")[1].count(b"\n")
+    check(tmp_path, "classifier", undisturbed, lines // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_method_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, method, moment):
+    lines = undisturbed(method)[1].count(b"\n")
+    check(tmp_path, method, undisturbed, random.Random(f"{method} {moment}").randint(6, lines - 2))
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, undisturbed):
+    expected, metrics = undisturbed("classifier")
+    process = launch(tmp_path, "--config", METHODS["classifier"].smallest, *COMMON)
+    while rows(tmp_path) < 12:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"--resume" in error
+    finish(launch(tmp_path, "--resume", run_dir(tmp_path)))
+    resumed = torch.load(run_dir(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    assert (run_dir(tmp_path) / "metrics.csv").read_bytes() == metrics

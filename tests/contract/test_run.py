@@ -1,0 +1,138 @@
+"""One short run of every method through the real command line, read back from every place it writes to."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from leanlight.registry import METHODS
+from wandb_file import read_wandb
+
+pytestmark = pytest.mark.xdist_group("contract_run")
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def run(request, tmp_path_factory):
+    """A run of a method's smallest config, two steps long, W&B offline."""
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, "-m", "leanlight", "fit", "--config", METHODS[request.param].smallest]
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2"]
+    more = ["--run.wandb=offline", "--run.id=short", "--trainer.log_every_n_steps=1"]
+    done = subprocess.run([*command, *limits, *more], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = folder.glob(f"runs/{request.param}/*/short")
+    return found
+
+
+def test_the_run_folder_holds_what_the_design_names(run):
+    for name in ("config.yaml", "metrics.csv", "summary.json", "checkpoints/last.ckpt", "wandb", "artifacts"):
+        assert (run / name).exists(), name
+
+
+def test_the_summary_says_what_was_run_and_what_came_out(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["seed"] == 0
+    assert any(name.startswith("test/") for name in summary["metrics"])
+    assert any(name.startswith("val/") for name in summary["metrics"])
+    for key in ("config_hash", "code_hash", "machine", "wall_s", "peak_rss_mb", "samples_seen", "date"):
+        assert summary[key], key
+    assert summary["data"]["fingerprint"]
+    paths = {item["path"] for item in summary["artifacts"]}
+    assert "checkpoints/last.ckpt" in paths
+    assert any(path.startswith("artifacts/export/") for path in paths)
+
+
+def test_every_logged_name_is_split_slash_metric(run):
+    with open(run / "metrics.csv", newline="") as file:
+        names = csv.DictReader(file).fieldnames
+    for name in set(names) - {"step", "epoch"}:
+        assert name.split("/")[0] in ("train", "val", "test", "progress"), name
+    assert any(name.startswith("progress/") for name in names)
+
+
+def test_the_saved_config_is_complete_and_runs_again(run, tmp_path):
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert "${" not in (run / "config.yaml").read_text()
+    assert {"model", "data", "trainer", "run", "seed_everything"} <= set(saved)
+    command = [sys.executable, "-m", "leanlight", "fit", "--config", run / "config.yaml", "--print_config"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    again = yaml.safe_load(printed)
+    assert again["model"] == saved["model"]
+    assert again["data"] == saved["data"]
+
+
+def test_the_checkpoint_loads_without_trusting_it_and_rebuilds_the_module(run):
+    from leanlight.cli.export import load_module
+
+    path = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    module = load_module(path)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, saved["state_dict"][name]), name
+
+
+def test_pictures_are_written(run):
+    media = list((run / "artifacts" / "media").rglob("*.png"))
+    assert media
+    from PIL import Image
+
+    for path in media:
+        with Image.open(path) as image:
+            assert min(image.size) >= 50, path
+
+
+def test_the_wandb_file_holds_config_metrics_media_and_artefact(run):
+    record = read_wandb(next((run / "wandb").rglob("*.wandb")))
+    assert record["config"]["model"]["class_path"] == yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"]
+    assert record["config"]["trainer"]["limit_train_batches"] == 2
+    assert any(name.startswith("train/") for name in record["history"])
+    assert any(name.startswith("val/") for name in record["history"])
+    assert any(name.startswith("progress/") for name in record["history"])
+    assert any(value.get("_type") in ("image-file", "images/separated", "table-file") for value in record["media"])
+    assert record["artifacts"]
+    assert record["metrics"]  # which unit of progress each chart runs over
+    assert record["group"] == run.parent.parent.name
+
+
+def test_the_exported_model_loads_in_plain_pytorch(run, tmp_path):
+    code = """
+import sys
+for name in ("leanlight", "lit_modules", "datamodules", "callbacks", "lightning", "pytorch_lightning"):
+    sys.modules[name] = None
+from pathlib import Path
+import torch
+folder = Path(sys.argv[1])
+programs = list(folder.glob("*.pt2"))
+for path in programs:
+    program = torch.export.load(path)
+    example = program.example_inputs[0]
+    out = program.module()(*example)
+    print("LOADED", path.name, tuple(out.shape), bool(torch.isfinite(out).all()))
+from safetensors.torch import load_file
+for path in folder.glob("*.safetensors"):
+    print("WEIGHTS", len(load_file(path)))
+"""
+    command = [sys.executable, "-c", code, str(run / "artifacts" / "export")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "LOADED" in done.stdout or "WEIGHTS" in done.stdout
+    assert "False" not in done.stdout
+
+
+def test_testing_a_finished_run_gives_the_same_figures(run):
+    command = [sys.executable, "-m", "leanlight", "test", "--run", run, "--run.wandb=disabled"]
+    done = subprocess.run(list(map(str, command)), cwd=run.parents[3], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = json.loads((run / "summary.json").read_text())["metrics"]
+    (second_file,) = Path(run).glob("test*/summary.json")
+    second = json.loads(second_file.read_text())["metrics"]
+    same = [name for name in second if name.startswith("test/") and name in first]
+    assert same
+    for name in same:
+        assert second[name] == pytest.approx(first[name], rel=1e-6), name

@@ -1,0 +1,70 @@
+"""`leanlight data`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datamodules import CATALOG, formats
+from leanlight.cli import data
+from leanlight.contracts import UserError
+
+
+def test_list_names_every_set_without_importing_torch() -> None:
+    code = "import sys; from leanlight.cli.data import main; main(['list']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in CATALOG:
+        assert name in done.stdout
+
+
+def test_check_prints_counts_and_fingerprint(capsys: pytest.CaptureFixture[str]) -> None:
+    from datamodules import ImageDataModule
+
+    assert data.main(["check", "fashion_mnist", "--variant", "subset"]) == 0
+    printed = capsys.readouterr().out
+    module = ImageDataModule(variant="subset")
+    module.setup()
+    for expected in ("packaged subset", "2,880 train, 320 val, 800 test", "1x28x28", module.meta.fingerprint):
+        assert expected in printed
+
+
+def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = np.zeros((40, 28, 28), np.uint8), np.arange(40) % 10
+    part = formats.as_part(images, labels, "test", 10)
+    formats.write_npz(tmp_path / "mnist.npz", {"train": part, "test": part})
+    assert data.main(["check", "mnist", "--root", str(tmp_path)]) == 0
+    assert str(tmp_path / "mnist.npz") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["check", "mnits"], "did you mean 'mnist'"),
+        (["check", "cifar10", "--root", "nowhere"], "tried: nowhere/cifar10/cifar10.npz; .*data prepare cifar10"),
+        (["prepare", "celeba", "--root", "nowhere"], "nowhere/celeba/img_align_celeba"),
+    ],
+)
+def test_missing_data_is_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        data.main(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_prepare_decodes_sets_of_picture_files_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    base = tmp_path / "tiny-imagenet-200"
+    (base / "train" / "n01" / "images").mkdir(parents=True)
+    (base / "val" / "images").mkdir(parents=True)
+    Image.effect_noise((64, 64), 80).save(base / "train" / "n01" / "images" / "a.png")
+    Image.effect_noise((64, 64), 80).save(base / "val" / "images" / "b.png")
+    (base / "val" / "val_annotations.txt").write_text("b.png\tn01\n")
+    assert data.main(["prepare", "tiny_imagenet", "--root", str(tmp_path)]) == 0
+    target = tmp_path / "tiny_imagenet" / "tiny_imagenet.npz"
+    assert str(target) in capsys.readouterr().out
+    parts, classes = formats.read_npz(target, 200)
+    assert classes == ("n01",)
+    assert np.array_equal(parts["test"][0][0, 1], np.asarray(Image.open(base / "val" / "images" / "b.png")))

@@ -1,0 +1,88 @@
+"""Stands in for `python -m leanlight fit|export`: writes a run folder in milliseconds.
+
+Options of the fake model: value and slope make test/accuracy = value + 0.01 * slope * seed; fail ends with exit code 1;
+wait sleeps until interrupted, but not when resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fake_resolve import options, resolve
+
+from leanlight.runs import config_hash, machine
+
+
+def main(command: str, words: list[str]) -> int:
+    with open(os.environ["FAKE_LOG"], "a") as log:
+        env = {"threads": os.environ.get("OMP_NUM_THREADS"), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        log.write(json.dumps({"argv": [command, *words], **env}) + "\n")
+    if command == "export":
+        target = Path(words[words.index("--output") + 1])
+        target.mkdir(parents=True)
+        (target / "weights.bin").write_bytes(b"exported")
+        return 0
+    return fit(command, words)
+
+
+def fit(command: str, words: list[str]) -> int:
+    given = options(words)
+    if "resume" in given:
+        run_dir = Path(given["resume"])
+        words = json.loads((run_dir / "words.json").read_text())
+        given = options(words) | {"wait": ""}
+    else:
+        root = Path(given["trainer.default_root_dir"])
+        run_dir = root / given["run.method"] / given["run.dataset"] / given["run.id"]
+        assert not run_dir.exists(), "a fresh run found its folder taken"
+        (run_dir / "checkpoints").mkdir(parents=True)
+        (run_dir / "words.json").write_text(json.dumps(words))
+    seed = int(given.get("seed_everything", 0))
+    summary = {
+        "status": "running",
+        "method": given["run.method"],
+        "dataset": given["run.dataset"],
+        "run_id": run_dir.name,
+        "seed": seed,
+        "config_hash": config_hash(resolve(command, words), json.loads(given.get("run.inputs", "{}"))),
+        "code_hash": os.environ["FAKE_CODE_HASH"],
+        "code_files": ["leanlight/contracts/errors.py"],
+        "commit": "c0ffee" * 6,
+        "dirty": False,
+        "date": "2026-01-02T03:04:05+00:00",
+        "data": {"name": "digits", "source": "scikit-learn", "fingerprint": "f" * 64, "counts": {"train": 1}},
+        "machine": machine(),
+        "wall_s": 2.0,
+        "peak_rss_mb": 100.0,
+        "peak_cuda_mb": None,
+        "samples_seen": 640,
+        "metrics": {},
+    }
+    write(run_dir, summary)
+    (run_dir / "checkpoints" / "last.ckpt").write_text(json.dumps([given.get("value"), seed]))
+    if given.get("fail"):
+        print("loading data\nboom: the reason")
+        write(run_dir, summary | {"status": "failed"})
+        return 1
+    if given.get("wait"):
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            write(run_dir, summary | {"status": "interrupted"})
+            return 130
+    value = float(given.get("value", 0.5)) + 0.01 * seed * float(given.get("slope", 1))
+    write(run_dir, summary | {"status": "finished", "metrics": {"test/accuracy": value, "val/accuracy": value}})
+    return 0
+
+
+def write(run_dir: Path, summary: dict[str, Any]) -> None:
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

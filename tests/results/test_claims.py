@@ -1,0 +1,98 @@
+"""Verdicts against SciPy's t-test and against hand-made cases."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_1samp
+
+from leanlight.results.claims import interval, judge
+from leanlight.results.expression import parse_expression
+from leanlight.results.table_spec import Claim, TableSpec
+
+
+def _spec(scale: str = "small", seeds: tuple[int, ...] = (0, 1, 2)) -> TableSpec:
+    return TableSpec("t", "t", "m", "d", scale, "", "", seeds, "last", {}, ())  # type: ignore[arg-type]
+
+
+def _claim(margin: float = 0.0, scope: str = "reduced", expr: str = "a['m'] - b['m']", min_seeds: int = 3) -> Claim:
+    expression = parse_expression(expr, ["a", "b"], ["m"], "claim")
+    return Claim("c", "text", scope, expression, margin, min_seeds)  # type: ignore[arg-type]
+
+
+def _values(a: dict[int, float], b: dict[int, float]) -> dict[tuple[str, str], dict[int, float]]:
+    return {("a", "m"): a, ("b", "m"): b}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_the_interval_is_that_of_the_t_test(count: int) -> None:
+    draw = random.Random(count)
+    values = [draw.gauss(1.0, 0.3) for _ in range(count)]
+    expected = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert interval(values) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_three_seeds_give_the_interval_computed_by_hand() -> None:
+    # mean 2, s = 1, t(0.975, 2) = 4.302653: 2 ± 4.302653 / sqrt(3)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"), [(0.1, "reproduced"), (0.21, "inconclusive"), (0.3, "not_reproduced"), (-1.0, "reproduced")]
+)
+def test_the_verdict_follows_the_interval(margin: float, verdict: str) -> None:
+    values = _values({0: 0.8, 1: 0.82, 2: 0.84}, {0: 0.6, 1: 0.61, 2: 0.62})  # differences 0.20, 0.21, 0.22
+    judged = judge(_claim(margin), _spec(), values)
+    assert judged["verdict"] == verdict
+    assert judged["evidence"]["mean"] == pytest.approx(0.21)
+    assert judged["evidence"]["interval"] == pytest.approx([0.21 - 0.024841, 0.21 + 0.024841], abs=1e-6)
+
+
+def test_pairing_removes_what_seeds_share() -> None:
+    shared = {0: 0.1, 1: 0.5, 2: 0.9}
+    judged = judge(_claim(0.009), _spec(), _values({s: v + 0.01 for s, v in shared.items()}, shared))
+    assert judged["verdict"] == "reproduced"
+
+
+def test_equal_differences_give_a_point_not_an_error() -> None:
+    values = _values({0: 2.0, 1: 3.0, 2: 4.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert judge(_claim(0.5), _spec(), values)["verdict"] == "reproduced"
+    assert judge(_claim(1.0), _spec(), values)["verdict"] == "not_reproduced"
+    assert judge(_claim(0.5), _spec(), values)["evidence"]["interval"] == [1.0, 1.0]
+
+
+def test_only_seeds_that_both_rows_have_count() -> None:
+    judged = judge(_claim(), _spec(seeds=(0, 1, 2, 3)), _values({0: 1, 1: 1, 2: 1, 3: 1}, {1: 0, 2: 0}))
+    assert judged["verdict"] == "not_tested"
+    assert judged["evidence"]["by_seed"] == {"1": 1.0, "2": 1.0}
+    assert "2 of at least 3 seeds" in judged["evidence"]["why"]
+    assert "seed 0: no b/m" in judged["evidence"]["why"]
+
+
+def test_a_claim_of_the_paper_is_not_tested_at_reduced_scale() -> None:
+    values = _values({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.0, 1: 0.0, 2: 0.0})
+    small = judge(_claim(scope="paper"), _spec("small"), values)
+    assert (small["verdict"], small["counts_for_paper"]) == ("not_tested", False)
+    paper = judge(_claim(scope="paper"), _spec("paper"), values)
+    assert (paper["verdict"], paper["counts_for_paper"]) == ("reproduced", True)
+
+
+def test_a_reduced_claim_never_counts_for_the_paper() -> None:
+    values = _values({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.0, 1: 0.0, 2: 0.0})
+    for scale in ("small", "paper"):
+        assert judge(_claim(), _spec(scale), values)["counts_for_paper"] is False
+
+
+@pytest.mark.parametrize("expr", ["a['m'] / b['m']", "log(b['m']) + a['m']"])
+def test_a_seed_without_a_value_is_named_and_left_out(expr: str) -> None:
+    judged = judge(_claim(expr=expr, min_seeds=2), _spec(), _values({0: 1, 1: 2, 2: 4}, {0: 0, 1: 1, 2: 1}))
+    assert list(judged["evidence"]["by_seed"]) == ["1", "2"]
+    assert "seed 0:" in judged["evidence"]["why"]
+
+
+def test_no_values_at_all_is_not_tested() -> None:
+    judged: dict[str, Any] = judge(_claim(), _spec(), {})
+    assert judged["verdict"] == "not_tested"
+    assert "interval" not in judged["evidence"]

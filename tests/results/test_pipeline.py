@@ -1,0 +1,202 @@
+"""`leanlight run` on stand-in stages: order, references, identity by content, reuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanlight.cli.reproduce import main as reproduce
+from leanlight.cli.run import main
+from leanlight.contracts import UserError
+from leanlight.results.pipeline_spec import load_pipeline
+
+TEACHER = "${stages.teacher.artifacts.checkpoint}"
+
+
+def _pipeline(suite: Any, **student: Any) -> Path:
+    stages = [
+        {"name": "teacher", "config": str(suite.folder / "a.yaml"), "overrides": {"value": 0.9}},
+        {
+            "name": "student",
+            "config": str(suite.folder / "b.yaml"),
+            "overrides": {"teacher": TEACHER, "floor": "${stages.teacher.metrics.test/accuracy}"},
+            **student,
+        },
+    ]
+    return suite.write("chain.yaml", {"method": "classifier", "dataset": "digits", "stages": stages})
+
+
+def _stage_dirs() -> dict[str, list[str]]:
+    names = sorted(path.name for path in Path("runs/classifier/digits").iterdir())
+    return {stage: [name for name in names if f"-{stage}-" in name] for stage in ("teacher", "student")}
+
+
+def _option(argv: list[str], key: str) -> str:
+    return next(word.partition("=")[2] for word in argv if word.startswith(f"--{key}="))
+
+
+def test_a_stage_gets_the_outputs_of_an_earlier_one(suite: Any) -> None:
+    assert main([str(_pipeline(suite))]) == 0
+    teacher, student = (command["argv"] for command in suite.commands())
+    checkpoint = _option(student, "teacher")
+    assert Path(checkpoint).is_file()
+    teacher_id = teacher[teacher.index("--run.id") + 1]
+    assert checkpoint == f"runs/classifier/digits/{teacher_id}/checkpoints/last.ckpt"
+    assert teacher_id.startswith("chain-teacher-")
+    assert float(_option(student, "floor")) == 0.9
+    assert json.loads(_option(student, "run.inputs")) == {"teacher.artifacts.checkpoint": checkpoint}
+    summary = json.loads(Path("runs/pipelines/chain/summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert [stage["name"] for stage in summary["stages"]] == ["teacher", "student"]
+    assert all((Path("runs") / stage["run_dir"] / "summary.json").is_file() for stage in summary["stages"])
+
+
+def test_finished_stages_are_reused(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(_pipeline(suite))
+    main([path])
+    assert main([path]) == 0
+    assert len(suite.commands()) == 2
+    assert "[1/2] teacher: reuse (finished)" in capsys.readouterr().out
+
+
+def test_from_repeats_a_stage_and_those_after_it(suite: Any) -> None:
+    path = str(_pipeline(suite))
+    main([path])
+    assert main([path, "--from", "student"]) == 0
+    assert [command["argv"][2] for command in suite.commands()[2:]] == [str(suite.folder / "b.yaml")]
+    assert main([path, "--fresh"]) == 0
+    assert len(suite.commands()) == 5
+
+
+def test_identity_follows_the_content_of_inputs_not_their_place(suite: Any, rewrite: Callable[..., None]) -> None:
+    path = str(_pipeline(suite))
+    main([path])
+    (teacher,) = _stage_dirs()["teacher"]
+    Path("runs").rename("moved")
+    main([path, "--runs-root", "moved"])
+    assert len(suite.commands()) == 2  # elsewhere, but the same bytes
+    Path("moved/classifier/digits", teacher, "checkpoints/last.ckpt").write_bytes(b"other weights")
+    main([path, "--runs-root", "moved"])
+    assert len(suite.commands()) == 3
+    Path("moved").rename("runs")
+    assert len(_stage_dirs()["student"]) == 2
+
+
+def test_set_changes_one_key_of_one_stage(suite: Any) -> None:
+    path = str(_pipeline(suite))
+    main([path])
+    assert main([path, "--set", "student.lr=0.5"]) == 0
+    assert len(suite.commands()) == 3
+    assert _option(suite.commands()[-1]["argv"], "lr") == "0.5"
+
+
+def test_seed_reaches_every_stage_that_names_none(suite: Any) -> None:
+    path = str(_pipeline(suite, overrides={"seed_everything": 7}))
+    assert main([path, "--seed", "3"]) == 0
+    assert [_option(command["argv"], "seed_everything") for command in suite.commands()] == ["3", "7"]
+
+
+def test_a_failed_stage_stops_the_pipeline_and_the_next_call_goes_on(suite: Any) -> None:
+    path = str(_pipeline(suite, overrides={"fail": True}))
+    assert main([path]) == 1
+    assert json.loads(Path("runs/pipelines/chain/summary.json").read_text())["status"] == "failed"
+    assert main([str(_pipeline(suite))]) == 0
+    assert sum("a.yaml" in str(command["argv"]) for command in suite.commands()) == 1
+
+
+def test_an_export_stage_leaves_an_ordinary_run_folder(suite: Any) -> None:
+    stages = [
+        {"name": "train", "config": str(suite.folder / "a.yaml")},
+        {"name": "pack", "command": "export", "inputs": {"source": "${stages.train.run_dir}"}},
+        {
+            "name": "use",
+            "config": str(suite.folder / "b.yaml"),
+            "overrides": {"from": "${stages.pack.artifacts.export}"},
+        },
+    ]
+    path = suite.write("pack.yaml", {"method": "classifier", "dataset": "digits", "stages": stages})
+    assert main([str(path)]) == 0
+    (packed,) = Path("runs/classifier/digits").glob("pack-pack-*")
+    summary = json.loads((packed / "summary.json").read_text())
+    assert [artifact["path"] for artifact in summary["artifacts"]] == ["artifacts/export/weights.bin"]
+    inputs = json.loads(_option(suite.commands()[-1]["argv"], "run.inputs"))
+    assert list(inputs) == ["pack.artifacts.export/weights.bin"]
+    assert main([str(path)]) == 0
+    assert len(suite.commands()) == 3
+
+
+def test_a_missing_output_is_named(suite: Any) -> None:
+    path = _pipeline(suite, overrides={"bank": "${stages.teacher.artifacts.bank.safetensors}"})
+    with pytest.raises(UserError, match=r"stage teacher left nothing at .*artifacts/bank.safetensors"):
+        main([str(path)])
+
+
+def test_a_missing_metric_is_named(suite: Any) -> None:
+    path = _pipeline(suite, overrides={"x": "${stages.teacher.metrics.test/acuracy}"})
+    with pytest.raises(UserError, match=r"measured no 'test/acuracy' \(did you mean 'test/accuracy'\?\)"):
+        main([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": {"t": "${stages.techer.run_dir}"}}, "no stage 'techer' (did you mean 'teacher'?)"),
+        ({"overrides": {"t": "${stages.student.run_dir}"}}, "stage 'student' does not come before 'student'"),
+        ({"overrides": {"t": ["${stages.teacher.weights}"]}}, "expected ${stages.STAGE.run_dir}"),
+        ({"inputs": {"t": "${stages.teacher.artifacts.../../secret}"}}, "expected ${stages.STAGE.run_dir}"),
+        ({"overrides": {"run.id": "x"}}, "overrides: run.id is set by the pipeline itself"),
+        ({"command": "export"}, "export takes one input and nothing else"),
+        ({"command": "train"}, "command must be one of fit, validate, test, predict, export, got 'train'"),
+        ({"name": "teacher"}, "name 'teacher' stands twice"),
+        ({"inputs": {"t": 3}}, "inputs must map names to paths"),
+        ({"config": "classifier/no_such"}, "config 'classifier/no_such'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line_and_nothing_runs(suite: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        main([str(_pipeline(suite, **changes))])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert suite.commands() == []
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from", "techer"], "--from: no stage 'techer' (did you mean 'teacher'?)"),
+        (["--set", "lr=1"], "--set: lr: no stage 'lr'"),
+        (["--set", "student"], "--set: expected stage.key=value, got 'student'"),
+        (["--set", "student=1"], "--set: student: names no key of stage 'student'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        main([str(_pipeline(suite)), *options])
+
+
+def test_references_to_other_things_are_left_to_the_config(suite: Any) -> None:
+    spec = load_pipeline(str(_pipeline(suite, overrides={"dim": "${data.init_args.dim}"})))
+    assert spec.stages[1].overrides == {"dim": "${data.init_args.dim}"}
+
+
+def test_a_table_row_can_be_a_stage_of_a_pipeline(suite: Any) -> None:
+    rows = [
+        {"name": "good", "pipeline": str(_pipeline(suite)), "stage": "student", "overrides": {"student.value": 0.8}},
+        {"name": "bad", "config": str(suite.folder / "b.yaml"), "overrides": {"value": 0.6}},
+    ]
+    table = str(suite.table(rows=rows, seeds=[0, 1]))
+    assert reproduce([table]) == 0
+    document = json.loads(Path("docs/results/classifier/two.json").read_text())
+    good = document["rows"][0]
+    assert good["metrics"]["test/accuracy"]["by_seed"] == pytest.approx({"0": 0.8, "1": 0.81})
+    assert good["wall_s"] == 4.0  # both stages
+    assert set(good["runs"][0]["stages"]) == {"teacher", "student"}
+    done = len(suite.commands())
+    assert reproduce([table]) == 0
+    assert len(suite.commands()) == done

@@ -1,0 +1,284 @@
+"""`leanlight report`: one safe, self-contained page; Markdown; README tables."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from leanlight.cli.report import main
+from leanlight.cli.reproduce import main as reproduce
+from leanlight.contracts import UserError
+from leanlight.results import pictures
+from leanlight.results.format import paper_delta, show_measured, show_seconds
+from leanlight.results.markdown import BEGIN, END
+from leanlight.results.pictures import load_picture
+
+EVIL = (
+    "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\" onload='x' $x^2$ | [a](javascript:1)"
+)
+RESULTS = Path("docs/results/classifier")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _evil_table(suite: Any) -> Path:
+    content = yaml.safe_load(suite.table().read_text())
+    for row in content["rows"]:
+        row |= {"label": EVIL, "setting": {"width": EVIL}}
+    figure = {"value": 91.2, "setting": {"width": 128}, "source": EVIL}
+    content["rows"][0]["paper"] = {"test/accuracy": figure}
+    content["metrics"]["test/accuracy"] |= {"label": EVIL, "unit": "<b>"}
+    content["claims"][0]["text"] = EVIL
+    return suite.table(**{**content, "title": EVIL, "note": EVIL})
+
+
+def _add_media(row: str, size: tuple[int, int] = (60, 40)) -> Path:
+    (run_dir,) = Path("runs/classifier/digits").glob(f"two-{row}-s0-*")
+    folder = run_dir / "artifacts" / "media" / "test"
+    folder.mkdir(parents=True)
+    Image.new("RGB", size, "teal").save(folder / "confusion.png")
+    return folder
+
+
+def test_hostile_text_stays_text(suite: Any) -> None:
+    assert reproduce([str(_evil_table(suite))]) == 0
+    assert main(["--all", "--output", "out"]) == 0
+    page = Page(Path("out/index.html").read_text())
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert EVIL in page.text
+    markdown = (RESULTS / "two.md").read_text()
+    assert "<script>" not in markdown
+    assert "<img" not in markdown
+    assert "](javascript" not in markdown.replace("\\]", "")
+
+
+def test_the_page_loads_nothing_from_elsewhere(suite: Any) -> None:
+    reproduce([str(_evil_table(suite))])
+    _add_media("good")
+    main(["--all", "--output", "out"])
+    assert list(Path("out").iterdir()) == [Path("out/index.html")]
+    text = Path("out/index.html").read_text()
+    page = Page(text)
+    loads = [a[key] for _, a in page.tags for key in ("src", "srcset", "href", "data", "action", "poster") if key in a]
+    assert any(str(load).startswith("data:image/webp;base64,") for load in loads)
+    assert all(str(load).startswith(("data:image/", "#")) for load in loads)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
+    style = re.findall(r"<style>(.*?)</style>", text, re.S)
+    assert len(style) == 1
+    assert "url(" not in style[0]
+    assert "@import" not in style[0]
+    policy = next(a for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
+    assert "default-src 'none'" in str(policy["content"])
+
+
+def test_figures_verdicts_and_provenance_are_on_the_page(suite: Any) -> None:
+    suite.reproduced()
+    main(["--all", "--output", "out"])
+    text = " ".join(Page(Path("out/index.html").read_text()).text.split())
+    for expected in (
+        "82.0 ± 2.0",
+        "61.0 ± 1.0",
+        "reproduced",
+        "good beats bad",
+        "lies above 0.1",
+        "c0ffeec0ffee",
+        "2026-01-02",
+        "leanlight reproduce two.yaml",
+        "scikit-learn",
+        "Reduced scale: nothing here confirms or refutes a figure of a paper.",
+        "--value=0.6",
+    ):
+        assert expected in text
+    markdown = (RESULTS / "two.md").read_text()
+    assert "| good | 82.0 ± 2.0 |" in markdown
+    assert "| good beats bad | reduced | **reproduced** |" in markdown
+    with Image.open(RESULTS / "two.png") as figure:
+        assert min(figure.size) > 100
+    assert (RESULTS / "two.png").stat().st_size < 200_000
+
+
+def test_the_same_results_give_the_same_files(suite: Any) -> None:
+    suite.reproduced()
+    main(["--all", "--output", "out"])
+    files = [RESULTS / "two.md", RESULTS / "two.png", Path("out/index.html")]
+    before = [path.read_bytes() for path in files]
+    main(["--all", "--output", "out"])
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_incomplete_stale_and_dirty_are_said(suite: Any, rewrite: Any) -> None:
+    suite.reproduced()
+    (good,) = Path("runs/classifier/digits").glob("two-good-s1-*")
+    rewrite(good, code_hash="older", dirty=True)
+    (bad,) = Path("runs/classifier/digits").glob("two-bad-s1-*")
+    rewrite(bad, status="diverged")
+    reproduce(["two.yaml"])
+    main(["--all", "--output", "out"])
+    text = Page(Path("out/index.html").read_text()).text
+    for expected in ("Incomplete", "Stale", "uncommitted changes", "bad, seed 1: diverged"):
+        assert expected in text
+
+
+def test_learning_curves_and_pictures_of_run_folders_are_shown(suite: Any) -> None:
+    suite.reproduced()
+    main(["--all", "--output", "out"])
+    without = Path("out/index.html").read_text()
+    assert "on validation data" not in without
+    folder = _add_media("good", (3000, 500))
+    run_dir = folder.parents[2]
+    (run_dir / "metrics.csv").write_text("step,progress/step,val/accuracy\n1,1,0.1\n2,2,\n3,3,0.5\n4,4,nan\n5,5,0.7\n")
+    main(["--all", "--output", "out"])
+    page = Page(Path("out/index.html").read_text())
+    images = [a for tag, a in page.tags if tag == "img"]
+    assert "Accuracy (%) on validation data" in [a["alt"] for a in images]
+    (picture,) = [a for a in images if a["alt"] == "confusion (test)"]
+    with Image.open(io.BytesIO(base64.b64decode(str(picture["src"]).partition(",")[2]))) as decoded:
+        assert decoded.size == (pictures.MAX_SIDE, 167) == (int(str(picture["width"])), int(str(picture["height"])))
+
+
+def test_a_run_outside_the_runs_root_is_never_read(suite: Any) -> None:
+    suite.reproduced()
+    secret = suite.folder.parent / "secret" / "artifacts" / "media" / "test"
+    secret.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9)).save(secret / "private.png")
+    path = RESULTS / "two.json"
+    document = json.loads(path.read_text())
+    document["rows"][0]["runs"][0]["run"] = "../../secret"
+    path.write_text(json.dumps(document))
+    main([str(path), "--output", "out"])
+    assert "private" not in Path("out/index.html").read_text()
+
+
+def test_pictures_that_are_too_large_or_none_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = tmp_path / "good.png"
+    Image.new("L", (20, 10), 7).save(good)
+    assert load_picture(good, "c") is not None
+    fake = tmp_path / "fake.png"
+    fake.write_text("<svg onload='alert(1)'/>")
+    assert load_picture(fake, "c") is None
+    half = tmp_path / "half.png"
+    half.write_bytes(good.read_bytes()[:40])
+    assert load_picture(half, "c") is None
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 100)
+    assert load_picture(good, "c") is None
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 10)
+    assert load_picture(good, "c") is None
+
+
+def test_nothing_but_pixels_of_a_picture_reaches_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "noted.png"
+    from PIL.PngImagePlugin import PngInfo
+
+    note = PngInfo()
+    note.add_text("Comment", "from a private machine")
+    Image.new("RGB", (8, 8), "red").save(path, pnginfo=note)
+    picture = load_picture(path, "c")
+    assert picture is not None
+    assert b"private" not in base64.b64decode(picture.uri.partition(",")[2])
+
+
+def test_an_animation_stays_one(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=50)
+    picture = load_picture(tmp_path / "a.gif", "c")
+    assert picture is not None
+    with Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))) as decoded:
+        assert getattr(decoded, "n_frames", 1) == 3
+
+
+def test_a_difference_to_the_paper_is_shown_only_where_settings_match() -> None:
+    metric = {"scale": 100, "unit": "%", "digits": 1, "label": "A", "higher_is_better": True}
+    row = {
+        "setting": {"ipc": 1, "epochs": 200},
+        "metrics": {"a": {"mean": 0.9, "std": 0.01, "n": 3}},
+        "paper": {"a": {"value": 91.2, "setting": {"ipc": 1, "epochs": 200}, "source": "Table 1"}},
+    }
+    assert paper_delta(row, "a", metric) == pytest.approx(-1.2)
+    assert paper_delta({**row, "setting": {"ipc": 1, "epochs": 5}}, "a", metric) is None
+    assert paper_delta({**row, "setting": {"ipc": 1}}, "a", metric) is None
+    assert paper_delta({**row, "metrics": {}}, "a", metric) is None
+    bare = {"value": 91.2, "setting": {}, "source": "Table 1"}
+    assert paper_delta({**row, "setting": {}, "paper": {"a": bare}}, "a", metric) is None
+
+
+def test_numbers_read_as_expected() -> None:
+    metric = {"scale": 100, "unit": "%", "digits": 1}
+    assert show_measured({"mean": 0.9123, "std": 0.004, "n": 3}, metric) == "91.2 ± 0.4 %"
+    assert show_measured({"mean": 0.9123, "std": None, "n": 1}, metric) == "91.2 %"
+    assert show_measured(None, metric) == "\N{EN DASH}"
+    assert [show_seconds(s) for s in (None, 3.21, 42, 210, 9000)] == [
+        "\N{EN DASH}",
+        "3.2 s",
+        "42 s",
+        "3.5 min",
+        "2.5 h",
+    ]
+
+
+def test_readme_tables_are_rewritten_between_their_markers(suite: Any) -> None:
+    suite.reproduced()
+    own = Path("lit_modules/classifier/README.md")
+    own.parent.mkdir(parents=True)
+    for path in (Path("README.md"), own):
+        path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main(["--all", "--readme", "--output", "out"]) == 0
+    readme, method = Path("README.md").read_text(), own.read_text()
+    for text in (readme, method):
+        assert text.startswith(f"before\n{BEGIN}\n")
+        assert text.endswith(f"\n{END}\nafter\n")
+        assert "old" not in text
+    assert "[Two rows](docs/results/classifier/two.md) | reduced | Accuracy: good 82.0 ± 2.0 %" in readme
+    assert "best of the others: bad 61.0 ± 1.0 % | 1 reproduced |" in readme
+    assert "| good | 82.0 ± 2.0 |" in method
+    before = readme
+    main(["--all", "--readme", "--output", "out"])
+    assert Path("README.md").read_text() == before
+
+
+def test_a_readme_without_markers_is_named_and_none_is_written(suite: Any) -> None:
+    suite.reproduced()
+    Path("README.md").write_text(f"{BEGIN}\nold\n{END}\n")
+    with pytest.raises(UserError, match=r"--readme: no file lit_modules/classifier/README.md"):
+        main(["--all", "--readme", "--output", "out"])
+    assert "old" in Path("README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected either result files or --all"),
+        (["x.json", "--all"], "expected either result files or --all"),
+        (["--all"], "no results in docs/results; `leanlight reproduce TABLE` writes them"),
+        (["x.json"], "x.json: no such file"),
+        (["other.json"], "other.json: not a result table"),
+    ],
+)
+def test_a_wrong_input_is_one_line(suite: Any, arguments: list[str], message: str) -> None:
+    Path("other.json").write_text("[1]")
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(arguments)

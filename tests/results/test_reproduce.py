@@ -1,0 +1,291 @@
+"""`leanlight reproduce` on stand-in runs: what is reused, resumed, repeated, merged and published."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from leanlight.cli.reproduce import main
+from leanlight.contracts import UserError
+from leanlight.results.launch import Job, run_jobs
+
+RESULT = Path("docs/results/classifier/two.json")
+Rewrite = Callable[..., None]
+
+
+def _run_dir(row: str, seed: int) -> Path:
+    (found,) = Path("runs/classifier/digits").glob(f"two-{row}-s{seed}-*")
+    return found
+
+
+def _document() -> dict[str, Any]:
+    return json.loads(RESULT.read_text())
+
+
+def _row(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in document["rows"] if row["name"] == name)
+
+
+def test_a_table_runs_every_cell_and_publishes_means_and_verdicts(suite: Any) -> None:
+    assert main([str(suite.table()), "--jobs", "2"]) == 0
+    assert len(suite.commands()) == 6
+    document = _document()
+    measured = _row(document, "good")["metrics"]["test/accuracy"]
+    values = [0.8, 0.82, 0.84]
+    assert list(measured["by_seed"].values()) == pytest.approx(values)
+    assert measured["mean"] == pytest.approx(statistics.mean(values))
+    assert measured["std"] == pytest.approx(statistics.stdev(values))
+    assert measured["n"] == 3
+    assert document["claims"][0]["verdict"] == "reproduced"
+    assert document["complete"]
+    assert not document["stale"]
+    assert "test/energy_pj" not in _row(document, "good")["metrics"]  # optional and absent
+
+
+def test_what_is_published_names_neither_host_nor_user_nor_folder(suite: Any) -> None:
+    suite.reproduced()
+    document = _document()
+    assert set(document["machine"]) >= {"cpu", "cores", "ram_gib", "python", "torch"}
+    runs = [run for row in document["rows"] for run in row["runs"]]
+    assert all(run["run"].startswith("classifier/digits/two-") and "machine" not in run for run in runs)
+    text = json.dumps([document["machine"], runs, document["table"], document["command"]])
+    assert os.uname().nodename not in text
+    assert str(suite.folder) not in text
+
+
+def test_a_second_time_runs_nothing_and_changes_nothing(suite: Any) -> None:
+    suite.reproduced()
+    before = RESULT.read_bytes()
+    assert main([str(suite.table())]) == 0
+    assert len(suite.commands()) == 6
+    assert RESULT.read_bytes() == before
+
+
+def test_a_changed_override_runs_that_row_again_and_only_that(suite: Any) -> None:
+    suite.reproduced()
+    content = yaml.safe_load(suite.table().read_text())
+    content["rows"][0]["overrides"]["value"] = 0.9
+    suite.table(rows=content["rows"])
+    assert main(["two.yaml"]) == 0
+    assert len(suite.commands()) == 6 + 3
+    assert _row(_document(), "good")["metrics"]["test/accuracy"]["mean"] == pytest.approx(0.92)
+    assert _row(_document(), "bad")["metrics"]["test/accuracy"]["mean"] == pytest.approx(0.61)
+
+
+def test_changed_code_shows_as_stale_and_is_rerun_only_when_asked(
+    suite: Any, rewrite: Rewrite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite.reproduced()
+    rewrite(_run_dir("good", 1), code_hash="of an older version")
+    assert main(["two.yaml"]) == 0
+    assert len(suite.commands()) == 6
+    assert "good s1: stale" in capsys.readouterr().out
+    document = _document()
+    assert document["stale"]
+    assert [run["stale"] for run in _row(document, "good")["runs"]] == [False, True, False]
+    assert document["claims"][0]["evidence"]["stale"]
+    assert main(["two.yaml", "--rerun-stale"]) == 0
+    assert len(suite.commands()) == 7
+    assert not _document()["stale"]
+
+
+def test_an_interrupted_run_with_a_checkpoint_goes_on(suite: Any, rewrite: Rewrite) -> None:
+    suite.reproduced()
+    run_dir = _run_dir("bad", 0)
+    for status in ("interrupted", "running", "failed"):
+        rewrite(run_dir, status=status)
+        assert main(["two.yaml"]) == 0
+        assert suite.commands()[-1]["argv"] == ["fit", "--resume", str(run_dir)]
+    assert len(suite.commands()) == 9
+
+
+def test_an_interrupted_run_without_a_checkpoint_starts_anew(suite: Any, rewrite: Rewrite) -> None:
+    suite.reproduced()
+    run_dir = _run_dir("bad", 0)
+    rewrite(run_dir, status="interrupted")
+    (run_dir / "checkpoints" / "last.ckpt").unlink()
+    assert main(["two.yaml"]) == 0
+    assert "--resume" not in suite.commands()[-1]["argv"]
+
+
+def test_half_a_run_of_older_code_is_not_gone_on_with(suite: Any, rewrite: Rewrite) -> None:
+    suite.reproduced()
+    rewrite(_run_dir("bad", 0), status="interrupted", code_hash="of an older version")
+    assert main(["two.yaml"]) == 0
+    assert "--resume" not in suite.commands()[-1]["argv"]
+
+
+def test_a_diverged_run_is_reported_and_not_repeated(
+    suite: Any, rewrite: Rewrite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite.reproduced()
+    rewrite(_run_dir("bad", 0), status="diverged", error="loss is nan at step 7")
+    assert main(["two.yaml"]) == 1
+    assert len(suite.commands()) == 6
+    assert "loss is nan at step 7" in capsys.readouterr().out
+    assert _row(_document(), "bad")["failed"] == {"0": "diverged"}
+    assert _document()["claims"][0]["verdict"] == "not_tested"
+
+
+def test_a_failing_cell_is_told_with_its_log_and_the_others_go_on(
+    suite: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = yaml.safe_load(suite.table().read_text())["rows"]
+    rows[0]["overrides"]["fail"] = True
+    suite.table(rows=rows)
+    assert main(["two.yaml"]) == 1
+    shown = capsys.readouterr().out
+    assert "boom: the reason" in shown
+    assert "3 FAILED: good s0, good s1, good s2" in shown
+    document = _document()
+    assert not document["complete"]
+    assert _row(document, "good")["metrics"] == {}
+    assert _row(document, "bad")["metrics"]["test/accuracy"]["n"] == 3
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_missing_or_infinite_metric_is_a_failure_not_a_figure(
+    suite: Any, rewrite: Rewrite, value: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite.reproduced()
+    rewrite(_run_dir("good", 2), metrics={"val/accuracy": 1.0} if value is None else {"test/accuracy": value})
+    assert main(["two.yaml"]) == 1
+    assert "test/accuracy" in capsys.readouterr().out
+    assert _row(_document(), "good")["metrics"]["test/accuracy"]["n"] == 2
+
+
+def test_one_cell_is_repeated_and_merged_into_what_is_published(suite: Any) -> None:
+    suite.reproduced()
+    before = _document()
+    assert main(["two.yaml", "--only", "good", "--seed", "1", "--fresh"]) == 0
+    assert len(suite.commands()) == 7
+    assert "--seed_everything=1" in suite.commands()[-1]["argv"]
+    assert _document() == before
+
+
+def test_cells_whose_folders_are_gone_stay_published_unless_asked_for(suite: Any, rewrite: Rewrite) -> None:
+    suite.reproduced()
+    before = _document()
+    Path("runs").rename("elsewhere")
+    assert main(["two.yaml", "--only", "bad", "--seed", "0"]) == 0
+    assert len(suite.commands()) == 7
+    assert _document() == before
+    content = yaml.safe_load(Path("two.yaml").read_text())
+    content["rows"][0]["overrides"]["value"] = 0.1  # the published figures of `good` are of another configuration now
+    suite.table(rows=content["rows"])
+    assert main(["two.yaml", "--only", "bad", "--seed", "0"]) == 0
+    assert _row(_document(), "good")["runs"] == []
+    assert _row(_document(), "bad")["seeds"] == [0, 1, 2]
+
+
+def test_a_dry_run_starts_and_writes_nothing(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(suite.table()), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("not run yet") == 6
+    assert suite.commands() == []
+    assert not RESULT.exists()
+    assert not Path("runs").exists()
+
+
+def test_jobs_share_cores_and_devices(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanlight.results.launch.usable_cores", lambda: 8)
+    main([str(suite.table()), "--devices", "3,5"])
+    commands = suite.commands()
+    assert {command["threads"] for command in commands} == {"4"}
+    assert {command["gpu"] for command in commands} == {"3", "5"}
+
+
+def test_a_run_another_process_works_on_is_left_alone(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    suite.reproduced()
+    run_dir = _run_dir("bad", 0)
+    with open(Path("runs/.locks") / run_dir.name) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["two.yaml", "--only", "bad", "--seed", "0", "--fresh"]) == 1
+    assert len(suite.commands()) == 6
+    assert "another process works in this run folder" in capsys.readouterr().out
+    assert (run_dir / "summary.json").is_file()
+
+
+def test_ctrl_c_interrupts_the_children_and_the_same_command_goes_on(suite: Any) -> None:
+    rows = yaml.safe_load(suite.table().read_text())["rows"]
+    rows[0]["overrides"]["wait"] = True
+    suite.table(rows=rows)
+
+    def interrupt(job: Job) -> None:
+        deadline = time.monotonic() + 20
+        while not list(Path("runs").glob("classifier/digits/two-good-*/checkpoints/last.ckpt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanlight.results.display.CellProgress.started", lambda self, job: interrupt(job))
+        with pytest.raises(KeyboardInterrupt):
+            main(["two.yaml", "--only", "good", "--seed", "0"])
+    (run_dir,) = Path("runs/classifier/digits").glob("two-good-s0-*")
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    assert not RESULT.exists()
+    assert main(["two.yaml", "--only", "good", "--seed", "0"]) == 0
+    assert suite.commands()[-1]["argv"][:2] == ["fit", "--resume"]
+    assert _row(_document(), "good")["seeds"] == [0]
+
+
+def test_a_child_that_ignores_the_interrupt_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanlight.results.launch.GRACE_S", 0.3)
+    ready = tmp_path / "ready"
+    code = f"import signal, time; signal.signal(2, signal.SIG_IGN)\nopen({str(ready)!r}, 'w'); time.sleep(60)"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(job: Job) -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    class Watched(Job):
+        def start(self, env: Any) -> Any:
+            process = super().start(env)
+            started.append(process)
+            return process
+
+    job = Watched("k", "id", tmp_path, tmp_path / "log", lambda: [sys.executable, "-c", code])
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job], 1, started=interrupt)
+    assert started[0].poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "god"], "--only: no row 'god' (did you mean 'good'?)"),
+        (["--seed", "7"], "--seed: 7 is not one of this table's seeds"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--output", "x.txt"], "--output: expected a .json file"),
+        (["--rerun-stal"], "--rerun-stal: not an option of `leanlight reproduce` (did you mean '--rerun-stale'?)"),
+        (["--seed", "x"], "argument --seed: invalid int value"),
+    ],
+)
+def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        main([str(suite.table()), *options])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_result_file_is_found_before_anything_runs(suite: Any) -> None:
+    RESULT.parent.mkdir(parents=True)
+    RESULT.write_text("{ half")
+    with pytest.raises(UserError, match=r"two.json: not valid JSON"):
+        main([str(suite.table())])
+    assert suite.commands() == []

@@ -1,0 +1,127 @@
+"""A table's YAML: what it means and how each mistake is told."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from leanlight.contracts import UserError
+from leanlight.registry import METHODS
+from leanlight.results.expression import parse_expression
+from leanlight.results.table_spec import load_table
+
+
+def test_a_table_reads_as_written(suite: Any) -> None:
+    spec = load_table(str(suite.table()))
+    assert [row.name for row in spec.rows] == ["good", "bad"]
+    assert spec.seeds == (0, 1, 2)
+    assert spec.checkpoint == "last"
+    assert spec.metrics["test/accuracy"].scale == 100
+    assert spec.metrics["test/energy_pj"].optional
+    assert spec.rows[0].method == "classifier"
+    assert spec.claims[0].min_seeds == 3
+    assert spec.claims[0].expr.references == (("good", "test/accuracy"), ("bad", "test/accuracy"))
+
+
+@pytest.mark.parametrize("name", [table for info in METHODS.values() for table in info.tables])
+def test_every_table_of_the_suite_loads(name: str) -> None:
+    spec = load_table(name)
+    assert len(spec.seeds) >= 3
+    assert spec.name == name
+
+
+def _set(path: str, value: Any) -> Any:
+    def change(content: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        place: Any = content
+        for key in parents:
+            place = place[int(key) if key.isdigit() else key]
+        if value is None:
+            del place[last]
+        else:
+            place[int(last) if last.isdigit() else last] = value
+
+    return change
+
+
+MISTAKES = [
+    (_set("sedes", [0]), "two.yaml: key 'sedes' is unknown (did you mean 'seeds'?)"),
+    (_set("title", None), "two.yaml: key 'title' is missing"),
+    (_set("scale", "tiny"), "two.yaml: scale must be one of small, paper, got 'tiny'"),
+    (_set("method", "../x"), "two.yaml: method '../x' is not a folder name"),
+    (_set("seeds", [0, 0]), "names a seed twice"),
+    (_set("seeds", []), "seeds must be a list of whole numbers"),
+    (_set("seeds", [True]), "seeds must be a list of whole numbers"),
+    (_set("seeds", [-1]), "seeds must be a list of whole numbers"),
+    (_set("rows", []), "rows is empty"),
+    (_set("rows.0.lable", "x"), "rows[0]: key 'lable' is unknown (did you mean 'label'?)"),
+    (_set("rows.1.name", "good"), "rows: name 'good' stands twice"),
+    (_set("rows.0.name", "a-b"), "rows[0]: name 'a-b' must be letters"),
+    (_set("rows.0.config", "classifier/fashion_mnist_smal"), "rows[0] good: config 'classifier/fashion_mnist_smal'"),
+    (_set("rows.0.config", None), "rows[0] good: expected either config or pipeline"),
+    (_set("rows.0.stage", "x"), "stage belongs to a pipeline"),
+    (_set("rows.0.overrides", {"seed_everything": 1}), "overrides: seed_everything is set by the table"),
+    (_set("rows.0.paper", {"test/acuracy": {}}), "did you mean 'test/accuracy'?"),
+    (_set("rows.0.paper", {"test/accuracy": {"value": "91", "source": "T"}}), "value must be int or float, got '91'"),
+    (_set("metrics", {}), "metrics is empty"),
+    (_set("metrics.test/accuracy.digits", 12), "digits must be 0 to 9, got 12"),
+    (_set("metrics.test/accuracy.scale", float("nan")), "scale must be finite"),
+    (_set("metrics.test/accuracy.higher_is_better", "yes"), "higher_is_better must be bool, got 'yes'"),
+    (_set("claims.0.min_seeds", 1), "claims[0] better: min_seeds must be at least 2"),
+    (_set("claims.0.margin", True), "margin must be int or float, got True"),
+    (_set("claims.0.expr", "god['test/accuracy']"), "no row 'god' (did you mean 'good'?)"),
+    (_set("claims.0.expr", "good['test/acc']"), "no metric 'test/acc'"),
+    (_set("claims.0.expr", "1 + 1"), "reads no row"),
+    (_set("claims.0.expr", "good['test/accuracy'] -"), "is not an arithmetic expression"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_is_one_line_that_says_where(suite: Any, change: Any, message: str) -> None:
+    content = copy.deepcopy(yaml.safe_load(suite.table().read_text()))
+    change(content)
+    with pytest.raises(UserError) as error:
+        load_table(str(suite.write("two.yaml", content)))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_written_twice_is_refused(suite: Any) -> None:
+    path = suite.table()
+    path.write_text(path.read_text() + "title: again\n")
+    with pytest.raises(UserError, match=r"two.yaml line \d+: key 'title' stands twice"):
+        load_table(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true')",
+        "good.test",
+        "good['test/accuracy'].real",
+        "good['test/accuracy'] ** 999999999",
+        "(lambda: 1)()",
+        "[1][0]",
+        "open('x')",
+        "good[0]",
+        "max(good['test/accuracy'], key=abs)",
+        "max(*good)",
+        "good['test/accuracy'] if 1 else 2",
+        "'a' * 9",
+        "abs()",
+        "log(1, good['test/accuracy'])",
+        "-" * 2000 + "1",
+    ],
+)
+def test_an_expression_admits_nothing_but_arithmetic(text: str) -> None:
+    with pytest.raises(UserError):
+        parse_expression(text, ["good"], ["test/accuracy"], "claim")
+
+
+def test_an_expression_computes() -> None:
+    text = "mean(a['m'], b['m'], 3) - -abs(min(a['m'], -1)) / (2 * max(1, 2)) + log(b['m'])"
+    expression = parse_expression(text, ["a", "b"], ["m"], "claim")
+    assert expression.evaluate({("a", "m"): 5.0, ("b", "m"): 1.0}) == pytest.approx(3 + 1 / 4 + 0)
