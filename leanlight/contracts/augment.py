@@ -19,14 +19,11 @@ def random_flip(image: Tensor, generator: torch.Generator | None = None, p: floa
 
 def random_crop(image: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
     """Pad each side with `padding` zeros and cut a random window of the old size. image: (N, C, H, W)."""
-    n, c, h, w = image.shape
+    n, _, h, w = image.shape
     padded = F.pad(image, (padding,) * 4)
     top, left = torch.randint(0, 2 * padding + 1, (2, n), device=image.device, generator=generator)
-    rows = (top[:, None] + torch.arange(h, device=image.device))[:, None, :, None]
-    columns = (left[:, None] + torch.arange(w, device=image.device))[:, None, None, :]
-    items = torch.arange(n, device=image.device)[:, None, None, None]
-    channels = torch.arange(c, device=image.device)[None, :, None, None]
-    return padded[items, channels, rows, columns]
+    windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # a view (N, C, tops, lefts, H, W)
+    return windows[torch.arange(n, device=image.device), :, top, left]
 
 
 def random_shift(image: Tensor, generator: torch.Generator | None = None, padding: int = 2) -> Tensor:
