@@ -13,8 +13,8 @@ from leanlight.contracts.errors import UserError, nearest
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("leanlight.cli.train", "train a model; --resume RUN_DIR goes on with an interrupted run"),
     "validate": ("leanlight.cli.train", "measure a model on validation data"),
-    "test": ("leanlight.cli.train", "measure a model on test data; --run RUN_DIR takes a finished run's model"),
-    "predict": ("leanlight.cli.train", "write a model's predictions; --run RUN_DIR as for test"),
+    "test": ("leanlight.cli.train", "measure a model on test data; --from RUN_DIR takes a finished run's model"),
+    "predict": ("leanlight.cli.train", "write a model's predictions; --from RUN_DIR as for test"),
     "run": ("leanlight.cli.run", "run a pipeline of stages, reusing those that are finished"),
     "reproduce": ("leanlight.cli.reproduce", "run what a result table lacks and write its figures and verdicts"),
     "report": ("leanlight.cli.report", "turn results into Markdown, figures and one HTML page"),

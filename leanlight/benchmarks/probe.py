@@ -44,9 +44,9 @@ class StepProbe(Callback):
     """Writes the times of every step to a JSON file when training ends.
 
     ``cycle``: seconds from the end of one probe to the beginning of the next, all of Lightning, data and callbacks
-    included. ``bare``: seconds of the same step in plain PyTorch. ``hooks``: seconds a callback's step hooks took in all
-    these steps, by class. ``checkpoints``: seconds of each checkpoint of the run. ``equal``: whether both ended with the
-    same weights. Steps at the beginning of an epoch and the first `warmup` are left out.
+    included. ``bare``: seconds of the same step in plain PyTorch. ``hooks``: seconds a callback's step hooks took in
+    all these steps, by class. ``checkpoints``: seconds of each checkpoint. ``equal``: whether both ended with the same
+    weights. Steps at the beginning of an epoch and the first `warmup` are left out.
 
     Args:
         output: the file. bare_step: ``module:function`` that makes a `BareStep` from the LightningModule.

@@ -70,12 +70,16 @@ class LeanlightCLI(LightningCLI):
 
     def __init__(self, args: list[str], run_dir: Path | None = None, parse_only: bool = False) -> None:
         self.only, self.given_run_dir, self.parse_only = args[0], run_dir, parse_only
-        defaults = {"default_config_files": [str(config_root() / "defaults.yaml")]}
+        own = " [--resume RUN_DIR]" if self.only == "fit" else " [--from RUN_DIR]"
+        options = {
+            "default_config_files": [str(config_root() / "defaults.yaml")],
+            "usage": f"leanlight {self.only} --config NAME [--config OVERLAY ...] [--KEY=VALUE ...]{own}",
+        }
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             args=args,
             parser_class=LeanlightParser,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "leanlight", self.only: defaults},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "leanlight", self.only: options},
             save_config_callback=None,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -149,8 +153,8 @@ class LeanlightCLI(LightningCLI):
         house = [self._get(self.config_init, key) for key in HOUSE_CALLBACKS]
         loggers = config.get("logger")
         extra = [] if loggers in (None, True, False) else (loggers if isinstance(loggers, list) else [loggers])
-        *others, resume = house
-        added = [*users, *others, *self._best(config), self.recorder]
+        throughput, *others, resume = house  # the first, so that the time other callbacks take counts as outside the step
+        added = [throughput, *users, *others, *self._best(config), self.recorder]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in users):
             added.append(RichProgressBar(leave=sys.stdout.isatty()))
         if self.only == "predict":
@@ -327,7 +331,7 @@ def _take(args: list[str], *flags: str) -> tuple[str | None, list[str]]:
 
 
 def expand(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Resolve config names, `--resume` and `--run`; return arguments for LightningCLI and the folder to go on in."""
+    """Resolve config names, `--resume` and `--from`; return arguments for LightningCLI and the folder to go on in."""
     command, args = argv[0], list(argv[1:])
     configs: list[str] = []  # first, in their order: a key on the command line stands above any config
     name, args = _take(args, "--config", "-c")
@@ -335,17 +339,17 @@ def expand(argv: list[str]) -> tuple[list[str], Path | None]:
         configs.append(f"--config={_readable_config(name)}")
         name, args = _take(args, "--config", "-c")
     resume, args = _take(args, "--resume")
-    source, args = _take(args, "--run")
+    source, args = _take(args, "--from")
     if resume is not None:
         if command != "fit":
-            raise UserError(f"--resume: goes with fit; {command} takes --run RUN_DIR")
+            raise UserError(f"--resume: goes with fit; {command} takes --from RUN_DIR")
         return _from_run(command, resume, "--resume", [*configs, *args]), Path(resume)
     if source is not None:
         if command == "fit":
-            raise UserError("--run: goes with validate, test and predict; fit takes --resume RUN_DIR")
+            raise UserError("--from: goes with validate, test and predict; fit takes --resume RUN_DIR")
         target = Path(source) / command
         target = target if not target.exists() else target.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return _from_run(command, source, "--run", [*configs, *args]), target
+        return _from_run(command, source, "--from", [*configs, *args]), target
     return [command, *configs, *args], None
 
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Remaining
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from leanlight.results.format import show_measured, show_number
+from leanlight.results.format import show_measured, show_number, show_seconds
 from leanlight.results.launch import Job
 
 VERDICT_STYLE = {"reproduced": "green", "not_reproduced": "red", "inconclusive": "yellow", "not_tested": "dim"}
@@ -29,11 +28,10 @@ class CellProgress:
         self._begin = time.monotonic()
         self._bar: Progress | None = None
         if self.console.is_terminal and total:
-            # Cells take minutes: the estimate looks at all of them, not at the last 30 seconds.
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            times = (TimeElapsedColumn(), TextColumn("left"), Remaining())
-            self._bar = Progress(*columns, *times, console=self.console, speed_estimate_period=86400.0)
-            self._all = self._bar.add_task("cells", total=total)
+            fields = (TextColumn(f"{{task.fields[{name}]}}") for name in ("state", "left"))
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *fields)
+            self._bar = Progress(*columns, console=self.console)
+            self._all = self._bar.add_task("cells", total=total, state=f"0/{total}", left="")
 
     def __enter__(self) -> CellProgress:
         if self._bar:
@@ -47,7 +45,7 @@ class CellProgress:
     def started(self, job: Job) -> None:
         """A cell starts."""
         if self._bar:
-            self._lines[job.key] = self._bar.add_task(f"  {job.key}", total=None)
+            self._lines[job.key] = self._bar.add_task(f"  {job.key}", total=None, state="running", left="")
         else:
             self.say(f"start {job.key}")
 
@@ -55,14 +53,15 @@ class CellProgress:
         """A cell has ended."""
         self.done += 1
         took = time.monotonic() - job.started if job.started else 0.0
+        left = (time.monotonic() - self._begin) / self.done * (self.total - self.done)
+        estimate = f"about {show_seconds(left)} left" if left else ""
         if self._bar:
             if job.key in self._lines:
                 self._bar.remove_task(self._lines.pop(job.key))
-            self._bar.advance(self._all)
-            self.say(f"{job.key}: {outcome} in {took:.0f} s")
+            self._bar.update(self._all, advance=1, state=f"{self.done}/{self.total}", left=estimate)
+            self.say(f"{job.key}: {outcome} in {show_seconds(took)}")
         else:
-            left = (time.monotonic() - self._begin) / self.done * (self.total - self.done)
-            self.say(f"[{self.done}/{self.total}] {job.key}: {outcome} in {took:.0f} s, about {left:.0f} s left")
+            self.say(f"[{self.done}/{self.total}] {job.key}: {outcome} in {show_seconds(took)}  {estimate}".rstrip())
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""

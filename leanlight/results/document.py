@@ -17,6 +17,14 @@ from leanlight.results.claims import judge, mean_std
 from leanlight.results.table_spec import Row, TableSpec
 
 FORMAT = 1
+# What every part of a document has, so that a file of other making is one line and no traceback.
+_KEYS = {
+    "table": "method dataset table stem scale title note command commit commits dirty date machine complete stale "
+    "seeds checkpoint_rule metrics rows claims",
+    "row": "name label method setting config stage overrides command seeds metrics paper wall_s peak_rss_mb "
+    "peak_cuda_mb samples_seen stale data failed runs",
+    "claim": "text scope expr margin min_seeds verdict counts_for_paper evidence",
+}
 Entry = dict[str, Any]  # what `read_cell` returns
 
 
@@ -28,10 +36,15 @@ def read_document(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; `leanlight reproduce TABLE` writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or not isinstance(document.get("rows"), list):
-        raise UserError(
-            f"{path}: not a result table of format {FORMAT}; write it anew with `leanlight reproduce TABLE`"
-        )
+    anew = "write it anew with `leanlight reproduce TABLE`"
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path}: not a result table of format {FORMAT}; {anew}")
+    parts = [("table", document)]
+    parts += [(kind, item) for kind in ("row", "claim") for item in document.get(f"{kind}s", [])]
+    for kind, part in parts:
+        missing = set(_KEYS[kind].split()) - set(part)
+        if missing:
+            raise UserError(f"{path}: a {kind} has no {min(missing)!r}; {anew}")
     return document
 
 

@@ -81,11 +81,12 @@ def run_folder(runs_root: Path, run: Mapping[str, Any]) -> Path | None:
 
 
 def run_pictures(run_dir: Path, limit: int) -> list[Picture]:
-    """At most `limit` pictures of a run's media, those of test data first."""
-    pictures: list[Picture] = []
+    """At most `limit` pictures of a run's media, each name once: that of test data before validation and training."""
+    pictures: dict[str, Picture] = {}
     for split in _SPLITS:
         for path in sorted((run_dir / "artifacts" / "media" / split).glob("*")):
-            if len(pictures) < limit and path.suffix in (".png", ".gif") and not path.is_symlink():
+            wanted = path.suffix in (".png", ".gif") and not path.is_symlink() and path.stem not in pictures
+            if wanted and len(pictures) < limit:
                 picture = load_picture(path, f"{path.stem.replace('_', ' ')} ({split})")
-                pictures += [picture] if picture else []
-    return pictures
+                pictures |= {path.stem: picture} if picture else {}
+    return list(pictures.values())

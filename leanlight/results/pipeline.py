@@ -19,6 +19,12 @@ from leanlight.results.reading import read_mapping
 from leanlight.results.state import RunLock, decide
 
 Say = Callable[[str], None]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # before the child's own lines, also where output is a file
+
+
 _CHECKPOINTS = {"artifacts.checkpoint": "checkpoints/last.ckpt", "artifacts.best": "checkpoints/best.ckpt"}
 
 
@@ -32,7 +38,7 @@ class PipelineRunner:
         say: where lines for the reader go.
     """
 
-    def __init__(self, spec: PipelineSpec, runs_root: Path, run_id: str = "", say: Say = print) -> None:
+    def __init__(self, spec: PipelineSpec, runs_root: Path, run_id: str = "", say: Say = _say) -> None:
         self.spec, self.runs_root, self.say = spec, runs_root, say
         self.folder = runs_root / "pipelines" / (run_id or spec.stem)
         self.run_dirs: dict[str, Path] = {}

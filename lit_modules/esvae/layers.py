@@ -47,13 +47,21 @@ class SpikingLayer(nn.Module):
         self.fire = neuron.make()
 
     def forward(self, spikes: Tensor) -> Tensor:
-        current = self.norm(self.weights(fold_time(spikes)))
+        current = self.norm(self.weighted(fold_time(spikes)))
         return self.fire(unfold_time(current, len(spikes)))
 
     def constant(self, x: Tensor, time_steps: int) -> Tensor:
         """Show x (N, ...) at every step: equal to ``forward(repeat_time(x, time_steps))`` at 1 / time_steps of the work."""
-        current = norm_of_copies(self.norm, self.weights(x), time_steps)
+        current = norm_of_copies(self.norm, self.weighted(x), time_steps)
         return self.fire(repeat_time(current, time_steps))
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """`weights` of x. In training the norm subtracts the bias again, so its gradient is 0 and need not be summed up."""
+        if not self.norm.training:
+            return self.weights(x)
+        weight, bias = self.weights.weight, self.weights.bias
+        # 0 * bias keeps the bias in the graph, with gradient 0, for optimisers and DDP.
+        return torch.func.functional_call(self.weights, {"weight": weight + 0 * bias.sum(), "bias": bias.detach()}, x)
 
 
 def norm_of_copies(norm: ThresholdBatchNorm, x: Tensor, copies: int) -> Tensor:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Accuracy, MeanMetric, MetricCollection
@@ -64,6 +65,7 @@ class RowLogger(Logger):
     def log_hyperparams(self, *args, **kwargs):
         pass
 
+    @rank_zero_only
     def log_metrics(self, metrics, step=None):
         with self.path.open("a") as file:
             file.write(json.dumps({"at": step, **metrics}, sort_keys=True) + "\n")
@@ -114,6 +116,9 @@ class Module(pl.LightningModule):
             return optimizer
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=10.0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "train/loss_epoch"}}
+
+    def on_train_start(self):
+        torch.manual_seed(self.global_rank)  # happens again on resume and must not matter then
 
     def on_train_epoch_start(self):
         self.log("train/epoch_draw", torch.rand(()), on_epoch=True)

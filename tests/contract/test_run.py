@@ -126,7 +126,7 @@ for path in folder.glob("*.safetensors"):
 
 
 def test_testing_a_finished_run_gives_the_same_figures(run):
-    command = [sys.executable, "-m", "leanlight", "test", "--run", run, "--run.wandb=disabled"]
+    command = [sys.executable, "-m", "leanlight", "test", "--from", run, "--run.wandb=disabled"]
     done = subprocess.run(list(map(str, command)), cwd=run.parents[3], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     first = json.loads((run / "summary.json").read_text())["metrics"]

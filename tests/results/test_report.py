@@ -276,9 +276,11 @@ def test_a_readme_without_markers_is_named_and_none_is_written(suite: Any) -> No
         (["--all"], "no results in docs/results; `leanlight reproduce TABLE` writes them"),
         (["x.json"], "x.json: no such file"),
         (["other.json"], "other.json: not a result table"),
+        (["half.json"], "half.json: a table has no 'checkpoint_rule'; write it anew"),
     ],
 )
 def test_a_wrong_input_is_one_line(suite: Any, arguments: list[str], message: str) -> None:
     Path("other.json").write_text("[1]")
+    Path("half.json").write_text(json.dumps({"format": 1, "rows": [], "claims": []}))
     with pytest.raises(UserError, match=re.escape(message)):
         main(arguments)
