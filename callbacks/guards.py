@@ -21,7 +21,7 @@ class NaNGuard(Callback):
     """Stops training with `DivergedError` when a loss term becomes NaN or infinite.
 
     The error names the term, the step and the last good checkpoint. The terms are those of `HasTerms.loss_terms` where
-    the module has it (the only way for manual optimisation whose `training_step` returns nothing), else the loss that
+    the module has it (the only way for manual optimisation whose `training_step` returns nothing), and the loss that
     `training_step` returns. On the CPU every step is looked at. On an accelerator flags stay on the device and are
     fetched every `check_every_n_steps` batches, before each validation, at the end of each epoch, and before each
     checkpoint, so that no step waits for the device.
@@ -103,11 +103,10 @@ def _must_wait_for(value: Tensor) -> bool:
     return value.device.type != "cpu"
 
 
-def _terms(pl_module: LightningModule, outputs: Any) -> Mapping[str, Tensor | float]:
-    if isinstance(pl_module, HasTerms):
-        return pl_module.loss_terms()
+def _terms(pl_module: LightningModule, outputs: Any) -> dict[str, Tensor | float]:
+    terms = dict(pl_module.loss_terms()) if isinstance(pl_module, HasTerms) else {}
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return {} if loss is None else {"loss": loss}
+    return terms if loss is None else {**terms, "loss": loss}
 
 
 class DiskGuard(Callback):

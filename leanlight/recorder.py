@@ -128,5 +128,3 @@ class RunRecorder(pl.Callback):
             "machine": runs.machine(),
         }
         runs.write_summary(self.run_dir, self.summary)
-
-

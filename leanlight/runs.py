@@ -23,12 +23,35 @@ from leanlight.contracts.files import atomic_write, sha256_file
 PROJECT = Path(__file__).resolve().parent.parent
 _CODE_ROOTS = ("leanlight/contracts", "lit_modules", "datamodules", "callbacks")
 # Trainer settings that decide numbers. The others (logging, progress bars, folders) do not change a run's identity.
-_TRAINER_KEYS = (
-    "accelerator strategy devices num_nodes precision max_epochs min_epochs max_steps min_steps max_time fast_dev_run "
-    "limit_train_batches limit_val_batches limit_test_batches overfit_batches val_check_interval "
-    "check_val_every_n_epoch accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic benchmark "
-    "use_distributed_sampler sync_batchnorm callbacks plugins reload_dataloaders_every_n_epochs"
-).split()
+_TRAINER_KEYS = [
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "max_time",
+    "fast_dev_run",
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "overfit_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "deterministic",
+    "benchmark",
+    "use_distributed_sampler",
+    "sync_batchnorm",
+    "callbacks",
+    "plugins",
+    "reload_dataloaders_every_n_epochs",
+]
 _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data lies, not what it is
 
 

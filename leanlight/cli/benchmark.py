@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
 from leanlight.registry import METHODS, method
-from leanlight.results.arguments import Parser
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from datamodules.catalog import CATALOG, DatasetInfo, describe
+from leanlight.cli.arguments import Parser
 
 # Sets of many small picture files: `prepare` decodes them once into an npz that loads in seconds.
 PICTURE_SETS = {"tiny_imagenet": "tiny_imagenet", "celeba": "celeba_64"}
@@ -18,7 +19,7 @@ def list_data(argv: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    argparse.ArgumentParser(prog="leanlight data list", description="list the data sets").parse_args(argv)
+    Parser(prog="leanlight data list", description="list the data sets").parse_args(argv)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True)
     table.add_column("what it is, and how to get it")
@@ -35,7 +36,7 @@ def list_data(argv: list[str]) -> int:
 
 
 def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, DatasetInfo]:
-    parser = argparse.ArgumentParser(prog=f"leanlight data {command}", allow_abbrev=False)
+    parser = Parser(prog=f"leanlight data {command}")
     parser.add_argument("name", metavar="NAME", help="a name of `leanlight data list`")
     default = os.environ.get("LEANLIGHT_DATA") or "data"
     parser.add_argument("--root", default=default, metavar="DIR", help="folder of data sets (default: %(default)s)")
@@ -93,6 +94,6 @@ COMMANDS = {"list": list_data, "prepare": prepare, "check": check}
 
 def main(argv: list[str]) -> int:
     """Run ``list``, ``prepare NAME`` or ``check NAME``; UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="leanlight data", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="leanlight data", description=__doc__)
     parser.add_argument("command", choices=COMMANDS, help="list all; prepare or check one (--root DIR, --path DIR)")
     return COMMANDS[parser.parse_args(argv[:1]).command](argv[1:])

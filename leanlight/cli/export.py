@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError
 
 
@@ -30,7 +30,7 @@ def load_module(checkpoint: Path) -> Any:
 
 def main(argv: list[str]) -> int:
     """Export a run's last or best model, or one checkpoint."""
-    parser = argparse.ArgumentParser(prog="leanlight export", description=__doc__)
+    parser = Parser(prog="leanlight export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
     parser.add_argument("--output", type=Path, help="folder to write; by default artifacts/export in the run folder")

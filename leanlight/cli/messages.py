@@ -77,7 +77,9 @@ def _arguments(class_path: str) -> list[str]:
         return []
     names: list[str] = []
     for base in inspect.getmro(found):
-        names += [name for name in inspect.signature(base.__init__).parameters if name not in ("self", "args", "kwargs")]
+        names += [
+            name for name in inspect.signature(base.__init__).parameters if name not in ("self", "args", "kwargs")
+        ]
     return names
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-
+from leanlight.cli.arguments import Parser
 from leanlight.configs_path import config_names
 from leanlight.registry import METHODS, method
 
 
 def main(argv: list[str]) -> int:
     """List all methods, or one with its configs, tables and pipelines."""
-    parser = argparse.ArgumentParser(prog="leanlight methods", description=__doc__)
+    parser = Parser(prog="leanlight methods", description=__doc__)
     parser.add_argument("name", nargs="?", help="show one method")
     parser.add_argument("--configs", action="store_true", help="list every config by name")
     args = parser.parse_args(argv)
@@ -29,5 +28,7 @@ def main(argv: list[str]) -> int:
         width = max(map(len, METHODS))
         for info in METHODS.values():
             print(f"{info.name:<{width}}  {info.title}{f'  [{info.paper}]' if info.paper else ''}")
-            print(f"{'':<{width}}  {len(info.configs)} configs, {len(info.tables)} tables; leanlight methods {info.name}")
+            print(
+                f"{'':<{width}}  {len(info.configs)} configs, {len(info.tables)} tables; leanlight methods {info.name}"
+            )
     return 0

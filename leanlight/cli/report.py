@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError
-from leanlight.results.arguments import Parser
 
 
 def main(argv: list[str]) -> int:

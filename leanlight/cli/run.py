@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leanlight.results.arguments import Parser
+from leanlight.cli.arguments import Parser
 
 
 def main(argv: list[str]) -> int:

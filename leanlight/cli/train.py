@@ -140,7 +140,9 @@ class LeanlightCLI(LightningCLI):
         root = Path(self.resolved["trainer"]["default_root_dir"] or "runs")
         inherited = os.environ.get(_RUN_DIR) if "LOCAL_RANK" in os.environ else None
         chosen = self.given_run_dir or (Path(inherited) if inherited else None)
-        self.run_dir = (chosen or root / self.method / self.dataset / (settings.id or runs.new_run_id(identity))).resolve()
+        self.run_dir = (
+            chosen or root / self.method / self.dataset / (settings.id or runs.new_run_id(identity))
+        ).resolve()
         self.fresh = chosen is None
         self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)
         config = dict(self._get(self.config_init, "trainer"))
@@ -153,7 +155,9 @@ class LeanlightCLI(LightningCLI):
         house = [self._get(self.config_init, key) for key in HOUSE_CALLBACKS]
         loggers = config.get("logger")
         extra = [] if loggers in (None, True, False) else (loggers if isinstance(loggers, list) else [loggers])
-        throughput, *others, resume = house  # the first, so that the time other callbacks take counts as outside the step
+        throughput, *others, resume = (
+            house  # the first, so that the time other callbacks take counts as outside the step
+        )
         added = [throughput, *users, *others, *self._best(config), self.recorder]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in users):
             added.append(RichProgressBar(leave=sys.stdout.isatty()))
@@ -164,7 +168,9 @@ class LeanlightCLI(LightningCLI):
             "logger": [RunCSVLogger(self.run_dir), *extra],
             "callbacks": [*added, resume],
             "plugins": [*_listed(config.get("plugins")), callbacks.AtomicCheckpointIO()],
-            "enable_model_summary": False if config.get("enable_model_summary") is None else config["enable_model_summary"],
+            "enable_model_summary": False
+            if config.get("enable_model_summary") is None
+            else config["enable_model_summary"],
         }
 
     def _best(self, config: Mapping[str, Any]) -> list[ModelCheckpoint]:
@@ -200,8 +206,12 @@ class LeanlightCLI(LightningCLI):
 
     @rank_zero_only
     def _say_where(self) -> None:
-        shown = {k: v for k, v in self.recorder.metrics.items() if k.startswith(("val/", "test/")) and k.count("/") == 1}
-        print("\n".join([*(f"{name:<24} {value:.4f}" for name, value in sorted(shown.items())), f"run: {self.run_dir}"]))
+        shown = {
+            k: v for k, v in self.recorder.metrics.items() if k.startswith(("val/", "test/")) and k.count("/") == 1
+        }
+        print(
+            "\n".join([*(f"{name:<24} {value:.4f}" for name, value in sorted(shown.items())), f"run: {self.run_dir}"])
+        )
 
     @contextmanager
     def _cleaned_up_on_bad_input(self) -> Iterator[None]:
@@ -421,4 +431,3 @@ def main(argv: list[str]) -> int:
                 return 0
             raise KeyboardInterrupt from error
     return 0
-

@@ -49,6 +49,19 @@ class FusedLIFNode(neuron.LIFNode):
         return None
 
 
+def fused(node: neuron.LIFNode) -> FusedLIFNode:
+    """The fast neuron with the constants of `node`, which `lit_modules.nn.lif` makes."""
+    return FusedLIFNode(
+        tau=node.tau,
+        decay_input=node.decay_input,
+        v_threshold=node.v_threshold,
+        v_reset=node.v_reset,
+        surrogate_function=node.surrogate_function,
+        detach_reset=node.detach_reset,
+        step_mode=node.step_mode,
+    )
+
+
 def lif_scan(
     current: Tensor,
     potential: Tensor,

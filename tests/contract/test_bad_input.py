@@ -146,7 +146,9 @@ def test_a_missing_extra_names_the_command_that_installs_it(refuse, monkeypatch)
 
 
 def test_a_network_of_the_wrong_size_is_found_before_training(refuse):
-    refuse(["fit", "--config", CONFIG, *QUICK, "--model.init_args.network.init_args.num_classes=3"], "num_classes", "10")
+    refuse(
+        ["fit", "--config", CONFIG, *QUICK, "--model.init_args.network.init_args.num_classes=3"], "num_classes", "10"
+    )
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_says_where(refuse, tmp_path):

@@ -24,7 +24,9 @@ COMMON = [
 
 def launch(folder, *arguments):
     command = [sys.executable, "-m", "leanlight", "fit", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 def finish(process):

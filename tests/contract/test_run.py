@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from wandb_file import read_wandb
 
 from leanlight.registry import METHODS
-from wandb_file import read_wandb
 
 pytestmark = pytest.mark.xdist_group("contract_run")
 
@@ -21,7 +21,12 @@ def run(request, tmp_path_factory):
     """A run of a method's smallest config, two steps long, W&B offline."""
     folder = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "leanlight", "fit", "--config", METHODS[request.param].smallest]
-    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2"]
+    limits = [
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.limit_val_batches=2",
+        "--trainer.limit_test_batches=2",
+    ]
     more = ["--run.wandb=offline", "--run.id=short", "--trainer.log_every_n_steps=1"]
     done = subprocess.run([*command, *limits, *more], cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -89,7 +94,10 @@ def test_pictures_are_written(run):
 
 def test_the_wandb_file_holds_config_metrics_media_and_artefact(run):
     record = read_wandb(next((run / "wandb").rglob("*.wandb")))
-    assert record["config"]["model"]["class_path"] == yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"]
+    assert (
+        record["config"]["model"]["class_path"]
+        == yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"]
+    )
     assert record["config"]["trainer"]["limit_train_batches"] == 2
     assert any(name.startswith("train/") for name in record["history"])
     assert any(name.startswith("val/") for name in record["history"])

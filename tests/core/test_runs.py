@@ -29,7 +29,8 @@ def changed(*keys, value):
 
 
 @pytest.mark.parametrize(
-    "keys", [("trainer", "log_every_n_steps"), ("trainer", "default_root_dir"), ("run", "id"), ("data", "init_args", "root")]
+    "keys",
+    [("trainer", "log_every_n_steps"), ("trainer", "default_root_dir"), ("run", "id"), ("data", "init_args", "root")],
 )
 def test_where_and_how_often_to_write_is_not_identity(keys):
     assert runs.config_hash(changed(*keys, value="other")) == runs.config_hash(CONFIG)
