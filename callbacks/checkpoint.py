@@ -62,8 +62,8 @@ class ExactResume(Checkpoint):
     Ctrl-C stops at once, with the previous checkpoint in place. SIGTERM saves in the same way. With several processes
     the previous checkpoint stays: ranks interrupted at different batches have no common state.
 
-    A finished run resumed with a larger limit goes on exactly when it had ended with an epoch; one that `max_steps`
-    had stopped inside an epoch goes on with the next epoch.
+    A finished run resumed with a larger limit goes on exactly when it had ended with an epoch (and the module draws no
+    random numbers in `on_train_start`); one that `max_steps` had stopped inside an epoch goes on with the next epoch.
 
     A loader without length is read one batch ahead by Lightning, so its own state is saved one batch ahead, too.
 

@@ -59,7 +59,7 @@ class RunRecorder(pl.Callback):
                 logger.progress = pl_module.progress
             if isinstance(logger, RunWandbLogger) and trainer.is_global_zero:
                 logger.experiment.config.update(dict(self.resolved), allow_val_change=True)
-                logger.tie_metrics(pl_module.progress().unit)
+                logger.tie_metrics(logger.progress().unit)  # type: ignore[misc]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = True
@@ -109,12 +109,12 @@ class RunRecorder(pl.Callback):
     def _write(self, trainer: pl.Trainer) -> None:
         if not trainer.is_global_zero or not self.run_dir.is_dir():
             return
-        meta = getattr(trainer.datamodule, "meta", None)
+        meta = getattr(getattr(trainer, "datamodule", None), "meta", None)
         code_hash, files = runs.code_version()
         data = None
         if meta is not None:
             data = {"name": meta.name, "source": meta.source, "fingerprint": meta.fingerprint, "counts": meta.counts}
-        monitor = next((c for c in trainer.callbacks if isinstance(c, ThroughputMonitor)), None)
+        monitor = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, ThroughputMonitor)), None)
         self.summary |= {
             "metrics": self.metrics,
             "wall_s": round(self._wall_before + time.monotonic() - self._begin, 3),

@@ -118,8 +118,8 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 def code_version(files: Iterable[str] | None = None) -> tuple[str, list[str]]:
     """Hash of the project's files that decide numbers.
 
-    files: paths relative to the project; by default those imported so far. Returns (64 hex digits, the files). A file that
-    is gone counts as empty, so that a removed file shows as a change.
+    files: paths relative to the project; by default those imported so far. Returns (64 hex digits, the files). A file
+    that is gone counts as empty, so that a removed file shows as a change.
     """
     if files is None:
         loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))

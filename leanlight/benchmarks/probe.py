@@ -44,9 +44,12 @@ class StepProbe(Callback):
     """Writes the times of every step to a JSON file when training ends.
 
     ``cycle``: seconds from the end of one probe to the beginning of the next, all of Lightning, data and callbacks
-    included. ``bare``: seconds of the same step in plain PyTorch. ``hooks``: seconds a callback's step hooks took in
-    all these steps, by class. ``checkpoints``: seconds of each checkpoint. ``equal``: whether both ended with the same
-    weights. Steps at the beginning of an epoch and the first `warmup` are left out.
+    included. ``outside``: the part of it before the step begins: callbacks and logs after the last step, data,
+    transfer, checkpoints. ``bare``: seconds of the same step in plain PyTorch. ``hooks``: seconds a callback's step hooks
+    took in all these steps, by class. ``checkpoints``: seconds of each checkpoint. ``equal``: whether both ended with the
+    same weights. Steps at the beginning of an epoch and the first `warmup` are left out.
+
+    Put it first in the list of callbacks.
 
     Args:
         output: the file. bare_step: ``module:function`` that makes a `BareStep` from the LightningModule.
@@ -56,6 +59,7 @@ class StepProbe(Callback):
     def __init__(self, output: Path, bare_step: str, warmup: int = 10) -> None:
         self.output, self.bare_step, self.warmup = Path(output), bare_step, warmup
         self.cycle: list[float] = []
+        self.outside: list[float] = []
         self.bare: list[float] = []
         self.hooks: dict[str, float] = defaultdict(float)
         self.checkpoints: list[float] = []
@@ -102,6 +106,10 @@ class StepProbe(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._new_epoch = True
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        synchronize()
+        self._outside = time.perf_counter() - self._resumed_at
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -113,6 +121,7 @@ class StepProbe(Callback):
         end = time.perf_counter()
         if self._counts:
             self.cycle.append(cycle)
+            self.outside.append(self._outside)
             self.bare.append(end - begin)
         self._steps += 1
         self._new_epoch = False
@@ -122,6 +131,7 @@ class StepProbe(Callback):
         pairs = zip(pl_module.parameters(), self.twin.network.parameters(), strict=True)
         times = {
             "cycle": self.cycle,
+            "outside": self.outside,
             "bare": self.bare,
             "hooks": dict(self.hooks),
             "checkpoints": self.checkpoints,

@@ -1,4 +1,4 @@
-"""Turn jsonargparse's many-line messages into one line that names the key, the expectation and the nearest valid name."""
+"""Turn jsonargparse's many-line messages into one line: the key, what was expected, the nearest valid name."""
 
 from __future__ import annotations
 
@@ -77,10 +77,8 @@ def _arguments(class_path: str) -> list[str]:
         return []
     names: list[str] = []
     for base in inspect.getmro(found):
-        names += [
-            name for name in inspect.signature(base.__init__).parameters if name not in ("self", "args", "kwargs")
-        ]
-    return names
+        names += inspect.signature(base).parameters
+    return [name for name in names if name not in ("args", "kwargs")]
 
 
 def _classes(module: str) -> list[str]:

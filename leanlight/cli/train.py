@@ -1,4 +1,4 @@
-"""`leanlight fit|validate|test|predict`: LightningCLI with configs by name, run folders, house callbacks, one-line errors."""
+"""`leanlight fit|validate|test|predict`: LightningCLI with configs by name, run folders and house callbacks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from leanlight.contracts import UserError
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.recorder import RunRecorder
 
-# Added to every run under these keys: configurable by `--nan_guard.check_every_n_steps=…`, but no list in YAML drops them.
+# Added to every run under these keys: configurable (`--nan_guard.check_every_n_steps=9`), but no YAML list drops them.
 # ExactResume stands last, so that what it saves is the state after all other callbacks have acted.
 HOUSE_CALLBACKS = {
     "throughput": callbacks.ThroughputMonitor,
@@ -233,7 +233,7 @@ class LeanlightCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if self.fresh and self.run_dir.exists():
                 raise UserError(
-                    f"run.id: {self.run_dir} exists already; choose another --run.id or go on with --resume {self.run_dir}"
+                    f"run.id: {self.run_dir} exists already; choose another --run.id, or go on with --resume"
                 )
             self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
             try:
@@ -273,7 +273,7 @@ class LeanlightCLI(LightningCLI):
 
     def _test_after_fit(self) -> None:
         which = self._get(self.config_init, "run").test
-        if which == "none" or self.trainer.fast_dev_run or self.trainer.interrupted:
+        if which == "none" or self.resolved["trainer"]["fast_dev_run"] or self.trainer.interrupted:
             return
         best = self.run_dir / "checkpoints" / "best.ckpt"
         if which == "best" and not best.is_file():

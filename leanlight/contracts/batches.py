@@ -88,8 +88,8 @@ class SessionBatch(Batch):
 class MultimodalBatch(Batch):
     """Utterance features by modality.
 
-    text, audio, video: (N, D_m) or (N, L, D_m) float32. label: (N,) int64 or float32. present: (N, 3) bool in that order.
-    index: (N,) int64.
+    text, audio, video: (N, D_m) or (N, L, D_m) float32. label: (N,) int64 or float32. present: (N, 3) bool, whether each
+    modality is there, in that order. index: (N,) int64.
     """
 
     text: Tensor
@@ -119,7 +119,7 @@ class Transition(Batch):
     """Reinforcement-learning transitions.
 
     state, next_state: (N, K, H, W) uint8 stacked frames. action: (N,) int64. reward: (N,) float32.
-    terminal: (N,) bool, true where no value is bootstrapped. discount: (N,) float32, gamma to the power of the steps spanned.
+    terminal: (N,) bool, true where no value is bootstrapped. discount: (N,) float32, gamma to the power of the steps.
     """
 
     state: Tensor

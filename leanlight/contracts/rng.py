@@ -14,7 +14,7 @@ import torch
 def capture_rng() -> dict[str, Any]:
     """Return the states of python, numpy (if loaded), torch and every CUDA device.
 
-    Only tensors, numbers, strings, lists, tuples and dicts: a checkpoint that holds it loads with ``weights_only=True``.
+    Only tensors, numbers, strings and containers: a checkpoint that holds it loads with ``weights_only=True``.
     """
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -34,7 +34,7 @@ def restore_rng(state: dict[str, Any]) -> None:
         import numpy
 
         kind, keys, position, has_gauss, cached = state["numpy"]
-        numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached))
+        numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 

@@ -118,7 +118,8 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "train/loss_epoch"}}
 
     def on_train_start(self):
-        torch.manual_seed(self.global_rank)  # happens again on resume and must not matter then
+        if self.trainer.world_size > 1:
+            torch.manual_seed(self.global_rank)  # happens again on resume and must not matter then
 
     def on_train_epoch_start(self):
         self.log("train/epoch_draw", torch.rand(()), on_epoch=True)

@@ -1,6 +1,6 @@
 """Read an offline ``.wandb`` file back, without network and without W&B's own reader.
 
-Layout: the header ``:W&B``, then blocks of 32,768 bytes of records (crc 4 bytes, length 2, kind 1), each a protobuf Record.
+Layout: the header ``:W&B``, then blocks of 32,768 bytes of records (crc 4 bytes, length 2, kind 1), each a protobuf.
 Kind 1 is a whole record; 2, 3 and 4 are the first, middle and last part of one that crosses blocks.
 """
 
