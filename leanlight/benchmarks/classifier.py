@@ -44,7 +44,7 @@ _SMALL = {**_SHAPE, "width": 32, "depth": 3}
 
 
 def run(quick: bool) -> Measurement:
-    """Measure everything. quick: small networks, few repetitions, no compiler: shows that it works, not how fast it is."""
+    """Measure everything. quick: small networks, few repetitions, no compiler: figures without meaning."""
     measured = Measurement()
     data = ImageDataModule(batch_size=128)
     data.ensure_available()
@@ -73,7 +73,7 @@ def device() -> torch.device:
 def measure_pipeline(data: ImageDataModule, measured: Measurement, rounds: int) -> None:
     """Samples a second of a pass over the training items: in memory, and through torchvision's per-sample path.
 
-    The reference is what torchvision's documentation shows, without worker processes and with one a core, started before.
+    The reference is what torchvision's documentation shows: without worker processes, and with one a core.
     """
     from torchvision import transforms
 
@@ -192,8 +192,8 @@ def measure_overhead(data: ImageDataModule, measured: Measurement, repeats: int,
         extra = [100 * share_of([c - b for c, b in zip(r["cycle"], r["bare"], strict=True)], r, every) for r in found]
         measured.figures[f"step/{name}/more_than_plain_loop"] = summarise(extra, "%")
     house = reports["leanlight"]
-    for owner in sorted({owner for r in house for owner in r["hooks"]}):
-        costs = [1e6 * r["hooks"].get(owner, 0.0) / len(r["cycle"]) for r in house]
+    for owner in sorted(house[0]["hooks"]):
+        costs = [1e6 * trimmed_mean(r["hooks"][owner]) for r in house]
         measured.figures[f"step/leanlight/hooks/{owner}"] = summarise(costs, "us/step")
     measured.figures["step/leanlight/checkpoint"] = summarise(
         [1e3 * statistics.median(r["checkpoints"]) for r in house], "ms"
@@ -222,7 +222,7 @@ def share_of(seconds: list[float], report: dict[str, Any], every: int) -> float:
 
 def guards_share(report: dict[str, Any], every: int) -> float:
     """Share of a training cycle that exact resume, NaN guard and disk guard take, checkpoints included."""
-    hooks = sum(report["hooks"].get(name, 0.0) for name in _GUARDS) / len(report["cycle"])
+    hooks = sum(trimmed_mean(report["hooks"][name]) for name in _GUARDS if name in report["hooks"])
     return (hooks + _checkpoint_per_step(report, every)) / trimmed_mean(report["cycle"])
 
 

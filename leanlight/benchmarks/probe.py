@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -43,11 +42,11 @@ class BareStep(Protocol):
 class StepProbe(Callback):
     """Writes the times of every step to a JSON file when training ends.
 
-    ``cycle``: seconds from the end of one probe to the beginning of the next, all of Lightning, data and callbacks
-    included. ``outside``: the part of it before the step begins: callbacks and logs after the last step, data,
-    transfer, checkpoints. ``bare``: seconds of the same step in plain PyTorch. ``hooks``: seconds a callback's step hooks
-    took in all these steps, by class. ``checkpoints``: seconds of each checkpoint. ``equal``: whether both ended with the
-    same weights. Steps at the beginning of an epoch and the first `warmup` are left out.
+    Steps at the beginning of an epoch and the first `warmup` are left out. The file has, in seconds and by step:
+    ``cycle``: from the end of one probe to the beginning of the next, all of Lightning, data, callbacks included;
+    ``outside``: the part of it before the step begins: callbacks and logs of the last step, data, checkpoints;
+    ``bare``: the same step in plain PyTorch; ``hooks``: the step hooks of each callback, by class. Further
+    ``checkpoints``: seconds of each checkpoint; ``equal``: whether both ended with the same weights.
 
     Put it first in the list of callbacks.
 
@@ -61,7 +60,8 @@ class StepProbe(Callback):
         self.cycle: list[float] = []
         self.outside: list[float] = []
         self.bare: list[float] = []
-        self.hooks: dict[str, float] = defaultdict(float)
+        self.hooks: dict[str, list[float]] = {}
+        self._running: dict[str, float] = {}
         self.checkpoints: list[float] = []
         self._steps = 0
         self._new_epoch = True
@@ -89,11 +89,12 @@ class StepProbe(Callback):
                 setattr(callback, name, self._timed(getattr(callback, name), type(callback).__name__))
 
     def _timed(self, hook: Callable[..., Any], owner: str) -> Callable[..., Any]:
+        self.hooks[owner], self._running[owner] = [], 0.0
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             result = hook(*args, **kwargs)
-            if self._counts:
-                self.hooks[owner] += time.perf_counter() - begin
+            self._running[owner] += time.perf_counter() - begin
             return result
 
         return timed
@@ -123,6 +124,9 @@ class StepProbe(Callback):
             self.cycle.append(cycle)
             self.outside.append(self._outside)
             self.bare.append(end - begin)
+            for owner, seconds in self._running.items():
+                self.hooks[owner].append(seconds)
+        self._running = dict.fromkeys(self._running, 0.0)
         self._steps += 1
         self._new_epoch = False
         self._resumed_at = time.perf_counter()
@@ -133,7 +137,7 @@ class StepProbe(Callback):
             "cycle": self.cycle,
             "outside": self.outside,
             "bare": self.bare,
-            "hooks": dict(self.hooks),
+            "hooks": self.hooks,
             "checkpoints": self.checkpoints,
             "equal": all(torch.equal(ours, bare) for ours, bare in pairs),
         }

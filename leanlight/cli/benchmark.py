@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="show two files side by side"
     )
     args = parser.parse_args(argv)
-    console = Console()
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     if args.compare:
         from leanlight.benchmarks.core import print_comparison, read
 
