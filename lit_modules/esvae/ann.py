@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from lit_modules.esvae.networks import Autoencoder, Code
 
 
 class FeatureAutoencoder(Autoencoder):
-    """Plain convolutional autoencoder: strided convolutions with batch norm and LeakyReLU, a linear latent, the mirror of both.
+    """Plain convolutional autoencoder: strided convolutions with batch norm and LeakyReLU, a linear latent, the
+    mirror of both.
 
     Its latent is the feature space of the Fréchet autoencoder distance. Arguments: see `SAE`.
     """
@@ -45,7 +47,7 @@ class FeatureAutoencoder(Autoencoder):
             nn.Unflatten(1, (channels[-1], side, side)),
             *(
                 _block(nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1), after)
-                for before, after in zip(backwards, backwards[1:], strict=False)
+                for before, after in pairwise(backwards)
             ),
             nn.ConvTranspose2d(channels[0], in_channels, 3, padding=1),
             nn.Tanh(),
@@ -60,7 +62,9 @@ class FeatureAutoencoder(Autoencoder):
 
 
 class VAE(FeatureAutoencoder):
-    """Variational autoencoder with a Gaussian latent (Kingma & Welling 2014) on the same convolutions; divergence: KL from N(0, 1)."""
+    """Variational autoencoder with a Gaussian latent (Kingma & Welling 2014) on the same convolutions; divergence: KL
+    from N(0, 1).
+    """
 
     generates = True
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,10 @@ CHANNELS_32 = (32, 64, 128, 256)  # 32×32 images; one more halving, 512, makes 
 
 @dataclass(frozen=True)
 class Neuron:
-    """Constants of every hidden neuron (spec 2.3).
+    """Constants of every hidden neuron.
 
-    tau: share of the potential kept a step. v_threshold: potential that fires. surrogate_gradient: ``rect_zero`` centres the
-    boxcar derivative on potential 0 (the published code), ``rect`` on the threshold (textbook).
+    tau: share of the potential kept a step. v_threshold: potential that fires. surrogate_gradient: ``rect_zero``
+    centres the boxcar derivative on potential 0 (the published code), ``rect`` on the threshold (textbook).
     """
 
     tau: float = 0.25
@@ -40,11 +42,14 @@ class SpikingLayer(nn.Module):
     alpha: factor of the threshold-dependent norm.
     """
 
-    def __init__(self, weights: nn.Module, features: int, neuron: Neuron, alpha: float = 1.0) -> None:
+    def __init__(
+        self, weights: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, features: int, neuron: Neuron, alpha: float = 1.0
+    ) -> None:
         super().__init__()
         self.weights = weights
-        dims = 0 if isinstance(weights, nn.Linear) else 2
-        self.norm = ThresholdBatchNorm(features, neuron.v_threshold, alpha, dims=dims)
+        self.norm = ThresholdBatchNorm(
+            features, neuron.v_threshold, alpha, dims=0 if isinstance(weights, nn.Linear) else 2
+        )
         self.fire = neuron.make()
 
     def forward(self, spikes: Tensor) -> Tensor:
@@ -52,15 +57,19 @@ class SpikingLayer(nn.Module):
         return self.fire(unfold_time(current, len(spikes)))
 
     def constant(self, x: Tensor, time_steps: int) -> Tensor:
-        """Show x (N, ...) at every step: equal to ``forward(repeat_time(x, time_steps))`` at 1 / time_steps of the work."""
+        """Show x (N, ...) at every step: equal to ``forward(repeat_time(x, time_steps))`` at 1 / time_steps of the
+        work.
+        """
         current = norm_of_copies(self.norm, self.weighted(x), time_steps)
         return self.fire(repeat_time(current, time_steps))
 
     def weighted(self, x: Tensor) -> Tensor:
-        """`weights` of x. In training the norm subtracts the bias again, so its gradient is 0 and need not be summed up."""
+        """`weights` of x. In training the norm subtracts the bias again, so its gradient is 0 and need not be summed
+        up.
+        """
         if not self.norm.training:
             return self.weights(x)
-        weight, bias = self.weights.weight, self.weights.bias
+        weight, bias = self.weights.weight, cast(Tensor, self.weights.bias)
         # 0 * bias keeps the bias in the graph, with gradient 0, for optimisers and DDP.
         return torch.func.functional_call(self.weights, {"weight": weight + 0 * bias.sum(), "bias": bias.detach()}, x)
 
@@ -68,17 +77,18 @@ class SpikingLayer(nn.Module):
 def norm_of_copies(norm: ThresholdBatchNorm, x: Tensor, copies: int) -> Tensor:
     """Normalise x (N, C, ...) as if the batch held `copies` of it.
 
-    Mean and biased variance are the same for the copies as for x; only the running variance, which is unbiased, has another
-    factor: ``copies * n / (copies * n - 1)`` for n values a channel in place of ``n / (n - 1)``.
+    Mean and biased variance are the same for the copies as for x; only the running variance, which is unbiased, has
+    another factor: ``copies * n / (copies * n - 1)`` for n values a channel in place of ``n / (n - 1)``.
     """
     batch_norm = norm.norm
     if not (norm.training and batch_norm.track_running_stats):
         return norm(x)
-    assert batch_norm.running_var is not None and batch_norm.momentum is not None
+    assert batch_norm.running_var is not None
+    assert batch_norm.momentum is not None
     kept = batch_norm.running_var * (1 - batch_norm.momentum)
     out = norm(x)
     n = x.numel() // x.shape[1] * _ranks(batch_norm)
-    # Through .data, unseen by autograd: the norm's backward keeps the running variance but does not read it in training.
+    # Through .data, unseen by autograd, which keeps the running variance for the backward pass but does not read it.
     batch_norm.running_var.data.sub_(kept).mul_(copies * (n - 1) / (copies * n - 1)).add_(kept)
     return out
 
@@ -114,7 +124,9 @@ class SpikingEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         first, *others = self.layers
-        spikes = first.constant(image.contiguous(memory_format=torch.channels_last), self.time_steps)
+        spikes = cast(SpikingLayer, first).constant(
+            image.contiguous(memory_format=torch.channels_last), self.time_steps
+        )
         for layer in others:
             spikes = layer(spikes)
         return self.head(spikes.flatten(2))
@@ -140,7 +152,7 @@ class SpikingDecoder(nn.Module):
         backwards = (*reversed(channels), channels[0])
         self.layers = nn.ModuleList(
             SpikingLayer(nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1), after, neuron)
-            for before, after in zip(backwards, backwards[1:], strict=False)
+            for before, after in pairwise(backwards)
         )
         self.last = nn.ConvTranspose2d(channels[0], out_channels, 3, padding=1)
         self.readout = LeakyReadout(readout_decay)
@@ -153,7 +165,8 @@ class SpikingDecoder(nn.Module):
         return self.potential(spikes).tanh()
 
     def potential(self, spikes: Tensor) -> Tensor:
-        """Last convolution and readout, ``sum_t decay^(T-1-t) (W s[t] + b)``, in the order ``W (sum_t decay^(T-1-t) s[t]) + ...``.
+        """Last convolution and readout, ``sum_t decay^(T-1-t) (W s[t] + b)``, in the order ``W (sum_t decay^(T-1-t)
+        s[t]) + ...``.
 
         Both are linear, so the convolution is computed once and not T times; b counts with the sum of the weights.
         """
@@ -172,6 +185,7 @@ def bottom_side(image_size: int, channels: Sequence[int]) -> int:
     step = 2 ** len(channels)
     if image_size % step:
         raise UserError(
-            f"image_size: expected a multiple of {step} for {len(channels)} halvings (one an entry of channels), got {image_size}"
+            f"image_size: expected a multiple of {step}, since each of the {len(channels)} channels halves the side; "
+            f"got {image_size}"
         )
     return image_size // step

@@ -11,12 +11,12 @@ Kernel = Literal["rbf", "linear"]
 
 
 def mmd2(x: Tensor, y: Tensor, kernel: Kernel = "rbf", kernels: int = 5) -> Tensor:
-    """Squared maximum mean discrepancy between two sets of firing rates (ESVAE, eq. of the MMD loss).
+    """Squared maximum mean discrepancy between two sets of firing rates (ESVAE, arXiv:2310.14839).
 
     x: (N, d), y: (M, d) → scalar. ``rbf`` sums `kernels` Gaussian kernels ``exp(-|a - b|^2 / b_k)`` whose bandwidths
-    ``b_k = b * 2^(k - kernels // 2)`` lie around the mean squared distance b of all pairs, through which no gradient flows; it is the
-    biased estimate (diagonals included), so two samples of one distribution are a little above 0. ``linear`` is the squared
-    distance of the means.
+    ``b_k = b * 2^(k - kernels // 2)`` lie around the mean squared distance b of all pairs, through which no gradient
+    flows; it is the biased estimate (diagonals included), so two samples of one distribution are a little above 0.
+    ``linear`` is the squared distance of the means.
     """
     if kernel == "linear":
         return (x.mean(0) - y.mean(0)).square().sum()
@@ -38,7 +38,7 @@ def _squared_distances(points: Tensor) -> Tensor:
 
 
 def psp(trace: Tensor, tau_s: float = 2.0) -> Tensor:
-    """Postsynaptic potential of spike trains (T, N, ...): ``s[t] = s[t-1] + (v[t] - s[t-1]) / tau_s``, from rest (FSVAE, eq. 11)."""
+    """Postsynaptic potential of spike trains (T, N, ...), from rest: ``s[t] = s[t-1] + (v[t] - s[t-1]) / tau_s``."""
     steps = torch.arange(len(trace), device=trace.device)
     lag = steps[:, None] - steps[None, :]
     decay = torch.pow(1 - 1 / tau_s, lag.clamp(min=0)).to(trace.dtype)
@@ -54,7 +54,8 @@ def psp_mmd(q: Tensor, p: Tensor, tau_s: float = 2.0) -> Tensor:
 
 
 def bernoulli_kl(q: Tensor, p: Tensor, eps: float = 1e-2) -> Tensor:
-    """KL divergence of Bernoulli spike trains as FSVAE computes it: `eps` inside the logarithms, summed over (T, d), mean over N.
+    """KL divergence of Bernoulli spike trains as FSVAE computes it: `eps` inside the logarithms, summed over (T, d),
+    mean over N.
 
     q, p: (T, N, d) firing probabilities in [0, 1] of posterior and prior → scalar.
     """

@@ -14,9 +14,9 @@ Noise = Literal["flip", "replace"]
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
     """Squared Fréchet distance of N(mean1, cov1) and N(mean2, cov2): ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``.
 
-    means (d,), covariances (d, d) symmetric positive semi-definite → scalar float64. The eigenvalues of C1 C2 are those of the
-    symmetric ``C1^(1/2) C2 C1^(1/2)``, so the trace of the root is a sum of real roots; a matrix square root of C1 C2 itself is
-    unstable for nearly singular covariances.
+    means (d,), covariances (d, d) symmetric positive semi-definite → scalar float64. The eigenvalues of C1 C2 are
+    those of the symmetric ``C1^(1/2) C2 C1^(1/2)``, so the trace of the root is a sum of real roots; a matrix square
+    root of C1 C2 itself is unstable for nearly singular covariances.
     """
     mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
@@ -28,8 +28,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 class FrechetDistance(Metric):
     """Fréchet distance between the features of real and generated items, over any number of batches and processes.
 
-    On features of an autoencoder it is the Fréchet autoencoder distance, FAD (Kamata et al. 2022). Sums are kept in float64;
-    `compute` needs at least two items of each kind, and more than d of each for covariances of full rank.
+    On features of an autoencoder it is the Fréchet autoencoder distance, FAD (Kamata et al. 2022). Sums are kept in
+    float64; `compute` needs at least two items of each kind, and more than d of each for covariances of full rank.
 
     features: d, length of a feature vector.
     """
@@ -94,7 +94,8 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Test accuracy in [0, 1] of logistic regression on standardised features: what a frozen encoder keeps of the classes.
+    """Test accuracy in [0, 1] of logistic regression on standardised features: what a frozen encoder keeps of the
+    classes.
 
     x: (N, d) float, y: (N,) int64.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -24,8 +25,9 @@ Prior = Literal["bottleneck", "uniform_rate", "fixed_rate"]
 class Code:
     """What an encoder says about N images.
 
-    z: sampled latent that the decoder reads, (T, N, d) spikes or (N, d) numbers. features: (N, d) deterministic summary (firing
-    rates in [0, 1]; means of a Gaussian). divergence: scalar distance of posterior from prior, 0 for plain autoencoders.
+    z: sampled latent that the decoder reads, (T, N, d) spikes or (N, d) numbers. features: (N, d) deterministic
+    summary (firing rates in [0, 1]; means of a Gaussian). divergence: scalar distance of posterior from prior, 0 for
+    plain autoencoders.
     """
 
     z: Tensor
@@ -47,7 +49,7 @@ class Autoencoder(nn.Module):
         require_positive(in_channels=in_channels, image_size=image_size, latent_size=latent_size)
         self.image_shape = (in_channels, image_size, image_size)
         self.latent_size = latent_size
-        # Makes the batch of all processes from this one's, for distances between whole batches; set by distributed training.
+        # Makes the batch of all processes from this one's, for distances between whole batches.
         self.gather: Callable[[Tensor], Tensor] = _same
 
     def encode(self, image: Tensor) -> Code:
@@ -77,8 +79,9 @@ class Autoencoder(nn.Module):
 class SAE(Autoencoder):
     """Spiking autoencoder: the decoder reads the encoder's spikes. Without a prior it reconstructs but cannot generate.
 
-    in_channels, image_size: of the images, square; each entry of `channels` halves the side. latent_size: d. time_steps: T.
-    tau, v_threshold, surrogate_gradient: see `Neuron`. readout_decay: lambda_o, share of the output potential kept a step.
+    in_channels, image_size: of the images, square; each entry of `channels` halves the side. latent_size: d.
+    time_steps: T. tau, v_threshold, surrogate_gradient: see `Neuron`. readout_decay: lambda_o, share of the output
+    potential kept a step.
     """
 
     generates = False
@@ -117,12 +120,12 @@ class SAE(Autoencoder):
 class ESVAE(SAE):
     """Efficient spiking variational autoencoder (Zhan et al., arXiv:2310.14839).
 
-    Posterior: firing rates of the encoder. Prior: rates made from Gaussian noise by one linear layer and a sigmoid. Latent spikes
-    are drawn from the rates (`poisson_spikes`); divergence: MMD² of the two sets of rates.
+    Posterior: firing rates of the encoder. Prior: rates made from Gaussian noise by one linear layer and a sigmoid.
+    Latent spikes are drawn from the rates (`poisson_spikes`); divergence: MMD² of the two sets of rates.
 
-    kernel: of the MMD. sampler: see `sample_spikes`. half_width: a of the sampling derivative. prior: ``bottleneck``, or
-    ``uniform_rate`` (each rate uniform on [0, 1]) or ``fixed_rate`` (all rates `prior_rate`), which have no parameters.
-    Others: see `SAE`.
+    kernel: of the MMD. sampler: see `sample_spikes`. half_width: a of the sampling derivative. prior: ``bottleneck``,
+    or ``uniform_rate`` (each rate uniform on [0, 1]) or ``fixed_rate`` (all rates `prior_rate`), which have no
+    parameters. Others: see `SAE`.
     """
 
     generates = True
@@ -145,7 +148,15 @@ class ESVAE(SAE):
         readout_decay: float = 0.8,
     ) -> None:
         super().__init__(
-            in_channels, image_size, channels, latent_size, time_steps, tau, v_threshold, surrogate_gradient, readout_decay
+            in_channels,
+            image_size,
+            channels,
+            latent_size,
+            time_steps,
+            tau,
+            v_threshold,
+            surrogate_gradient,
+            readout_decay,
         )
         _require_known("kernel", kernel, ("rbf", "linear"))
         _require_known("sampler", sampler, SAMPLERS)
@@ -165,7 +176,7 @@ class ESVAE(SAE):
 
     def prior_rates(self, count: int) -> Tensor:
         """Firing rates (count, d) in [0, 1] from the prior."""
-        like = self.encoder.head.weights.weight
+        like = next(self.parameters())
         if self.bottleneck is not None:
             noise = torch.randn(count, self.latent_size, dtype=like.dtype, device=like.device)
             return self.bottleneck(noise).sigmoid()
@@ -178,13 +189,15 @@ class ESVAE(SAE):
 
 
 class FSVAE(SAE):
-    """Fully spiking variational autoencoder (Kamata et al. 2022, arXiv:2110.00375), the predecessor with an autoregressive latent.
+    """Fully spiking variational autoencoder (Kamata et al. 2022, arXiv:2110.00375), the predecessor with an
+    autoregressive latent.
 
-    Posterior and prior are spiking networks that give `candidates` k binary candidates a latent unit and step, one of which is
-    picked at random; each step sees the latent of the step before. divergence: ``mmd`` on postsynaptic potentials or ``kld``.
+    Posterior and prior are spiking networks that give `candidates` k binary candidates a latent unit and step, one of
+    which is picked at random; each step sees the latent of the step before. divergence: ``mmd`` on postsynaptic
+    potentials or ``kld``.
 
-    scheduled_sampling: in training, from step 5 on, feed the prior its own majority vote in place of the posterior's sample
-    with a probability that grows from 0.1 to 0.3. Others: see `SAE`.
+    scheduled_sampling: in training, from step 5 on, feed the prior its own majority vote in place of the posterior's
+    sample with a probability that grows from 0.1 to 0.3. Others: see `SAE`.
     """
 
     generates = True
@@ -205,7 +218,15 @@ class FSVAE(SAE):
         readout_decay: float = 0.8,
     ) -> None:
         super().__init__(
-            in_channels, image_size, channels, latent_size, time_steps, tau, v_threshold, surrogate_gradient, readout_decay
+            in_channels,
+            image_size,
+            channels,
+            latent_size,
+            time_steps,
+            tau,
+            v_threshold,
+            surrogate_gradient,
+            readout_decay,
         )
         _require_known("divergence", divergence, ("mmd", "kld"))
         require_positive(candidates=candidates)
@@ -227,9 +248,9 @@ class FSVAE(SAE):
     def sample_posterior(self, spikes: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's spikes (T, N, d) → sampled latent (T, N, d) and all candidates (T, N, d, k).
 
-        First the latent is generated step by step without gradient, then one pass over the whole sequence gives the same
-        picks with gradient. In training the norms of that pass see other statistics than those of the shorter prefixes, as in
-        the published code, so the second latent can differ from the first.
+        First the latent is generated step by step without gradient, then one pass over the whole sequence gives the
+        same picks with gradient. In training the norms of that pass see other statistics than those of the shorter
+        prefixes, as in the published code, so the second latent can differ from the first.
         """
         picks = torch.randint(self.posterior.candidates, spikes.shape, device=spikes.device)
         with torch.no_grad():
@@ -238,7 +259,9 @@ class FSVAE(SAE):
         return _pick(q, picks), q
 
     def prior_inputs(self, z: Tensor) -> Tensor:
-        """Latent one step late, starting with zeros; in training with scheduled sampling some steps are the prior's own."""
+        """Latent one step late, starting with zeros; in training with scheduled sampling some steps are the prior's
+        own.
+        """
         before = torch.cat([torch.zeros_like(z[:1]), z[:-1]])
         if not (self.training and self.scheduled_sampling):
             return before
@@ -251,7 +274,7 @@ class FSVAE(SAE):
         return before
 
     def draw(self, count: int) -> Tensor:
-        like = self.encoder.head.weights.weight
+        like = next(self.parameters())
         picks = torch.randint(self.prior.candidates, (self.time_steps, count, self.latent_size), device=like.device)
         return self.prior.roll_out(picks)[1:]
 
@@ -267,10 +290,7 @@ class CandidateNetwork(nn.Module):
         self.latent_size, self.candidates = latent_size, candidates
         sizes = (in_size, 2 * latent_size, 4 * latent_size, candidates * latent_size)
         self.layers = nn.Sequential(
-            *(
-                SpikingLayer(nn.Linear(before, after), after, neuron, alpha=2.0)
-                for before, after in zip(sizes, sizes[1:], strict=False)
-            )
+            *(SpikingLayer(nn.Linear(before, after), after, neuron, alpha=2.0) for before, after in pairwise(sizes))
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -279,12 +299,11 @@ class CandidateNetwork(nn.Module):
     def roll_out(self, picks: Tensor, condition: Tensor | None = None) -> Tensor:
         """Generate step by step: z[0] = 0, then z[t+1] = the picked candidate at input (condition[t], z[t]).
 
-        picks: (L, N, d) int64, which of the k candidates. condition: (at least L, N, c) or none. Returns z (L + 1, N, d).
-        In training the norms take their statistics from the whole prefix, so each step runs all steps before it again; in
-        evaluation the neurons' potentials carry everything over and each step runs once.
+        picks: (L, N, d) int64, which of the k candidates. condition: (at least L, N, c) or none. Returns z (L + 1, N,
+        d). In training the norms take their statistics from the whole prefix, so each step runs all steps before it
+        again; in evaluation the neurons' potentials carry everything over and each step runs once.
         """
-        like = self.layers[0].weights.weight
-        z = like.new_zeros(len(picks) + 1, *picks.shape[1:])
+        z = next(self.parameters()).new_zeros(len(picks) + 1, *picks.shape[1:])
         inputs = z if condition is None else torch.cat([condition[: len(z)], z], dim=-1)
         reset(self)
         for t, pick in enumerate(picks):

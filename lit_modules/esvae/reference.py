@@ -1,14 +1,15 @@
 """Two other formulations of ESVAE's training loss, for equality tests and the benchmark; nothing else uses them.
 
-`TimeLast` is the way published code of the family does it: signals (N, C, H, W, T), 3-D convolutions with temporal kernel 1, the
-image repeated T times. `Folded` is what a competent user of spikingjelly writes: time folded into the batch and its plain
-multi-step neuron. Both have the parameter names of the `ESVAE` they copy, and draw the same random numbers in the same order.
+`TimeLast` is the way published code of the family does it: signals (N, C, H, W, T), 3-D convolutions with temporal
+kernel 1, the image repeated T times. `Folded` is what a competent user of spikingjelly writes: time folded into the
+batch and its plain multi-step neuron. Both have the parameter names of the `ESVAE` they copy, and draw the same
+random numbers in the same order.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,25 @@ from lit_modules.nn import ThresholdBatchNorm
 from lit_modules.nn.spiking import RectAroundZeroPotential
 
 
+class _Half(nn.Module):
+    """Layers of an encoder or decoder."""
+
+    def __init__(self, layers: list[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), head
+        self.last: nn.Module = nn.Identity()  # after the decoder's layers
+
+
 class _Reference(nn.Module):
     """Common part: copy a network layer by layer; compute the two terms of the loss."""
 
     def __init__(self, network: ESVAE) -> None:
         super().__init__()
         self.network = (network,)  # for its constants; in a tuple, so that its parameters are not these
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        for mine, theirs in ((self.encoder, network.encoder), (self.decoder, network.decoder)):
-            mine.layers = nn.ModuleList(self.copy_layer(cast(SpikingLayer, layer)) for layer in theirs.layers)
-            mine.head = self.copy_layer(theirs.head)
+        self.encoder, self.decoder = (
+            _Half([self.copy_layer(cast(SpikingLayer, layer)) for layer in half.layers], self.copy_layer(half.head))
+            for half in (network.encoder, network.decoder)
+        )
         self.decoder.last = self.copy_weights(network.decoder.last)
         self.bottleneck = copy.deepcopy(network.bottleneck)
 
@@ -75,10 +85,9 @@ class TimeLast(_Reference):
             return copy.deepcopy(weights)
         weights = cast(nn.Conv2d | nn.ConvTranspose2d, weights)
         kind = nn.ConvTranspose3d if isinstance(weights, nn.ConvTranspose2d) else nn.Conv3d
-        stride, padding = (*weights.stride, 1), (*cast(tuple[int, ...], weights.padding), 0)
-        made = kind(weights.in_channels, weights.out_channels, (3, 3, 1), stride, padding).to(weights.weight.dtype)
-        if isinstance(made, nn.ConvTranspose3d):
-            made.output_padding = (*weights.output_padding, 0)
+        made = kind(weights.in_channels, weights.out_channels, (3, 3, 1)).to(weights.weight.dtype)
+        made.stride, made.padding = (*weights.stride, 1), (*cast(tuple[int, int], weights.padding), 0)
+        made.output_padding = (*weights.output_padding, 0)
         with torch.no_grad():
             made.weight.copy_(weights.weight.unsqueeze(-1))
             cast(Tensor, made.bias).copy_(cast(Tensor, weights.bias))
@@ -119,6 +128,9 @@ class _TimeLastLayer(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         """tdBN over (N, H, W, T) written out."""
         norm, axes = self.norm.norm, (0, 2, 3, 4)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.momentum is not None
         mean, var = norm.running_mean, norm.running_var
         if self.training:
             mean, var = x.mean(axes), x.var(axes, unbiased=False)
@@ -140,13 +152,13 @@ class _TimeLastLayer(nn.Module):
 
 class _Boxcar(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, v_threshold, centre):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, u: Tensor, v_threshold: float, centre: float) -> Tensor:
         ctx.save_for_backward(u)
         ctx.centre = centre
         return (u >= v_threshold).to(u.dtype)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (u,) = ctx.saved_tensors
         return grad * ((u - ctx.centre).abs() < 0.5), None, None
 

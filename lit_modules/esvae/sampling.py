@@ -1,4 +1,6 @@
-"""Draw spike trains from firing rates so that gradients reach the rates (ESVAE, arXiv:2310.14839; `docs/methods/esvae.md`)."""
+"""Draw spike trains from firing rates so that gradients reach the rates (ESVAE, arXiv:2310.14839;
+`docs/methods/esvae.md`).
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ def poisson_spikes(
     half_width: float | None = 0.5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw spikes of a Poisson process with at most one spike a bin: ``z[t] = 1 if rate > u[t] else 0``, u uniform on [0, 1).
+    """Draw spikes of a Poisson process with at most one spike a bin: ``z[t] = 1 if rate > u[t] else 0``, u uniform on
+    [0, 1).
 
-    rate: (N, d) in [0, 1] → (time_steps, N, d) of zeros and ones, independent over time given the rate; their count is
-    Binomial(time_steps, rate). half_width a: the derivative dz[t]/drate is taken as ``1 / (2a)`` where ``|rate - u[t]| < a`` and 0
-    elsewhere; None takes 1 everywhere (straight-through).
+    rate: (N, d) in [0, 1] → (time_steps, N, d) of zeros and ones, independent over time given the rate; their count
+    is Binomial(time_steps, rate). half_width a: the derivative dz[t]/drate is taken as ``1 / (2a)`` where ``|rate -
+    u[t]| < a`` and 0 elsewhere; None takes 1 everywhere (straight-through).
     """
     noise = torch.rand(time_steps, *rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
     return _PoissonSpikes.apply(rate, noise, half_width)

@@ -1,13 +1,14 @@
 """The leaky integrate-and-fire neuron over a whole sequence as one differentiable operation.
 
-Spikingjelly's plain neuron builds about ten autograd nodes a step, each with a buffer of its own. For the rectangular surrogates
-the gradient has a closed form, so the forward scan needs three element-wise kernels a step and the backward scan four, in
-buffers that are allocated once. Values and gradients are those of the plain neuron up to rounding.
+Spikingjelly's plain neuron builds about ten autograd nodes a step, each with a buffer of its own. For the rectangular
+surrogates the gradient has a closed form, so the forward scan needs three element-wise kernels a step and the
+backward scan four, in buffers that are allocated once. Values and gradients are those of the plain neuron up to
+rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron, surrogate
@@ -21,24 +22,26 @@ _hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
 class FusedLIFNode(neuron.LIFNode):
     """`LIFNode` with a faster multi-step path; everything the path does not cover runs in spikingjelly as before.
 
-    It covers float32 and float64 currents (T, N, ...), hard reset to 0, currents that enter in full, and the surrogates `Rect` and
-    `RectAroundZeroPotential`. Whatever the memory layout of one step, spikes have it too.
+    It covers float32 and float64 currents (T, N, ...), hard reset to 0, currents that enter in full, and the
+    surrogates `Rect` and `RectAroundZeroPotential`. Whatever the memory layout of one step, spikes have it too.
     """
+
+    v: Any  # potential: a number at rest, a tensor after a step
 
     def multi_step_forward(self, x_seq: Tensor, *args: Tensor, **kwargs: object) -> Any:
         window = self._window()
         if window is None or args or x_seq.dtype not in (torch.float32, torch.float64) or torch.compiler.is_exporting():
             return super().multi_step_forward(x_seq, *args, **kwargs)
-        v = cast(Tensor | float, self.v)
-        if not isinstance(v, Tensor):
-            v = torch.full_like(x_seq[0], v, memory_format=torch.preserve_format)
+        v = self.v if isinstance(self.v, Tensor) else torch.full_like(x_seq[0], self.v)
         spikes, self.v = lif_scan(
             x_seq, v, 1.0 - 1.0 / self.tau, self.v_threshold, window, detach_reset=self.detach_reset
         )
         return spikes
 
     def _window(self) -> tuple[float, float] | None:
-        """Open interval of potentials where the surrogate passes the gradient with factor 1; none if it is not of that kind."""
+        """Open interval of potentials where the surrogate passes the gradient with factor 1; none if it is not of
+        that kind.
+        """
         if self.decay_input or self.v_reset != 0.0 or self.store_v_seq:
             return None
         function = self.surrogate_function
@@ -70,13 +73,15 @@ def lif_scan(
     window: tuple[float, float],
     detach_reset: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Integrate `current` (T, N, ...) from `potential` (N, ...); return spikes (T, N, ...) and the potential after the last reset.
+    """Integrate `current` (T, N, ...) from `potential` (N, ...); return spikes (T, N, ...) and the potential after
+    the last reset.
 
-    ``h[t] = keep * v[t-1] + current[t]``, ``s[t] = h[t] >= v_threshold``, ``v[t] = h[t] * (1 - s[t])``. The spike's derivative is 1
-    where ``window[0] < h[t] < window[1]`` and 0 elsewhere. detach_reset: no gradient through the factor ``1 - s[t]``.
+    ``h[t] = keep * v[t-1] + current[t]``, ``s[t] = h[t] >= v_threshold``, ``v[t] = h[t] * (1 - s[t])``. The spike's
+    derivative is 1 where ``window[0] < h[t] < window[1]`` and 0 elsewhere. detach_reset: no gradient through the
+    factor ``1 - s[t]``.
     """
     if torch.is_grad_enabled() and (current.requires_grad or potential.requires_grad):
-        return _LIFScan.apply(current, potential, keep, v_threshold, window, detach_reset)  # type: ignore[no-any-return]
+        return _LIFScan.apply(current, potential, keep, v_threshold, window, detach_reset)
     spikes, h, v = _like_steps(current), torch.empty_like(current[0]), potential.clone()
     for x, s in zip(current, spikes, strict=True):
         _step(x, v, h, s, keep, v_threshold)
@@ -92,7 +97,9 @@ def _like_steps(current: Tensor) -> Tensor:
 
 
 def _step(x: Tensor, v: Tensor, h: Tensor, s: Tensor, keep: float, v_threshold: float) -> None:
-    """One step in place: read current `x` and potential `v`; write potential before reset `h`, spikes `s`, and new `v`."""
+    """One step in place: read current `x` and potential `v`; write potential before reset `h`, spikes `s`, and new
+    `v`.
+    """
     torch.add(x, v, alpha=keep, out=h)
     torch.ge(h, v_threshold, out=s)
     torch.addcmul(h, h, s, value=-1, out=v)
@@ -119,7 +126,9 @@ class _LIFScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With g[t] = dL/dh[t] and w[t] the window: g[t] = w[t] (dL/ds[t] - r[t] h[t]) + r[t] (1 - s[t]), r[t] = keep g[t+1]."""
+        """With g[t] = dL/dh[t] and w[t] the window: g[t] = w[t] (dL/ds[t] - r[t] h[t]) + r[t] (1 - s[t]), r[t] = keep
+        g[t+1].
+        """
         h, spikes = ctx.saved_tensors
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(h[0]).expand_as(h)

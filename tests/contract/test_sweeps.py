@@ -1,6 +1,5 @@
 """The command a W&B sweep makes from its file really runs."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ def value(parameter):
 def arguments(sweep):
     """The command as W&B's agent makes it, with the first value of each parameter."""
     given = [f"--{name}={value(parameter)}" for name, parameter in sweep["parameters"].items()]
-    return list(itertools.chain(*([given] if word == "${args}" else [[word]] for word in sweep["command"])))
+    return [word for part in sweep["command"] for word in (given if part == "${args}" else [part])]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

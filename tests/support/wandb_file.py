@@ -34,8 +34,8 @@ def records(path):
 
 
 def read_wandb(path):
-    """Return {config, history (last value by name), media, artifacts, metrics, group} of a run."""
-    found = {"config": {}, "history": {}, "media": [], "artifacts": [], "metrics": [], "group": None}
+    """Return {config, history (last value by name), artifacts, metrics, group} of a run."""
+    found = {"config": {}, "history": {}, "artifacts": [], "metrics": [], "group": None}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "config":
@@ -48,10 +48,7 @@ def read_wandb(path):
             found["config"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         if kind == "history":
             for item in record.history.item:
-                value = json.loads(item.value_json)
-                found["history"][item.key or "/".join(item.nested_key)] = value
-                if isinstance(value, dict) and "_type" in value:
-                    found["media"].append(value)
+                found["history"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         elif kind == "artifact":
             found["artifacts"].append(record.artifact.name)
         elif kind == "metric":
