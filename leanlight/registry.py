@@ -62,6 +62,12 @@ METHODS: dict[str, MethodInfo] = {
             module="lit_modules.classifier.ImageClassifier",
             benchmark="leanlight.benchmarks.classifier:run",
         ),
+        MethodInfo(
+            name="esvae",
+            title="ESVAE, FSVAE and VAE: spiking variational autoencoders",
+            paper="Zhan et al. 2023, arXiv:2310.14839",
+            module="lit_modules.esvae.ImageAutoencoder",
+        ),
     )
 }
 

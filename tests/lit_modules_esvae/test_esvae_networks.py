@@ -207,8 +207,8 @@ def test_fsvae_picks_each_candidate_equally_often():
     network = FSVAE(1, **{**SPIKING, "time_steps": 1}, candidates=5)
     spikes = (torch.rand(1, 4000, 6) < 0.5).float()
     z, q = network.sample_posterior(spikes)
-    expected = q.mean(-1).mean()
-    assert abs(z.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / z.numel())
+    expected = q.mean(-1).mean().item()
+    assert abs(z.mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / z.numel())
 
 
 def test_scheduled_sampling_replaces_inputs_from_step_five_in_training_only():

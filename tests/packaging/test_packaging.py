@@ -83,13 +83,13 @@ def make(*arguments):
 
 
 @needs_make
-@pytest.mark.parametrize("target", "demo venv test test-slow lint format bench clean".split())
+@pytest.mark.parametrize("target", ["demo", "venv", "test", "test-slow", "lint", "format", "bench", "clean"])
 def test_make_has_the_target(target, tmp_path):
     make(target, f"VENV={tmp_path / 'venv'}")
 
 
 @needs_make
-@pytest.mark.parametrize("target", "demo venv test test-slow lint format bench".split())
+@pytest.mark.parametrize("target", ["demo", "venv", "test", "test-slow", "lint", "format", "bench"])
 def test_a_fresh_clone_installs_in_one_constrained_command(target, tmp_path):
     plan = make(target, f"VENV={tmp_path / 'venv'}")
     assert plan.count("pip install") == 1

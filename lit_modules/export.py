@@ -1,0 +1,55 @@
+"""Take networks out of the suite: files that plain PyTorch loads."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from leanlight.contracts import atomic_path, atomic_write
+
+
+def portable(network: nn.Module) -> nn.Module:
+    """A copy on the CPU in evaluation mode, whose spiking neurons need no operators of spikingjelly."""
+    network = copy.deepcopy(network).cpu().eval()
+    for module in network.modules():
+        # spikingjelly fuses neurons with known surrogates into operators of its own, which plain PyTorch lacks. Without
+        # gradients a surrogate is a step.
+        if isinstance(getattr(module, "surrogate_function", None), nn.Module):
+            module.surrogate_function = _Step()
+    return network
+
+
+class _Step(nn.Module):
+    """Fire at the threshold or above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x >= 0).to(x.dtype)
+
+
+def write_program(network: nn.Module, example: Tensor, path: Path, batch_dim: int = 0) -> bool:
+    """Write `network` (made `portable`) as a ``torch.export`` program for one tensor; whether any batch size fits it.
+
+    Where a network fixes the batch size, the example's is the only one. example: at least 2 items along `batch_dim`.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        try:
+            program, any_batch = torch.export.export(network, (example,), dynamic_shapes=({batch_dim: batch},)), True
+        except (torch._dynamo.exc.UserError, RuntimeError, ValueError):
+            program, any_batch = torch.export.export(network, (example,)), False
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    atomic_write(path, buffer.getvalue())
+    return any_batch
+
+
+def write_weights(network: nn.Module, path: Path) -> None:
+    """Write the state of `network` as safetensors."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as part:
+        save_file({name: value.contiguous().clone() for name, value in network.state_dict().items()}, part)

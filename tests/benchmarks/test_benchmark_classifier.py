@@ -1,0 +1,133 @@
+"""The classifier's benchmark compares like with like."""
+
+import json
+import statistics
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from scipy.stats import trim_mean
+from torchvision.transforms import ToTensor
+
+from datamodules import ImageDataModule
+from leanlight.benchmarks import classifier as benchmark
+from leanlight.benchmarks.core import Measurement
+from leanlight.benchmarks.probe import StepProbe
+from lit_modules.classifier import ImageClassifier
+from lit_modules.nn import ConvNet, SpikingConvNet
+
+TINY = {"in_channels": 1, "num_classes": 10, "image_size": 28, "width": 4, "depth": 2}
+
+
+@pytest.fixture(scope="module")
+def data():
+    module = ImageDataModule(variant="subset", batch_size=64, train_fraction=0.2, seed=0)
+    module.setup()
+    return module
+
+
+def test_the_reference_pipeline_reads_the_same_pixels_and_labels(data, tmp_path):
+    reference = benchmark.torchvision_dataset(data, tmp_path, 100, ToTensor())
+    assert len(reference) == 100
+    assert benchmark.same_items(data, reference, 100)
+
+
+def test_a_single_different_pixel_is_noticed(data, tmp_path):
+    reference = benchmark.torchvision_dataset(data, tmp_path, 100, ToTensor())
+    reference.data[99, 0, 0] ^= 1
+    assert benchmark.same_items(data, reference, 99)
+    assert not benchmark.same_items(data, reference, 100)
+
+
+class SlowerLearner(benchmark.BareClassifierStep):
+    """A step that is not the same: another learning rate."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.optimizer.param_groups[0]["lr"] *= 0.5
+
+
+class Watcher(pl.Callback):
+    def on_train_batch_end(self, *_):
+        pass
+
+
+def probed(tmp_path, data, bare_step=benchmark._BARE_STEP):
+    output = tmp_path / "times.json"
+    trainer = pl.Trainer(
+        max_steps=8,
+        max_epochs=-1,
+        limit_val_batches=0,
+        callbacks=[StepProbe(output, bare_step, warmup=2), Watcher()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(benchmark._module(ConvNet, TINY), datamodule=data)
+    return json.loads(output.read_text())
+
+
+def test_trainer_and_plain_loop_end_with_the_same_weights(tmp_path, data):
+    report = probed(tmp_path, data)
+    assert report["equal"]
+    assert len(report["cycle"]) == len(report["bare"]) == len(report["outside"]) == 6
+    assert {name: len(values) for name, values in report["hooks"].items()} == {"Watcher": 6}
+    assert all(outside <= cycle for outside, cycle in zip(report["outside"], report["cycle"], strict=True))
+
+
+def test_the_probe_notices_a_plain_loop_that_does_other_work(tmp_path, data):
+    assert not probed(tmp_path, data, f"{__name__}:SlowerLearner")["equal"]
+
+
+def test_shares_stand_outliers_and_count_checkpoints():
+    cycle = [0.02] * 98 + [0.5, 0.001]
+    report = {"cycle": cycle, "checkpoints": [0.2], "hooks": {"NaNGuard": [1e-4] * 100, "Watcher": [1.0] * 100}}
+    assert benchmark.share_of([0.001] * 100, report, every=200) == pytest.approx(0.002 / 0.021)
+    assert benchmark.guards_share(report, every=200) == pytest.approx(0.0011 / 0.02)
+    values = torch.rand(100, generator=torch.Generator().manual_seed(0)).tolist()
+    assert benchmark.trimmed_mean(values) == pytest.approx(trim_mean(values, 0.02))
+    assert benchmark.trimmed_mean(values, 0.0) == pytest.approx(statistics.fmean(values))
+
+
+@pytest.mark.parametrize(("network", "more"), [(ConvNet, {}), (SpikingConvNet, {"time_steps": 2})])
+def test_switches_compute_the_same_step(network, more, data):
+    measured = Measurement()
+    steps = benchmark.switched_steps(
+        network, {**TINY, **more}, benchmark._batch(data, 16), "tiny", measured, quick=True
+    )
+    assert list(steps) == ["plain", "channels_last", "bf16"]
+    plain, last = (steps[name].func for name in ("plain", "channels_last"))
+    for step in steps.values():
+        step()
+    pairs = zip(plain.network.parameters(), last.network.parameters(), strict=True)
+    # Adam's first step moves every weight by the learning rate in the direction of its gradient.
+    moved = torch.cat([(ours - other).abs().flatten() for ours, other in pairs])
+    assert (moved < 1e-5).float().mean() > 0.99
+    assert last.network.state_dict().keys() == plain.network.state_dict().keys()
+
+
+def test_the_module_under_test_is_the_suites_own(data):
+    module = benchmark._module(ConvNet, TINY)
+    assert isinstance(module, ImageClassifier)
+    before = benchmark._module(ConvNet, TINY).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_runs_and_its_checks_pass(leanlight, tmp_path):
+    output = tmp_path / "benchmark.json"
+    done = leanlight("benchmark", "classifier", "--quick", "--output", output, timeout=280)
+    content = json.loads(output.read_text())
+    assert done.returncode in (0, 1), done.stderr  # 1: a target was missed, which says nothing at this size
+    assert content["quick"]
+    assert content["checks"]
+    assert all(content["checks"].values())
+    for part in (
+        "pipeline/times_torchvision",
+        "step/leanlight/outside",
+        "step/leanlight/guards",
+        "memory/fit_peak_rss",
+    ):
+        assert content["figures"][part]["value"] > 0
