@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 test: venv ## fast tests
-	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: venv ## the long tests: kill and resume, several processes, claims
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

@@ -88,8 +88,8 @@ class SessionBatch(Batch):
 class MultimodalBatch(Batch):
     """Utterance features by modality.
 
-    text, audio, video: (N, D_m) or (N, L, D_m) float32. label: (N,) int64 or float32. present: (N, 3) bool, whether each
-    modality is there, in that order. index: (N,) int64.
+    text, audio, video: (N, D_m) or (N, L, D_m) float32. label: (N,) int64 or float32. present: (N, 3) bool, whether
+    each modality is there, in that order. index: (N,) int64.
     """
 
     text: Tensor

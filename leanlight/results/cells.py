@@ -101,8 +101,8 @@ def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path) -> Cell:
 def read_cell(cell: Cell, metrics: Sequence[str], optional: Sequence[str], *, stale: bool) -> dict[str, Any]:
     """What a finished cell contributes to the results, from its summary.json alone.
 
-    metrics: logged names, and ``summary/<key>`` for a number of the summary itself, e.g. ``summary/train_wall_s``. Raises
-    UserError when a metric is missing or not finite.
+    metrics: logged names, and ``summary/<key>`` for a number of the summary itself, e.g. ``summary/train_wall_s``.
+    Raises UserError when a metric is missing or not finite.
     """
     summaries, counted = _summaries(cell)
     numbers = {f"summary/{key}": value for key, value in counted.items() if isinstance(value, (int, float))}

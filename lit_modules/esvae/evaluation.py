@@ -1,7 +1,8 @@
 """Measurements of a trained autoencoder on whole sets of images: FAD, robustness of the decoder, linear probe.
 
-Images are (N, C, H, W) uint8 or float in [0, 1] and stay where they are; batches of them go to the network's device. Errors are
-mean squared errors on the [-1, 1] scale. Everything draws from the global random state: seed it for repeatable figures.
+Images are (N, C, H, W) uint8 or float in [0, 1] and stay where they are; batches of them go to the network's device.
+Errors are mean squared errors on the [-1, 1] scale. Everything draws from the global random state: seed it for
+repeatable figures.
 """
 
 from __future__ import annotations

@@ -44,15 +44,15 @@ _PIPELINE = "leanlight run esvae/pipelines/fashion_mnist_small trains one first"
 class ImageAutoencoder(LightningModule):
     """Train and measure an autoencoder of the ESVAE family: ESVAE, FSVAE, VAE, SAE or the feature autoencoder.
 
-    Loss: ``MSE(x', x) + divergence_weight * divergence`` on the [-1, 1] scale. Latents are sampled in evaluation too, from
-    fixed seeds.
+    Loss: ``MSE(x', x) + divergence_weight * divergence`` on the [-1, 1] scale. Latents are sampled in evaluation too,
+    from fixed seeds.
 
-    network: makes the network (`lit_modules.esvae`), images (N, C, H, W) in [0, 1]. optimizer: AdamW with lr 1e-3 and weight
-    decay 1e-3 by default. lr_scheduler: stepped each epoch. divergence_weight: λ, or ``1/num_batches`` for one over the training
-    batches an epoch. bottleneck_lr_factor: learning rate of ESVAE's prior over that of the rest (10). feature_checkpoint: trained
-    feature autoencoder for the Fréchet distance; without it FAD is not measured. generated: images drawn for FAD. strengths,
-    noise: spike noise of the robustness test. probe: measure a linear probe on the features. probe_images: at most so many
-    training images for it. eval_seed: of everything that evaluation draws.
+    network: makes the network (`lit_modules.esvae`), images (N, C, H, W) in [0, 1]. optimizer: AdamW with lr 1e-3 and
+    weight decay 1e-3 by default. lr_scheduler: stepped each epoch. divergence_weight: λ, or ``1/num_batches`` for one
+    over the training batches an epoch. bottleneck_lr_factor: learning rate of ESVAE's prior over that of the rest (10).
+    feature_checkpoint: trained feature autoencoder for the Fréchet distance; without it FAD is not measured. generated:
+    images drawn for FAD. strengths, noise: spike noise of the robustness test. probe: measure a linear probe on the
+    features. probe_images: at most so many training images for it. eval_seed: of everything that evaluation draws.
     """
 
     def __init__(
