@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from leanlight.contracts import UserError
 from lit_modules.nn import LeakyReadout, ThresholdBatchNorm, fold_time, lif, repeat_time, unfold_time
 from lit_modules.nn.checks import require_positive
-from lit_modules.nn.fused_lif import fused
-from lit_modules.nn.spiking import SurrogateName
+from lit_modules.nn.neurons import SurrogateName
 
 CHANNELS_32 = (32, 64, 128, 256)  # 32×32 images; one more halving, 512, makes the 64×64 model
 
@@ -32,7 +31,7 @@ class Neuron:
     surrogate_gradient: SurrogateName = "rect_zero"
 
     def make(self) -> nn.Module:
-        return fused(lif(self.tau, self.v_threshold, self.surrogate_gradient))
+        return lif(self.tau, self.v_threshold, self.surrogate_gradient)
 
 
 class SpikingLayer(nn.Module):

@@ -16,7 +16,7 @@ from lit_modules.esvae.losses import Kernel, bernoulli_kl, mmd2, psp_mmd
 from lit_modules.esvae.sampling import SAMPLERS, Sampler, poisson_spikes, sample_spikes
 from lit_modules.nn import reset
 from lit_modules.nn.checks import require_positive
-from lit_modules.nn.spiking import SurrogateName
+from lit_modules.nn.neurons import SurrogateName
 
 Prior = Literal["bottleneck", "uniform_rate", "fixed_rate"]
 
@@ -49,7 +49,8 @@ class Autoencoder(nn.Module):
         require_positive(in_channels=in_channels, image_size=image_size, latent_size=latent_size)
         self.image_shape = (in_channels, image_size, image_size)
         self.latent_size = latent_size
-        # Makes the batch of all processes from this one's, for distances between whole batches.
+        # Makes the batch of all processes from this one's, for distances between whole batches; used in training only,
+        # since evaluation may run on one process.
         self.gather: Callable[[Tensor], Tensor] = _same
 
     def encode(self, image: Tensor) -> Code:
@@ -171,7 +172,8 @@ class ESVAE(SAE):
 
     def encode(self, image: Tensor) -> Code:
         z, rate = sample_spikes(self.embed(image), self.sampler, self.half_width)
-        divergence = mmd2(self.gather(rate), self.gather(self.prior_rates(len(rate))), self.kernel)
+        gather = self.gather if self.training else _same
+        divergence = mmd2(gather(rate), gather(self.prior_rates(len(rate))), self.kernel)
         return Code(z, rate, divergence)
 
     def prior_rates(self, count: int) -> Tensor:

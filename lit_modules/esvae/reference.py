@@ -21,7 +21,7 @@ from lit_modules.esvae.losses import mmd2
 from lit_modules.esvae.networks import ESVAE, to_signed
 from lit_modules.esvae.sampling import sample_spikes
 from lit_modules.nn import ThresholdBatchNorm
-from lit_modules.nn.spiking import RectAroundZeroPotential
+from lit_modules.nn.neurons import RectAroundZeroPotential
 
 
 class _Half(nn.Module):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_modules.nn.convnets import VGG11, AlexNet, ConvNet
     from lit_modules.nn.mlp import MLP, LinearClassifier
+    from lit_modules.nn.neurons import lif
     from lit_modules.nn.normalize import Normalize
     from lit_modules.nn.resnets import CifarResNet, ResNet18, ResNet50, WideResNet
     from lit_modules.nn.spiking import (
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
         SpikingConvNet,
         ThresholdBatchNorm,
         fold_time,
-        lif,
         repeat_time,
         reset,
         unfold_time,
@@ -39,7 +39,7 @@ _HOME = {
     "VGG11": "convnets",
     "WideResNet": "resnets",
     "fold_time": "spiking",
-    "lif": "spiking",
+    "lif": "neurons",
     "repeat_time": "spiking",
     "reset": "spiking",
     "unfold_time": "spiking",

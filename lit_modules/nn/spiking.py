@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from lit_modules.nn.checks import pooled_size, require_positive
+from lit_modules.nn.neurons import SurrogateName, lif
 from lit_modules.nn.normalize import Normalize, PixelStatistic
-
-SurrogateName = Literal["rect", "rect_zero", "atan"]
 
 
 def repeat_time(x: Tensor, time_steps: int) -> Tensor:
@@ -40,79 +39,6 @@ def unfold_time(x: Tensor, time_steps: int) -> Tensor:
 def reset(network: nn.Module) -> None:
     """Set every neuron of `network` to rest and drop the graph its potential holds."""
     functional.reset_net(network)
-
-
-class _RectAroundZeroPotential(torch.autograd.Function):
-    """Step at 0 whose gradient is 1 where the potential itself, x + v_threshold, is within 0.5 of zero."""
-
-    @staticmethod
-    def forward(x: Tensor, v_threshold: float) -> Tensor:
-        return surrogate.heaviside(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.v_threshold = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return grad_output * ((x + ctx.v_threshold).abs() < 0.5), None
-
-
-class RectAroundZeroPotential(surrogate.SurrogateFunctionBase):
-    """Rectangular surrogate centred on potential 0 instead of on the threshold.
-
-    It is what the published code of FSVAE and ESVAE computes; the textbook form (STBP, Wu et al. 2018) centres on the
-    threshold and is spikingjelly's `Rect`.
-    """
-
-    def __init__(self, v_threshold: float, spiking: bool = True) -> None:
-        super().__init__(spiking=spiking, v_threshold=v_threshold)
-
-    @staticmethod
-    def spiking_function(x: Tensor, v_threshold: float) -> Tensor:
-        return _RectAroundZeroPotential.apply(x, v_threshold)
-
-    @staticmethod
-    def primitive_function(x: Tensor, v_threshold: float) -> Tensor:
-        return (x + v_threshold + 0.5).clamp(0.0, 1.0)
-
-
-def lif(
-    tau: float = 0.25,
-    v_threshold: float = 0.2,
-    surrogate_gradient: SurrogateName = "rect",
-    detach_reset: bool = False,
-) -> neuron.LIFNode:
-    """Make a leaky integrate-and-fire neuron with hard reset, over (T, N, ...) inputs I.
-
-    ``u[t] = tau * u[t-1] * (1 - o[t-1]) + I[t]``, ``o[t] = 1 if u[t] >= v_threshold else 0``. The input enters in
-    full. Firing is at ``>=`` (spikingjelly); papers that write ``>`` differ only where the potential meets the
-    threshold exactly.
-
-    tau: share of the potential kept from step to step, in (0, 1); spikingjelly's time constant is 1 / (1 - tau).
-    surrogate_gradient: ``rect`` is 1 within 0.5 of the threshold; ``rect_zero`` is 1 within 0.5 of potential 0;
-    ``atan`` is smooth. detach_reset: cut the gradient through the reset.
-    """
-    if not 0.0 < tau < 1.0:
-        raise UserError(f"tau: expected a number between 0 and 1 (share of the potential kept a step), got {tau}")
-    if v_threshold <= 0.0:
-        raise UserError(f"v_threshold: expected a positive number, got {v_threshold}")
-    surrogates = {
-        "rect": surrogate.Rect,
-        "rect_zero": lambda: RectAroundZeroPotential(float(v_threshold)),
-        "atan": surrogate.ATan,
-    }
-    return neuron.LIFNode(
-        tau=1.0 / (1.0 - tau),
-        decay_input=False,
-        v_threshold=float(v_threshold),
-        v_reset=0.0,
-        surrogate_function=surrogates[surrogate_gradient](),
-        detach_reset=detach_reset,
-        step_mode="m",
-    )
 
 
 class ThresholdBatchNorm(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from leanlight.contracts import UserError
 from lit_modules.esvae.ann import VAE, FeatureAutoencoder
 from lit_modules.esvae.layers import Neuron, SpikingDecoder, SpikingLayer, norm_of_copies
+from lit_modules.esvae.losses import mmd2
 from lit_modules.esvae.metrics import FrechetDistance, disturb, shuffle_time
 from lit_modules.esvae.networks import ESVAE, FSVAE, SAE, to_signed
 from lit_modules.nn import LeakyReadout, ThresholdBatchNorm, reset
@@ -254,6 +255,23 @@ def test_only_the_divergence_trains_the_bottleneck():
     assert network.bottleneck.weight.grad is None
     code.divergence.backward()
     assert network.bottleneck.weight.grad.abs().max() > 0
+
+
+def test_the_divergence_is_that_of_the_gathered_batch_in_training_only():
+    torch.manual_seed(0)
+    network, image = ESVAE(1, **SPIKING), to_signed(torch.rand(8, 1, 16, 16))
+    other_rank = torch.rand(2, 8, 6)
+    shares = iter(other_rank)
+    network.gather = lambda rates: torch.cat([rates, next(shares)])
+    torch.manual_seed(1)
+    code = network.encode(image)
+    torch.manual_seed(1)
+    network.embed(image)
+    torch.rand(5, 8, 6)  # the noise of the sampler comes first
+    prior = network.prior_rates(8)
+    expected = mmd2(torch.cat([code.features, other_rank[0]]), torch.cat([prior, other_rank[1]]))
+    torch.testing.assert_close(code.divergence, expected)
+    network.eval().encode(image)  # would ask for a third share
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The leaky integrate-and-fire neuron over a whole sequence as one differentiable operation.
+"""Leaky integrate-and-fire neurons on spikingjelly, with a whole sequence as one differentiable operation.
 
 Spikingjelly's plain neuron builds about ten autograd nodes a step, each with a buffer of its own. For the rectangular
 surrogates the gradient has a closed form, so the forward scan needs three element-wise kernels a step and the
@@ -8,15 +8,90 @@ rounding.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
-from lit_modules.nn.spiking import RectAroundZeroPotential
+from leanlight.contracts import UserError
+
+SurrogateName = Literal["rect", "rect_zero", "atan"]
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
+
+
+class _RectAroundZeroPotential(torch.autograd.Function):
+    """Step at 0 whose gradient is 1 where the potential itself, x + v_threshold, is within 0.5 of zero."""
+
+    @staticmethod
+    def forward(x: Tensor, v_threshold: float) -> Tensor:
+        return surrogate.heaviside(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.v_threshold = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad_output * ((x + ctx.v_threshold).abs() < 0.5), None
+
+
+class RectAroundZeroPotential(surrogate.SurrogateFunctionBase):
+    """Rectangular surrogate centred on potential 0 instead of on the threshold.
+
+    It is what the published code of FSVAE and ESVAE computes; the textbook form (STBP, Wu et al. 2018) centres on the
+    threshold and is spikingjelly's `Rect`.
+    """
+
+    def __init__(self, v_threshold: float, spiking: bool = True) -> None:
+        super().__init__(spiking=spiking, v_threshold=v_threshold)
+
+    @staticmethod
+    def spiking_function(x: Tensor, v_threshold: float) -> Tensor:
+        return _RectAroundZeroPotential.apply(x, v_threshold)
+
+    @staticmethod
+    def primitive_function(x: Tensor, v_threshold: float) -> Tensor:
+        return (x + v_threshold + 0.5).clamp(0.0, 1.0)
+
+
+def lif(
+    tau: float = 0.25,
+    v_threshold: float = 0.2,
+    surrogate_gradient: SurrogateName = "rect",
+    detach_reset: bool = False,
+) -> FusedLIFNode:
+    """Make a leaky integrate-and-fire neuron with hard reset, over (T, N, ...) inputs I.
+
+    ``u[t] = tau * u[t-1] * (1 - o[t-1]) + I[t]``, ``o[t] = 1 if u[t] >= v_threshold else 0``. The input enters in
+    full. Firing is at ``>=`` (spikingjelly); papers that write ``>`` differ only where the potential meets the
+    threshold exactly.
+
+    tau: share of the potential kept from step to step, in (0, 1); spikingjelly's time constant is 1 / (1 - tau).
+    surrogate_gradient: ``rect`` is 1 within 0.5 of the threshold; ``rect_zero`` is 1 within 0.5 of potential 0;
+    ``atan`` is smooth. detach_reset: cut the gradient through the reset.
+    """
+    if not 0.0 < tau < 1.0:
+        raise UserError(f"tau: expected a number between 0 and 1 (share of the potential kept a step), got {tau}")
+    if v_threshold <= 0.0:
+        raise UserError(f"v_threshold: expected a positive number, got {v_threshold}")
+    surrogates = {
+        "rect": surrogate.Rect,
+        "rect_zero": lambda: RectAroundZeroPotential(float(v_threshold)),
+        "atan": surrogate.ATan,
+    }
+    return FusedLIFNode(
+        tau=1.0 / (1.0 - tau),
+        decay_input=False,
+        v_threshold=float(v_threshold),
+        v_reset=0.0,
+        surrogate_function=surrogates[surrogate_gradient](),
+        detach_reset=detach_reset,
+        step_mode="m",
+    )
 
 
 class FusedLIFNode(neuron.LIFNode):
@@ -50,19 +125,6 @@ class FusedLIFNode(neuron.LIFNode):
         if type(function) is RectAroundZeroPotential and function.spiking:
             return -0.5, 0.5
         return None
-
-
-def fused(node: neuron.LIFNode) -> FusedLIFNode:
-    """The fast neuron with the constants of `node`, which `lit_modules.nn.lif` makes."""
-    return FusedLIFNode(
-        tau=node.tau,
-        decay_input=node.decay_input,
-        v_threshold=node.v_threshold,
-        v_reset=node.v_reset,
-        surrogate_function=node.surrogate_function,
-        detach_reset=node.detach_reset,
-        step_mode=node.step_mode,
-    )
 
 
 def lif_scan(

@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
+from spikingjelly.activation_based import neuron
 
 from lit_modules.nn import lif, reset
-from lit_modules.nn.fused_lif import fused
 
 
 def pair(*args):
-    plain = lif(*args)
-    return plain, fused(copy.deepcopy(plain))
+    """Spikingjelly's plain neuron and ours, with the same constants."""
+    fast = lif(*args)
+    names = ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset", "step_mode")
+    constants = {name: getattr(fast, name) for name in names}
+    return neuron.LIFNode(surrogate_function=copy.deepcopy(fast.surrogate_function), **constants), fast
 
 
 def run(node, current, upstream, calls=1):
@@ -61,7 +64,7 @@ def test_a_view_repeated_over_time_equals_copies():
     upstream = torch.randn(5, 3, 4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = []
     for repeated in (lambda x: x.expand(5, *x.shape), lambda x: x.repeat(5, 1, 1, 1, 1)):
-        node, x = fused(lif(0.25, 0.2, "rect_zero")), step.clone().requires_grad_()
+        node, x = lif(0.25, 0.2, "rect_zero"), step.clone().requires_grad_()
         (node(repeated(x)) * upstream).sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
@@ -69,7 +72,7 @@ def test_a_view_repeated_over_time_equals_copies():
 
 def test_constants_of_the_paper_decide_when_a_constant_input_fires():
     """0.149 settles at 0.149 / (1 - 0.25) < 0.2 and never fires; 0.17 reaches 0.2125 at the second step."""
-    node = fused(lif(0.25, 0.2, "rect_zero"))
+    node = lif(0.25, 0.2, "rect_zero")
     assert node(torch.full((50, 1), 0.149)).sum() == 0
     reset(node)
     assert node(torch.full((4, 1), 0.17)).flatten().tolist() == [0, 1, 0, 1]
@@ -80,7 +83,7 @@ def test_a_neuron_whose_surrogate_was_replaced_obeys_the_new_one():
         def forward(self, x):
             return torch.zeros_like(x)
 
-    node = fused(lif(0.25, 0.2, "rect"))
+    node = lif(0.25, 0.2, "rect")
     node.surrogate_function = Never()
     assert node(torch.full((3, 2), 5.0)).sum() == 0
 
