@@ -257,12 +257,15 @@ class LeanlightCLI(LightningCLI):
         settings = self._get(self.config_init, "run")
         if settings.wandb == "disabled" or any(isinstance(x, pl.loggers.WandbLogger) for x in self.trainer.loggers):
             return
+        offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _wandb_key())
+        if offline:
+            os.environ.setdefault("WANDB_SILENT", "true")  # it has no page to point to
         logger = RunWandbLogger(
             name=self.run_dir.name,
             id=f"{self.method}-{self.dataset}-{self.run_dir.name}"[-120:],
             save_dir=self.run_dir,
             project=settings.wandb_project,
-            offline=settings.wandb == "offline" or (settings.wandb == "auto" and not _wandb_key()),
+            offline=offline,
             group=self.method,
             job_type=self.only,
             tags=[self.dataset, *settings.tags],

@@ -108,14 +108,6 @@ class ImageAutoencoder(LightningModule):
             )
         if self.feature_checkpoint is not None and not self._judge:
             self._judge = (self._load_judge(),)
-        if self.trainer.world_size > 1:
-            self.network.gather = self._gather
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """The whole batch of all processes, with gradient for this one's share."""
-        everyone = self.all_gather(x, sync_grads=True)
-        assert isinstance(everyone, Tensor)
-        return everyone.flatten(0, 1)
 
     def _load_judge(self) -> Autoencoder:
         key = "model.init_args.feature_checkpoint"

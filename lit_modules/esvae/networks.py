@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from leanlight.contracts import UserError, nearest
 from lit_modules.esvae.layers import CHANNELS_32, Neuron, SpikingDecoder, SpikingEncoder, SpikingLayer
@@ -49,9 +50,6 @@ class Autoencoder(nn.Module):
         require_positive(in_channels=in_channels, image_size=image_size, latent_size=latent_size)
         self.image_shape = (in_channels, image_size, image_size)
         self.latent_size = latent_size
-        # Makes the batch of all processes from this one's, for distances between whole batches; used in training only,
-        # since evaluation may run on one process.
-        self.gather: Callable[[Tensor], Tensor] = _same
 
     def encode(self, image: Tensor) -> Code:
         """(N, C, H, W) in [-1, 1] → Code."""
@@ -172,8 +170,12 @@ class ESVAE(SAE):
 
     def encode(self, image: Tensor) -> Code:
         z, rate = sample_spikes(self.embed(image), self.sampler, self.half_width)
-        gather = self.gather if self.training else _same
-        divergence = mmd2(gather(rate), gather(self.prior_rates(len(rate))), self.kernel)
+        prior = self.prior_rates(len(rate))
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # A distance between whole batches: of all processes together, with gradient for this one's share.
+            rate_set, prior_set = (torch.cat(all_gather(each)) for each in (rate, prior))
+            return Code(z, rate, mmd2(rate_set, prior_set, self.kernel))
+        divergence = mmd2(rate, prior, self.kernel)
         return Code(z, rate, divergence)
 
     def prior_rates(self, count: int) -> Tensor:
@@ -341,10 +343,6 @@ def _at_rest(module: nn.Module, x: Tensor) -> Tensor:
     out = module(x)
     reset(module)
     return out
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _require_known(name: str, value: str, known: Sequence[str]) -> None:

@@ -257,23 +257,6 @@ def test_only_the_divergence_trains_the_bottleneck():
     assert network.bottleneck.weight.grad.abs().max() > 0
 
 
-def test_the_divergence_is_that_of_the_gathered_batch_in_training_only():
-    torch.manual_seed(0)
-    network, image = ESVAE(1, **SPIKING), to_signed(torch.rand(8, 1, 16, 16))
-    other_rank = torch.rand(2, 8, 6)
-    shares = iter(other_rank)
-    network.gather = lambda rates: torch.cat([rates, next(shares)])
-    torch.manual_seed(1)
-    code = network.encode(image)
-    torch.manual_seed(1)
-    network.embed(image)
-    torch.rand(5, 8, 6)  # the noise of the sampler comes first
-    prior = network.prior_rates(8)
-    expected = mmd2(torch.cat([code.features, other_rank[0]]), torch.cat([prior, other_rank[1]]))
-    torch.testing.assert_close(code.divergence, expected)
-    network.eval().encode(image)  # would ask for a third share
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
