@@ -37,10 +37,13 @@ def usable_cores() -> int:
 
 
 def environment(jobs: int = 1, device: str | None = None) -> dict[str, str]:
-    """Environment of one of `jobs` processes side by side: its share of the cores, its GPU."""
+    """Environment of one of `jobs` processes side by side: its share of the cores, its GPU.
+
+    A number of threads that was set before stands: by the user, or by `reproduce` for the pipelines it starts.
+    """
     threads = str(max(1, usable_cores() // jobs))
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    return {**os.environ, **limits, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
+    return {**limits, **os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
 
 
 def signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None:
