@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
+METHOD ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -16,7 +17,7 @@ help: ## list the targets
 
 demo: venv ## train a spiking and an ordinary classifier on Fashion-MNIST; a table and an HTML page
 	@echo "demo: two networks on real Fashion-MNIST, then a report"
-	@OMP_NUM_THREADS=1 $(BIN)/leanlight reproduce classifier/tables/demo --jobs 2 --output site/demo.json
+	@$(BIN)/leanlight reproduce classifier/tables/demo --jobs 2 --output site/demo.json
 	@$(BIN)/leanlight report site/demo.json --output site >/dev/null
 	@echo "demo: table, verdicts and pictures in $(CURDIR)/site/index.html"
 
@@ -51,8 +52,8 @@ format: venv ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv ## measure speed and memory of the classifier
-	$(BIN)/leanlight benchmark classifier
+bench: venv ## measure speed and memory of every method, or of METHOD=classifier
+	$(BIN)/leanlight benchmark $(METHOD)
 
 clean: ## remove .venv, caches and the demo's page; runs and data stay
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -67,6 +67,7 @@ METHODS: dict[str, MethodInfo] = {
             title="ESVAE, FSVAE and VAE: spiking variational autoencoders",
             paper="Zhan et al. 2023, arXiv:2310.14839",
             module="lit_modules.esvae.ImageAutoencoder",
+            benchmark="leanlight.benchmarks.esvae:run",
         ),
     )
 }

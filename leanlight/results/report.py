@@ -27,8 +27,8 @@ _PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
 
 
 def find_documents(results: Path = RESULTS) -> list[Path]:
-    """Every results JSON under `results`; UserError when there is none."""
-    found = sorted(results.glob("*/*.json"))
+    """Every results JSON under `results`, benchmarks left out; UserError when there is none."""
+    found = sorted(path for path in results.glob("*/*.json") if path.name != "benchmark.json")
     if not found:
         raise UserError(f"no results in {results}; `leanlight reproduce TABLE` writes them")
     return found

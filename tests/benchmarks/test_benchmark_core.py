@@ -154,3 +154,12 @@ def test_wrong_input_is_one_line_with_exit_code_2(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_report_takes_no_benchmark_for_a_table(tmp_path):
+    from leanlight.results.report import find_documents
+
+    (tmp_path / "m").mkdir()
+    for name in ("benchmark.json", "digits_small.json"):
+        (tmp_path / "m" / name).touch()
+    assert [path.name for path in find_documents(tmp_path)] == ["digits_small.json"]

@@ -10,7 +10,6 @@ from torch import nn
 from leanlight.contracts import UserError
 from lit_modules.esvae.ann import VAE, FeatureAutoencoder
 from lit_modules.esvae.layers import Neuron, SpikingDecoder, SpikingLayer, norm_of_copies
-from lit_modules.esvae.losses import mmd2
 from lit_modules.esvae.metrics import FrechetDistance, disturb, shuffle_time
 from lit_modules.esvae.networks import ESVAE, FSVAE, SAE, to_signed
 from lit_modules.nn import LeakyReadout, ThresholdBatchNorm, reset
