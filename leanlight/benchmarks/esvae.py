@@ -63,7 +63,7 @@ def _make(network: type[ESVAE] | type[FSVAE], size: int, steps: int) -> Any:
     return network(image_size=size, channels=channels, latent_size=_LATENT, time_steps=steps)
 
 
-def step(network: nn.Module, image: Tensor) -> None:
+def step(network: Any, image: Tensor) -> None:
     """Loss and gradients of one batch, image (N, C, H, W) in [0, 1]."""
     network.zero_grad(set_to_none=True)
     if isinstance(network, (TimeLast, Folded)):
