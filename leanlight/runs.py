@@ -57,7 +57,7 @@ _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data li
 
 @dataclass
 class RunSettings:
-    """House settings of a run.
+    """Settings of a run.
 
     Args:
         method: folder under the runs root; by default the package of the model.

@@ -1,4 +1,4 @@
-"""`leanlight fit|validate|test|predict`: LightningCLI with configs by name, run folders and house callbacks."""
+"""`leanlight fit|validate|test|predict`: LightningCLI with configs by name, run folders and standard callbacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from leanlight.recorder import RunRecorder
 
 # Added to every run under these keys: configurable (`--nan_guard.check_every_n_steps=9`), but no YAML list drops them.
 # ExactResume stands last, so that what it saves is the state after all other callbacks have acted.
-HOUSE_CALLBACKS = {
+STANDARD_CALLBACKS = {
     "throughput": callbacks.ThroughputMonitor,
     "spike_statistics": callbacks.SpikeStatistics,
     "energy": callbacks.EnergyMeter,
@@ -95,7 +95,7 @@ class LeanlightCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(runs.RunSettings, "run")
-        for key, callback in HOUSE_CALLBACKS.items():
+        for key, callback in STANDARD_CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -146,18 +146,14 @@ class LeanlightCLI(LightningCLI):
         self.fresh = chosen is None
         self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)
         config = dict(self._get(self.config_init, "trainer"))
-        return self._instantiate_trainer({**config, **self._house(config), **kwargs}, [])
+        return self._instantiate_trainer({**config, **self._standard(config), **kwargs}, [])
 
-    def _house(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Trainer arguments of the house: folder, loggers, callbacks, atomic checkpoints."""
-        given = config.get("callbacks") or []
-        users = list(given) if isinstance(given, list) else [given]
-        house = [self._get(self.config_init, key) for key in HOUSE_CALLBACKS]
-        loggers = config.get("logger")
-        extra = [] if loggers in (None, True, False) else (loggers if isinstance(loggers, list) else [loggers])
-        throughput, *others, resume = (
-            house  # the first, so that the time other callbacks take counts as outside the step
-        )
+    def _standard(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Trainer arguments of the suite: folder, loggers, callbacks, atomic checkpoints."""
+        users = _listed(config.get("callbacks"))
+        loggers = [logger for logger in _listed(config.get("logger")) if not isinstance(logger, bool)]
+        # ThroughputMonitor first: the time that other callbacks take counts as outside the step.
+        throughput, *others, resume = (self._get(self.config_init, key) for key in STANDARD_CALLBACKS)
         added = [throughput, *users, *others, *self._best(config), self.recorder]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in users):
             added.append(RichProgressBar(leave=sys.stdout.isatty()))
@@ -165,12 +161,10 @@ class LeanlightCLI(LightningCLI):
             added.append(callbacks.PredictionWriter())
         return {
             "default_root_dir": str(self.run_dir),
-            "logger": [RunCSVLogger(self.run_dir), *extra],
+            "logger": [RunCSVLogger(self.run_dir), *loggers],
             "callbacks": [*added, resume],
             "plugins": [*_listed(config.get("plugins")), callbacks.AtomicCheckpointIO()],
-            "enable_model_summary": False
-            if config.get("enable_model_summary") is None
-            else config["enable_model_summary"],
+            "enable_model_summary": bool(config.get("enable_model_summary")),
         }
 
     def _best(self, config: Mapping[str, Any]) -> list[ModelCheckpoint]:
