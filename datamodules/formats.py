@@ -68,7 +68,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def as_part(images: npt.NDArray[Any], labels: npt.NDArray[Any], origin: Path | str, num_classes: int) -> Part:
-    """Bring images (N, H, W), (N, H, W, C) or (N, C, H, W) and their labels to the house layout, checking both."""
+    """Bring images (N, H, W), (N, H, W, C) or (N, C, H, W) and their labels to the common layout, checking both."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
         raise UserError(f"{origin}: images must be uint8 (N, H, W[, C]), got {images.dtype} {images.shape}")
     if images.ndim == 3:

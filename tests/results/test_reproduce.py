@@ -201,6 +201,8 @@ def test_a_dry_run_starts_and_writes_nothing(suite: Any, capsys: pytest.CaptureF
 
 def test_jobs_share_cores_and_devices(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leanlight.results.launch.usable_cores", lambda: 8)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)  # a number the user has set would stand
     main([str(suite.table()), "--devices", "3,5"])
     commands = suite.commands()
     assert {command["threads"] for command in commands} == {"4"}
