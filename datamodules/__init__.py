@@ -5,18 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.catalog import CATALOG, DatasetInfo
+    from datamodules.distilled import DistilledDataModule
     from datamodules.imagenet import ImageFolderStream
     from datamodules.images import ImageDataModule, ImageSplit
 
 _HOME = {
     "CATALOG": "catalog",
     "DatasetInfo": "catalog",
+    "DistilledDataModule": "distilled",
     "ImageDataModule": "images",
     "ImageSplit": "images",
     "ImageFolderStream": "imagenet",
 }
 
-__all__ = ["CATALOG", "DatasetInfo", "ImageDataModule", "ImageFolderStream", "ImageSplit"]
+__all__ = ["CATALOG", "DatasetInfo", "DistilledDataModule", "ImageDataModule", "ImageFolderStream", "ImageSplit"]
 
 
 def __getattr__(name: str) -> Any:

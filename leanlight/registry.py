@@ -69,6 +69,12 @@ METHODS: dict[str, MethodInfo] = {
             module="lit_modules.esvae.ImageAutoencoder",
             benchmark="leanlight.benchmarks.esvae:run",
         ),
+        MethodInfo(
+            name="at_bptt",
+            title="AT-BPTT, RaT-BPTT, BPTT, DM: dataset distillation",
+            paper="Li et al. 2025, arXiv:2510.04838",
+            module="lit_modules.at_bptt.DatasetDistillation",
+        ),
     )
 }
 

@@ -242,3 +242,17 @@ def print_comparison(before: Mapping[str, Any], after: Mapping[str, Any], consol
         console.print(f"only after: {name}", highlight=False, markup=False)
     for text in warnings_of(before, after):
         console.print(f"note: {text}", highlight=False, markup=False)
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process in MB.
+
+    From /proc where there is one: ``ru_maxrss`` starts at the size of the process that launched this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from datamodules import ImageDataModule
-from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import Measurement, Target, interleave, peak_memory_mb, ratios, summarise
 from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import ImageBatch
 from lit_modules.esvae import ESVAE, FSVAE, ImageAutoencoder
@@ -181,7 +180,7 @@ def _peak_in_this_process(name: str, size: int, image_size: int, steps: int) -> 
         image = torch.rand(size, *network.image_shape)
         for _ in range(2):
             step(candidate, image)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory_mb()
 
 
 class BareAutoencoderStep:

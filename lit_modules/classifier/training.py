@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import NetworkFactory, UserError, isolated_rng, nearest
-from leanlight.contracts.augment import AUGMENTATIONS
+from leanlight.contracts import NetworkFactory, UserError, isolated_rng
+from leanlight.contracts.differentiable import find_augmentation
 from lit_modules.classifier.losses import class_index
 
 LabelledImages = tuple[Tensor, Tensor]
@@ -24,7 +24,7 @@ class Recipe:
     epochs: passes over the images. batch_size: the last batch of a pass may be smaller. lr: peak learning rate.
     optimizer: ``sgd`` (with `momentum`), ``adam`` or ``adamw``. schedule: ``constant``; ``cosine`` to zero, a step at
     a time; ``halfway`` divides by 10 after half of the epochs (Zhao et al. 2021). augment: a name in
-    `leanlight.contracts.augment.AUGMENTATIONS`. label_smoothing: in [0, 1).
+    `leanlight.contracts.differentiable.ALL_AUGMENTATIONS`. label_smoothing: in [0, 1).
     """
 
     epochs: int = 20
@@ -44,9 +44,7 @@ class Recipe:
         for name, valid in (("optimizer", ("sgd", "adam", "adamw")), ("schedule", ("constant", "cosine", "halfway"))):
             if getattr(self, name) not in valid:
                 raise UserError(f"recipe.{name}: expected one of {valid}, got {getattr(self, name)!r}")
-        if self.augment is not None and self.augment not in AUGMENTATIONS:
-            hint = nearest(self.augment, AUGMENTATIONS)
-            raise UserError(f"recipe.augment: expected one of {sorted(AUGMENTATIONS)}, got {self.augment!r}{hint}")
+        find_augmentation(self.augment, "recipe.augment")
 
     def make_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return the recipe's optimiser over all parameters of `network`."""
@@ -65,18 +63,21 @@ class Recipe:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
-def train(network: nn.Module, data: LabelledImages, recipe: Recipe) -> nn.Module:
+def train(
+    network: nn.Module, data: LabelledImages, recipe: Recipe, after_epoch: Callable[[int], None] | None = None
+) -> nn.Module:
     """Train `network` in place on `data` and return it in evaluation mode.
 
     data: images (N, C, H, W), float in [0, 1] or uint8 in [0, 255], and labels, (N,) int64 or (N, K) soft, on the
-    network's device. Draws from the global random state; every batch order and augmentation follows from it.
+    network's device. after_epoch: called with the number of epochs done. Draws from the global random state; every
+    batch order and augmentation follows from it.
     """
     images, labels = data
-    augment = AUGMENTATIONS[recipe.augment] if recipe.augment else None
+    augment = find_augmentation(recipe.augment, "recipe.augment")
     optimizer = recipe.make_optimizer(network)
     scheduler = recipe.make_scheduler(optimizer, batches=-(-len(images) // recipe.batch_size))
     network.train()
-    for _ in range(recipe.epochs):
+    for epoch in range(1, recipe.epochs + 1):
         # The order is drawn on the CPU so that it does not depend on the device.
         for index in torch.randperm(len(images)).split(recipe.batch_size):
             index = index.to(images.device)
@@ -87,6 +88,8 @@ def train(network: nn.Module, data: LabelledImages, recipe: Recipe) -> nn.Module
             loss.backward()
             optimizer.step()
             scheduler.step()
+        if after_epoch:
+            after_epoch(epoch)
     return network.eval()
 
 

@@ -26,6 +26,7 @@ def run(request, tmp_path_factory):
         "--trainer.limit_train_batches=2",
         "--trainer.limit_val_batches=2",
         "--trainer.limit_test_batches=2",
+        "--trainer.check_val_every_n_epoch=1",
     ]
     more = ["--run.wandb=offline", "--run.id=short", "--trainer.log_every_n_steps=1"]
     done = subprocess.run([*command, *limits, *more], cwd=folder, capture_output=True, text=True, timeout=240)

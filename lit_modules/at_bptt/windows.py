@@ -1,0 +1,298 @@
+"""Which inner steps the meta-gradient goes through: full, last, random, by halves, and AT-BPTT's adaptive rule.
+
+Of T inner steps a window [start, start + length) is differentiated; the steps before it only train, those after it are
+not run. `docs/methods/at_bptt.md` says where the paper and the published code differ and which reading is the default.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leanlight.contracts import UserError
+
+Stage = Literal["early", "middle", "late"]
+STAGES: tuple[Stage, ...] = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Window:
+    """start: inner steps without a graph. length: inner steps that are differentiated."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Inner steps in all; the outer loss is taken after the last."""
+        return self.start + self.length
+
+
+class WindowSelector:
+    """Base of all rules; `select` is called once an epoch."""
+
+    def prepare(self, steps: int, epochs: int) -> None:
+        """Hear T and the number of epochs; UserError when they do not fit."""
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the next `select` wants the inner gradient norms of a probe run."""
+        return False
+
+    def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
+        """Choose a window of `steps` inner steps. norms: (steps,) when `needs_norms`. generator: on the CPU."""
+        raise NotImplementedError
+
+    def end_epoch(self, accuracy: float) -> None:
+        """Hear the mean accuracy, in percent, of the epoch's outer forward passes."""
+
+    def facts(self) -> dict[str, float]:
+        """Numbers to log after `select`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs for the next choices to be the same."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+
+def _check_window(window: int, steps: int) -> None:
+    if not 1 <= window <= steps:
+        raise UserError(f"selector.window: expected 1 to inner_steps = {steps}, got {window}")
+
+
+def _uniform(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number in [low, high]."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+@dataclass
+class FullWindow(WindowSelector):
+    """Differentiate all inner steps: BPTT."""
+
+    def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
+        return Window(0, steps)
+
+
+@dataclass
+class LastWindow(WindowSelector):
+    """Differentiate the last `window` steps: T-BPTT."""
+
+    window: int = 40
+
+    def prepare(self, steps: int, epochs: int) -> None:
+        _check_window(self.window, steps)
+
+    def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
+        return Window(steps - self.window, self.window)
+
+
+@dataclass
+class RandomWindow(WindowSelector):
+    """A window at a uniformly random place: RaT-BPTT (Feng et al. 2024). min_start: the earliest start."""
+
+    window: int = 40
+    min_start: int = 0
+
+    def prepare(self, steps: int, epochs: int) -> None:
+        _check_window(self.window, steps)
+        if not 0 <= self.min_start <= steps - self.window:
+            raise UserError(
+                f"selector.min_start: expected 0 to inner_steps - window = {steps - self.window}, got {self.min_start}"
+            )
+
+    def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
+        return Window(_uniform(self.min_start, steps - self.window, generator), self.window)
+
+
+@dataclass
+class HalfWindow(WindowSelector):
+    """Three equal stages of epochs, each with its own half of the inner steps and its own length (AT-BPTT, Fig. 1).
+
+    halves: where the window lies in the early, middle and late stage: ``first`` or ``second`` half, or ``any``.
+    windows: its length in each.
+    """
+
+    halves: tuple[str, str, str] = ("first", "any", "second")
+    windows: tuple[int, int, int] = (40, 40, 40)
+
+    def __post_init__(self) -> None:
+        self._epoch, self._epochs = 0, 1
+
+    def prepare(self, steps: int, epochs: int) -> None:
+        for window in self.windows:
+            _check_window(window, steps)
+        for half in self.halves:
+            if half not in ("first", "second", "any"):
+                raise UserError(f"selector.halves: expected first, second or any, got {half!r}")
+        self._epochs = epochs
+
+    def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
+        stage = min(2, 3 * self._epoch // self._epochs)
+        length, last = self.windows[stage], steps - self.windows[stage]
+        low, high = {"first": (0, last // 2), "second": (last // 2, last), "any": (0, last)}[self.halves[stage]]
+        return Window(_uniform(low, high, generator), length)
+
+    def end_epoch(self, accuracy: float) -> None:
+        self._epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._epoch = state["epoch"]
+
+
+@dataclass
+class AdaptiveWindow(WindowSelector):
+    """AT-BPTT's rule: the place follows inner gradient norms, the length their changes, both a stage (Eq. 5 to 8).
+
+    window: W. half_range: d, the length lies in [W - d, W + d]. temperature: tau of both softmaxes. position:
+    ``adaptive`` (DTP) or ``uniform``. length: ``adaptive`` (AWS) or ``fixed`` to W. norm_scale: ``raw`` norms, or
+    ``zscore``, which makes the softmax independent of their scale. anchor: whether the drawn step is the window's
+    ``start`` (published code) or its ``end`` (paper). late_rule: ``mirror`` (code) or ``complement`` (paper).
+    length_rule: ``rank`` (code), ``softmax`` (paper) or ``sigmoid`` of the standardised change. length_stages:
+    ``early`` adapts the length in the early stage only, with W + d in the middle and W - d late (code); ``all`` adapts
+    it always (paper). min_gain_early, min_gain_late: M and N, points of accuracy. patience_early, patience_late: X and
+    Y, as shares of the epochs. counter: ``cumulative`` (paper) or ``consecutive`` (code) small gains.
+    """
+
+    window: int = 40
+    half_range: int = 10
+    temperature: float = 1.0
+    position: Literal["adaptive", "uniform"] = "adaptive"
+    length: Literal["adaptive", "fixed"] = "adaptive"
+    norm_scale: Literal["raw", "zscore"] = "raw"
+    anchor: Literal["start", "end"] = "start"
+    late_rule: Literal["mirror", "complement"] = "mirror"
+    length_rule: Literal["rank", "softmax", "sigmoid"] = "rank"
+    length_stages: Literal["early", "all"] = "early"
+    min_gain_early: float = 1.5
+    min_gain_late: float = 1.0
+    patience_early: float = 0.05
+    patience_late: float = 0.04
+    counter: Literal["cumulative", "consecutive"] = "cumulative"
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UserError(f"selector.temperature: expected a positive number, got {self.temperature}")
+        if not 0 <= self.half_range < self.window:
+            raise UserError(f"selector.half_range: expected 0 to window - 1 = {self.window - 1}, got {self.half_range}")
+        if self.length == "adaptive" and self.length_rule == "softmax":
+            warnings.warn("length_rule softmax keeps the length within a step or two of W - d", stacklevel=2)
+        if self.position == "adaptive" and self.late_rule == "complement":
+            warnings.warn("late_rule complement is almost uniform over the inner steps", stacklevel=2)
+        self.stage: Stage = "early"
+        self._small_gains, self._epochs = 0, 1
+        self._accuracy: float | None = None
+        self._facts: dict[str, float] = {}
+
+    def prepare(self, steps: int, epochs: int) -> None:
+        _check_window(self.window + self.half_range, steps)
+        self._epochs = epochs
+
+    # ---- choice ----
+
+    @property
+    def _adapts_length(self) -> bool:
+        return self.length == "adaptive" and (self.length_stages == "all" or self.stage == "early")
+
+    @property
+    def needs_norms(self) -> bool:
+        return self._adapts_length or (self.position == "adaptive" and self.stage != "middle")
+
+    def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
+        drawn = self._draw(steps, norms, generator)
+        length = self._length(drawn, norms)
+        if self.stage == "middle" or self.position == "uniform":
+            start = _uniform(0, steps - length, generator)
+        else:
+            start = drawn if self.anchor == "start" else drawn + 1 - length
+            if self.stage == "late" and self.late_rule == "mirror":
+                start = steps - length - start
+            start = min(max(start, 0), steps - length)
+        self._facts = {"stage": float(STAGES.index(self.stage)), **self._entropy(norms)}
+        return Window(start, length)
+
+    def probabilities(self, norms: Tensor) -> Tensor:
+        """P(t) of Eq. 5, (T,) float64."""
+        norms = norms.double()
+        if self.norm_scale == "zscore":
+            norms = _zscore(norms)
+        return (norms / self.temperature).softmax(0)
+
+    def _draw(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> int:
+        if norms is None or self.stage == "middle" or self.position == "uniform":
+            return _uniform(0, steps - 1, generator)
+        p = self.probabilities(norms)
+        if self.stage == "late" and self.late_rule == "complement":
+            p = (1 - p) / (steps - 1)
+        return int(torch.multinomial(p, 1, generator=generator))
+
+    def _length(self, step: int, norms: Tensor | None) -> int:
+        low, high = self.window - self.half_range, self.window + self.half_range
+        if self.length == "fixed":
+            return self.window
+        if not self._adapts_length:
+            return high if self.stage == "middle" else low
+        assert norms is not None
+        return int(low + 2 * self.half_range * self.share(norms)[step])
+
+    def share(self, norms: Tensor) -> Tensor:
+        """eta(t) of Eq. 7, (T,) float64 in [0, 1]: where in [W - d, W + d] the length of a window at step t lies."""
+        norms = norms.double()
+        change = torch.cat([norms.new_zeros(1), norms.diff().abs()])
+        if self.length_rule == "softmax":
+            return (change / self.temperature).softmax(0)
+        if self.length_rule == "sigmoid":
+            return (_zscore(change) / self.temperature).sigmoid()
+        rank = change.argsort(stable=True).argsort()
+        return rank.double() / max(1, len(change) - 1)
+
+    def _entropy(self, norms: Tensor | None) -> dict[str, float]:
+        """Entropy of P over its greatest value, log T: 1 is uniform."""
+        if norms is None or len(norms) < 2:
+            return {}
+        p = self.probabilities(norms)
+        return {"entropy": float(torch.special.entr(p).sum()) / math.log(len(norms))}
+
+    # ---- stages ----
+
+    def end_epoch(self, accuracy: float) -> None:
+        previous, self._accuracy = self._accuracy, accuracy
+        if previous is None or self.stage == "late":
+            return
+        early = self.stage == "early"
+        if accuracy - previous < (self.min_gain_early if early else self.min_gain_late):
+            self._small_gains += 1
+        elif self.counter == "consecutive":
+            self._small_gains = 0
+        if self._small_gains >= (self.patience_early if early else self.patience_late) * self._epochs:
+            self.stage, self._small_gains = ("middle" if early else "late"), 0
+
+    def facts(self) -> dict[str, float]:
+        return dict(self._facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "small_gains": self._small_gains,
+            "accuracy": self._accuracy,
+            "facts": dict(self._facts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stage, self._small_gains = state["stage"], state["small_gains"]
+        self._accuracy, self._facts = state["accuracy"], dict(state["facts"])
+
+
+def _zscore(values: Tensor) -> Tensor:
+    return (values - values.mean()) / values.std(correction=0).clamp(min=1e-12)
