@@ -74,6 +74,7 @@ METHODS: dict[str, MethodInfo] = {
             title="AT-BPTT, RaT-BPTT, BPTT, DM: dataset distillation",
             paper="Li et al. 2025, arXiv:2510.04838",
             module="lit_modules.at_bptt.DatasetDistillation",
+            benchmark="leanlight.benchmarks.at_bptt:run",
         ),
     )
 }

@@ -1,0 +1,158 @@
+"""Benchmark of AT-BPTT: time and memory of an outer step by gradient engine and window length."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from leanlight.benchmarks.core import Measurement, Target, peak_memory_mb, summarise
+from leanlight.contracts.differentiable import find_augmentation
+from lit_modules.at_bptt.engines import Adjoint, GradientEngine, Unrolled
+from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerOptimizer, InnerProblem, SyntheticData
+from lit_modules.at_bptt.lowrank import LowRankHessian
+from lit_modules.nn import ConvNet
+
+_ENGINES = ("unrolled", "exact", "lowrank")
+_CLASSES, _IPC = 10, 10
+
+
+def run(quick: bool) -> Measurement:
+    """Measure at CIFAR's shapes: ConvNet-3 of width 128, 10 images a class, all of them in every inner step.
+
+    quick: tiny shapes: figures without meaning. Every cell runs in a process of its own: its peak memory is its own.
+    """
+    measured = Measurement()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = {"width": 8, "size": 16, "real": 16} if quick else {"width": 128, "size": 32, "real": 256}
+    shapes["real"] = 5000 if device == "cuda" and not quick else shapes["real"]
+    windows = (2, 3) if quick else (10, 20, 40)
+    rank = 2 if quick else 32 if device == "cuda" else 8
+    measured.settings |= {
+        "network": f"ConvNet-3, width {shapes['width']}",
+        "images": [100, 3, shapes["size"], shapes["size"]],
+    }
+    measured.settings |= {"real_batch": shapes["real"], "windows": list(windows), "rank": rank, "device": device}
+    measured.settings["threads"] = torch.get_num_threads()
+    check_equality(measured)
+    for window in windows:
+        for engine in _ENGINES:
+            steps = 2 if device == "cpu" else 5
+            with Console(stderr=True).status(f"at_bptt: {engine}, window {window}"):
+                _cell(
+                    measured,
+                    {"engine": engine, "window": window, "rank": rank, "steps": steps, "device": device, **shapes},
+                )
+    _compare(measured, windows[-1])
+    return measured
+
+
+def _cell(measured: Measurement, setting: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "leanlight.benchmarks.at_bptt", json.dumps(setting)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    name = f"window_{setting['window']}/{setting['engine']}"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
+        measured.missing[name] = f"out of memory or failed: {last}"
+        return
+    report = json.loads(done.stdout)
+    measured.figures[f"{name}/step"] = summarise(report["seconds"], "s")
+    measured.figures[f"{name}/memory"] = summarise([report["memory_mb"]], "MB above the start")
+    if "refresh" in report:
+        measured.figures[f"{name}/refresh"] = summarise(report["refresh"], "s")
+
+
+def _compare(measured: Measurement, window: int) -> None:
+    """Ratios at the longest window, and what they should be."""
+    figures, name = measured.figures, f"window_{window}"
+    for what, text in (
+        ("memory", "at most 30 % of the unrolled engine's memory"),
+        ("step", "no slower than the unrolled engine"),
+    ):
+        if f"{name}/unrolled/{what}" in figures:
+            ratio = figures[f"{name}/exact/{what}"].value / figures[f"{name}/unrolled/{what}"].value
+            measured.figures[f"{name}/exact_over_unrolled/{what}"] = summarise([ratio], "x")
+            bound = 0.3 if what == "memory" else 1.0
+            measured.targets.append(Target(f"{name}/exact_over_unrolled/{what}", bound, f"adjoint exact: {text}"))
+    ratio = figures[f"{name}/lowrank/step"].value / figures[f"{name}/exact/step"].value
+    measured.figures[f"{name}/lowrank_over_exact/step"] = summarise([ratio], "x")
+    text = "low-rank with a cached factor: faster than exact"
+    measured.targets.append(Target(f"{name}/lowrank_over_exact/step", 1.0, text))
+
+
+def check_equality(measured: Measurement) -> None:
+    """The exact adjoint gives the unrolled engine's gradients in float64."""
+    problem = _Problem(width=4, size=8, real=6, window=4, dtype=torch.float64)
+    unrolled, adjoint = problem.gradient(Unrolled()), problem.gradient(Adjoint())
+    error = (adjoint - unrolled).norm() / unrolled.norm()
+    measured.checks["the adjoint gives the unrolled engine's gradients (float64)"] = bool(error < 1e-10)
+
+
+class _Problem:
+    """One window of inner training on random images, and its outer loss on random real ones."""
+
+    def __init__(
+        self, width: int, size: int, real: int, window: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        torch.manual_seed(0)
+        network = ConvNet(3, _CLASSES, width, 3, image_size=size, mean=0.0, std=1.0).to(device, dtype)
+        optimizer = InnerOptimizer()
+        self.problem = InnerProblem(FlatNetwork(network), optimizer, find_augmentation("flip_rotate", "augment"))
+        self.state = optimizer.start(self.problem.network.parameters())
+        images = torch.randn(_CLASSES * _IPC, 3, size, size).to(device, dtype)
+        self.data = SyntheticData(images, torch.eye(_CLASSES).repeat_interleave(_IPC, 0).to(device, dtype))
+        self.image, self.label = (
+            torch.randn(real, 3, size, size).to(device, dtype),
+            torch.arange(real).to(device) % _CLASSES,
+        )
+        sampler = BatchSampler(_CLASSES, _IPC)
+        self.batches = sampler.draw(window, torch.Generator().manual_seed(0), torch.device(device))
+
+    def gradient(self, engine: GradientEngine) -> torch.Tensor:
+        def outer_loss(theta: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.problem.network(theta, self.image), self.label)
+
+        result = engine.meta_gradient(self.problem, self.state, self.data, self.batches, outer_loss, False)
+        return result.images
+
+
+def _measure_cell(setting: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of each outer step and peak memory, in this process."""
+    engines: dict[str, GradientEngine] = {
+        "unrolled": Unrolled(),
+        "exact": Adjoint(),
+        "lowrank": Adjoint(
+            "lowrank", LowRankHessian(setting["rank"], refresh="cached", every=10**9, drift=float("inf"))
+        ),
+    }
+    engine, cuda = engines[setting["engine"]], setting["device"] == "cuda"
+    problem = _Problem(setting["width"], setting["size"], setting["real"], setting["window"], setting["device"])
+    gc.collect()
+    start = peak_memory_mb()
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        problem.gradient(engine)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    report: dict[str, Any] = {}
+    first = timed()  # warms up; the low-rank engine factorises
+    report["seconds"] = [timed() for _ in range(setting["steps"])]
+    if setting["engine"] == "lowrank":
+        report["refresh"] = [max(0.0, first - statistics.median(report["seconds"]))]
+    report["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory_mb() - start
+    return report
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_measure_cell(json.loads(sys.argv[1]))))
