@@ -183,8 +183,7 @@ class TruncatedBPTT(Distiller):
         problem = self._problem(seed, device)
         batches = self._sampler.draw(window.end, generator, device)
         state = self.inner_optimizer.start(problem.network.parameters())
-        for state, _ in problem.train(state, data, batches[: window.start]):  # noqa: B007, B020
-            pass
+        state = problem.trained(state, data, batches[: window.start])
         if self._outer_augment is not None:
             image = self._outer_augment(image, generator)
         logits: list[Tensor] = []

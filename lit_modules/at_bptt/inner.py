@@ -6,7 +6,7 @@ factors are plain vectors and matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,7 +135,7 @@ class InnerProblem:
         return theta, gradient
 
     def train(
-        self, state: InnerState, data: SyntheticData, batches: list[InnerBatch]
+        self, state: InnerState, data: SyntheticData, batches: Sequence[InnerBatch]
     ) -> Iterator[tuple[InnerState, Tensor]]:
         """Plain training: yield each state and the gradient norm (scalar tensor) of the step that led to it."""
         data = data.detached()
@@ -143,6 +143,12 @@ class InnerProblem:
             _, gradient = self.gradient(state.theta, data, batch)
             state = self.optimizer.step(state, gradient)
             yield state, gradient.norm()
+
+    def trained(self, state: InnerState, data: SyntheticData, batches: Sequence[InnerBatch]) -> InnerState:
+        """The state after plain training on `batches`."""
+        for state, _ in self.train(state, data, batches):  # noqa: B007, B020
+            pass
+        return state
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,8 @@ class Case:
         batches = BatchSampler(3, 2, 2, images).draw(
             warm_up + length, torch.Generator().manual_seed(1), torch.device("cpu")
         )
-        self.state = optimizer.start(self.problem.network.parameters())
-        for self.state, _ in self.problem.train(self.state, self.data, batches[:warm_up]):  # noqa: B020
-            pass
+        start = optimizer.start(self.problem.network.parameters())
+        self.state = self.problem.trained(start, self.data, batches[:warm_up])
         self.batches = batches[warm_up:]
 
     def gradient(self, engine, weights=None):
@@ -52,9 +51,7 @@ class Case:
 
     def loss(self, images, labels):
         """The outer loss after plain training: what the meta-gradient is the derivative of."""
-        state = self.state
-        for state, _ in self.problem.train(state, SyntheticData(images, labels), self.batches):  # noqa: B007, B020
-            pass
+        state = self.problem.trained(self.state, SyntheticData(images, labels), self.batches)
         with torch.no_grad():
             return float(self.outer(state.theta))
 

@@ -94,6 +94,8 @@ def test_a_distilled_set_beats_real_images_of_the_same_number():
             std=0.376,
             optimizer=functools.partial(torch.optim.Adam, lr=0.1),
             evaluation=Evaluation(4, (100, 200), Recipe(lr=0.01, batch_size=512)),
+            full_recipe=Recipe(epochs=10, lr=0.01),
+            architectures={"wide": functools.partial(MLP, hidden=[64], **MAKE)},
         ),
         trainer(30),
     )
@@ -101,6 +103,10 @@ def test_a_distilled_set_beats_real_images_of_the_same_number():
     (metrics,) = run.test(model, digits(), verbose=False)
     assert metrics["test/accuracy"] > metrics["test/accuracy_random"] + 0.04
     assert metrics["test/ior"] == pytest.approx(metrics["test/accuracy"] - metrics["test/accuracy_random"])
+    assert metrics["test/accuracy_full"] > metrics["test/accuracy"]
+    assert metrics["test/hlr"] == pytest.approx(metrics["test/accuracy_full"] - metrics["test/accuracy_hard_labels"])
+    assert metrics["test/lrs"] == pytest.approx(label_robust_score(metrics["test/ior"], metrics["test/hlr"]))
+    assert metrics["test/accuracy_on_wide"] > metrics["test/accuracy_random"]
     assert metrics["test/accuracy_best_on_test"] >= metrics["test/accuracy"]
     assert model.labels.min() >= 0
     assert set(model.media("test")) >= {"images", "window", "stage", "labels"}
