@@ -57,7 +57,7 @@ _STYLE: dict[Any, Any] = {
 
 
 class MediaLogger(Callback):
-    """Asks the module for its pictures and draws them after validation, after test, and when training ends.
+    """Asks the module for its pictures and draws them after validation, test and prediction, and when training ends.
 
     Files: ``artifacts/media/<split>/<name>.png`` (``.gif`` for animations, ``.csv`` for tables), always the newest. The
     same pictures go to every `WandbLogger`. Random states are left as they were, and modules without `media` alone.
@@ -76,6 +76,9 @@ class MediaLogger(Callback):
             self._draw(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer, pl_module, "test")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module, "test")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -180,13 +180,19 @@ class ImageAutoencoder(LightningModule):
         values = {f"{split}/mse": mse, f"{split}/divergence": code.divergence}
         self.log_dict(values, sync_dist=True, batch_size=len(batch))
         if batch_idx == 0:
-            pair = (batch.image[:_SHOWN], to_unit(rebuilt[:_SHOWN]))
-            self._shown = torch.stack(pair, 1).flatten(0, 1).float().cpu()
+            self._show(batch.image, rebuilt)
+
+    def _show(self, image: Tensor, rebuilt: Tensor) -> None:
+        """Keep the first images, in [0, 1], beside their reconstructions, in [-1, 1]."""
+        pair = (image[:_SHOWN], to_unit(rebuilt[:_SHOWN]))
+        self._shown = torch.stack(pair, 1).flatten(0, 1).float().cpu()
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``index`` (N,), ``image`` (N, C, H, W) reconstructed in [0, 1] and ``features`` (N, d)."""
         with isolated_rng(self.eval_seed + batch_idx):
             code, rebuilt, _ = self._reconstruct(batch)
+        if batch_idx == 0:
+            self._show(batch.image, rebuilt)
         return {"index": batch.index, "image": to_unit(rebuilt), "features": code.features}
 
     def on_test_epoch_end(self) -> None:

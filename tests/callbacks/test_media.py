@@ -97,7 +97,7 @@ class Module(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         pass
 
-    test_step = validation_step
+    test_step = predict_step = validation_step
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -130,6 +130,12 @@ def test_pictures_come_from_due_validations_the_last_one_train_end_and_test(tmp_
         assert (media / split / "noise.png").is_file()
         assert (media / split / "facts.csv").is_file()
     assert {path.name for path in (media / "val" / "noise").iterdir()} == {"9.png", "12.png"}
+
+
+def test_a_prediction_draws_too(tmp_path):
+    module, trainer, loader = fit(tmp_path, MediaLogger(every_n_epochs=0))
+    trainer.predict(module, loader, return_predictions=False)
+    assert module.asked == [("train", 4), ("test", 4)]
 
 
 def test_drawing_and_exporting_leave_the_random_states_alone(tmp_path):
