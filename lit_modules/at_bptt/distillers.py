@@ -50,8 +50,6 @@ class Setting:
 class Distiller:
     """Base: one call of `outer_step` a real batch, one of `start_epoch` before an epoch's first."""
 
-    first_order = True
-
     def prepare(self, setting: Setting) -> None:
         """Hear the setting; UserError when it does not fit."""
 
@@ -126,8 +124,6 @@ class TruncatedBPTT(Distiller):
     outer_augment: str | None = "flip_rotate"
     weight_by_p: bool = False
 
-    first_order = False
-
     def __post_init__(self) -> None:
         if self.inner_steps < 1:
             raise UserError(f"distiller.init_args.inner_steps: expected at least 1, got {self.inner_steps}")
@@ -142,6 +138,7 @@ class TruncatedBPTT(Distiller):
 
     def prepare(self, setting: Setting) -> None:
         self._setting = setting
+        self._problem(0, torch.device("cpu"))  # refuses networks that cannot be differentiated twice
         self._selector.prepare(self.inner_steps, setting.epochs)
         self._sampler = BatchSampler(setting.num_classes, setting.ipc, self.classes_per_batch, self.images_per_class)
 

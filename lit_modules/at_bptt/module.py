@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from leanlight.contracts import (
     Curve,
     DataMeta,
+    Heatmap,
     ImageBatch,
     ImageGrid,
     MediaItem,
@@ -24,6 +25,7 @@ from leanlight.contracts import (
     Progress,
     Split,
     UserError,
+    isolated_rng,
 )
 from leanlight.contracts.whitening import apply_zca, fit_zca
 from lit_modules.at_bptt.distillers import Distiller, FixedSet, Setting, TruncatedBPTT
@@ -34,6 +36,7 @@ from lit_modules.at_bptt.synthetic import Start, herding_subset, noise_images, o
 from lit_modules.classifier.losses import class_index
 from lit_modules.classifier.training import LabelledImages, Recipe
 from lit_modules.hparams import save_hparams
+from lit_modules.nn.checks import check_classifier
 
 _SHOWN = 10  # images of a class in a grid
 _MAIN = "set"  # the judged set among its variants
@@ -122,7 +125,6 @@ class DatasetDistillation(LightningModule):
         self._judges: dict[str, list[list[nn.Module]]] = {}  # variant → mark → networks
         self._right: dict[str, Tensor] = {}
         self._judged = 0
-        self.example_input_array = None
 
     # ---- set-up ----
 
@@ -141,6 +143,8 @@ class DatasetDistillation(LightningModule):
             if expected != got:
                 raise UserError(f"model.init_args.{name}: expected {expected}, that of the data; got {got}")
         self.classes = tuple(meta.classes)
+        with isolated_rng(0):
+            check_classifier(self.make_network(), self.image_shape, self.num_classes)
         if stage != "fit":
             return
         if self.trainer.precision not in ("32-true", "64-true"):
@@ -422,7 +426,8 @@ class DatasetDistillation(LightningModule):
             series = {"this epoch's probe": norms.tolist()}
             items["inner_gradient_norm"] = Curve(range(1, len(norms) + 1), series, "inner step", "gradient norm")
         if self.learn_labels:
-            items["labels"] = _label_picture(self.labels.detach().cpu(), self.classes)
+            columns = self.classes if self.num_classes <= 20 else ()
+            items["labels"] = Heatmap(self.labels.detach().cpu()[:50], "class", "image", columns=columns)
         return items
 
     def example_input(self) -> tuple[Tensor, ...]:
@@ -436,15 +441,10 @@ class DatasetDistillation(LightningModule):
             "ipc": self.ipc,
             "recipe": {**vars(self.evaluation.full_recipe), "epochs": self.best_epochs or self.evaluation.epochs[-1]},
             "scores": self.scores,
-            "outer_steps": self.progress_value,
+            "outer_steps": self.global_step if self._trainer is not None else 0,
         }
         statistics = None if self.preprocess == "zca" else (self.mean, self.std)
         return export_set(self.data, self.whitening, statistics, facts, Path(directory))
-
-    @property
-    def progress_value(self) -> int:
-        """Outer steps taken; 0 for a module without a Trainer."""
-        return self.global_step if self._trainer is not None else 0
 
     # ---- checkpoints ----
 
@@ -469,9 +469,3 @@ class DatasetDistillation(LightningModule):
         self._history = {name: list(values) for name, values in state["history"].items()}
         self.scores, self.best_epochs = dict(state["scores"]), state["best_epochs"]
         self.classes = tuple(state["classes"])
-
-
-def _label_picture(labels: Tensor, classes: Sequence[str]) -> MediaItem:
-    from leanlight.contracts import Heatmap
-
-    return Heatmap(labels[:50], "class", "image", columns=classes if len(classes) <= 20 else ())

@@ -30,6 +30,7 @@ from leanlight.contracts import (
 from lit_modules.classifier.export import export_network
 from lit_modules.classifier.losses import class_index, distillation_loss
 from lit_modules.hparams import save_hparams
+from lit_modules.nn.checks import check_classifier, first_line
 
 _SHOWN = 40  # images in a grid
 
@@ -103,7 +104,7 @@ class ImageClassifier(LightningModule):
             )
         meta: DataMeta = data.meta
         self.input_shape, self.classes = tuple(meta.shape), tuple(meta.classes)
-        self._check_network(meta.num_classes)
+        check_classifier(self.network, self.input_shape, meta.num_classes, self.device)
         for split in ("val", "test"):
             if split not in self.metrics:
                 self.metrics[split] = _metrics(split, meta.num_classes)
@@ -112,26 +113,6 @@ class ImageClassifier(LightningModule):
                 self._teacher = (self._load_teacher(),)
             if self.compile_network:
                 self.network.compile()
-
-    def _check_network(self, num_classes: int) -> None:
-        """Run one blank image through the network, so that a mismatch is one line before training."""
-        key = "model.init_args.network.init_args"
-        was_training = self.network.training
-        with isolated_rng(), torch.no_grad():
-            try:
-                logits = self.network.eval()(torch.zeros(1, *self.input_shape, device=self.device))
-            except (RuntimeError, ValueError, AssertionError) as error:
-                channels, size = self.input_shape[0], self.input_shape[-1]
-                raise UserError(
-                    f"{key}: expected a network for images of shape {self.input_shape}, that is in_channels {channels} "
-                    f"and, where it has one, image_size {size}; got {_first_line(error)}"
-                ) from error
-            finally:
-                self.network.train(was_training)
-        if logits.shape != (1, num_classes):
-            raise UserError(
-                f"{key}.num_classes: expected {num_classes}, the classes of the data; got {logits.shape[-1]}"
-            )
 
     def _load_teacher(self) -> nn.Module:
         key = "model.init_args.teacher_checkpoint"
@@ -151,7 +132,7 @@ class ImageClassifier(LightningModule):
                 )
             except Exception as error:
                 raise UserError(
-                    f"{key}: expected a classifier's checkpoint; {self.teacher_checkpoint} gives {_first_line(error)}"
+                    f"{key}: expected a classifier's checkpoint; {self.teacher_checkpoint} gives {first_line(error)}"
                 ) from error
         for name, expected, got in (
             ("images of shape", self.input_shape, teacher.input_shape),
@@ -333,10 +314,6 @@ def _metrics(split: str, classes: int) -> nn.ModuleDict:
         if classes >= 10:
             metrics["top5_accuracy"] = MulticlassAccuracy(classes, top_k=5, average="micro")
     return nn.ModuleDict(metrics)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _class_accuracy(confusion: Tensor) -> Tensor:

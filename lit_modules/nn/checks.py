@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from leanlight.contracts import UserError
+import torch
+from torch import nn
+
+from leanlight.contracts import UserError, isolated_rng
 
 
 def require_positive(**sizes: int) -> None:
@@ -18,3 +21,32 @@ def pooled_size(image_size: int, halvings: int) -> int:
     if size < 1:
         raise UserError(f"image_size: expected at least {1 << halvings} for {halvings} poolings by 2, got {image_size}")
     return size
+
+
+def check_classifier(
+    network: nn.Module, image_shape: tuple[int, ...], num_classes: int, device: torch.device | str = "cpu"
+) -> None:
+    """Run a blank image of `image_shape` (C, H, W) through a classifier: a mismatch is one line before training.
+
+    Leaves the network's mode and the random states as they were. Errors name ``model.init_args.network``.
+    """
+    key = "model.init_args.network.init_args"
+    was_training = network.training
+    with isolated_rng(), torch.no_grad():
+        try:
+            logits = network.eval()(torch.zeros(1, *image_shape, device=device))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            channels, size = image_shape[0], image_shape[-1]
+            raise UserError(
+                f"{key}: expected a network for images of shape {image_shape}, that is in_channels {channels} "
+                f"and, where it has one, image_size {size}; got {first_line(error)}"
+            ) from error
+        finally:
+            network.train(was_training)
+    if logits.shape != (1, num_classes):
+        raise UserError(f"{key}.num_classes: expected {num_classes}, the classes of the data; got {logits.shape[-1]}")
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library, in one line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

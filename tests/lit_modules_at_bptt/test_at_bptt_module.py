@@ -300,6 +300,8 @@ def test_lrs_runs_from_0_to_1():
         ({"ipc": 1000, "start": "random"}, "ipc"),
         ({"distiller": DistributionMatching(), "learn_labels": True}, "learn_labels"),
         ({"distiller": TruncatedBPTT(inner_steps=3)}, "window"),
+        ({"network": functools.partial(ConvNet, norm="batch", **MAKE)}, "batch norm"),
+        ({"network": functools.partial(ConvNet, **{**MAKE, "num_classes": 9})}, "num_classes"),
     ],
 )
 def test_bad_settings_are_named(changes, named):
