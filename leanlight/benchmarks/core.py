@@ -17,6 +17,7 @@ from rich.table import Table
 
 from leanlight import runs
 from leanlight.contracts.errors import UserError
+from leanlight.results.format import show_machine
 
 Better = Literal["higher", "lower"]
 
@@ -186,6 +187,27 @@ def warnings_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
         if pair[0] != pair[1]:
             found.append(f"settings differ in {key}: {pair[0]} and {pair[1]}")
     return found
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """A document as a page: figures, targets, checks, settings, machine."""
+    lines = [f"# Benchmark of {content['method']}", "", "| figure | median | quartiles | unit |", "|---|---:|---:|---|"]
+    for name, figure in content["figures"].items():
+        spread = f"{_number(figure['low'])} to {_number(figure['high'])}" if figure["n"] > 1 else "–"
+        lines.append(f"| {name} | {_number(figure['value'])} | {spread} | {figure['unit']} |")
+    lines.append("")
+    for target in content["targets"]:
+        value = _number(content["figures"][target["figure"]]["value"])
+        lines.append(f"- **{'met' if target['met'] else 'missed'}**: {target['text']}: {value}")
+    lines += [f"- **{'checked' if held else 'FAILED'}**: {text}" for text, held in content["checks"].items()]
+    lines += [f"- **not measured**: {name}: {why}" for name, why in content["missing"].items()]
+    settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
+    lines += ["", f"Settings: {settings}.", "", f"Machine: {show_machine(content['machine'])}."]
+    lines += [
+        "",
+        f"Commit `{content['commit'][:12]}`, {content['date']}, by `leanlight benchmark {content['method']}`.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _number(value: float) -> str:

@@ -43,7 +43,7 @@ def _measure(name: str, output: Path | None, quick: bool, console: Console) -> i
         raise UserError(
             f"method {name!r}: has no benchmark; these have: {', '.join(m for m in METHODS if METHODS[m].benchmark)}"
         )
-    from leanlight.benchmarks.core import document, print_document
+    from leanlight.benchmarks.core import document, markdown, print_document
 
     module, function = entry.split(":")
     console.print(f"benchmark of {name}: a few minutes; other work on this machine disturbs it", highlight=False)
@@ -52,5 +52,6 @@ def _measure(name: str, output: Path | None, quick: bool, console: Console) -> i
     path = output or (None if quick else Path("docs/results") / name / "benchmark.json")
     if path is not None:
         atomic_write(path, json.dumps(content, indent=2) + "\n")
-        console.print(f"written: {path}", highlight=False)
+        atomic_write(path.with_suffix(".md"), markdown(content))
+        console.print(f"written: {path} and {path.with_suffix('.md').name}", highlight=False)
     return int(not all(target["met"] for target in content["targets"]) or not all(content["checks"].values()))

@@ -20,12 +20,12 @@ def main(argv: list[str]) -> int:
     if bool(args.tables) == args.all:
         raise UserError("report: expected either result files or --all, e.g. leanlight report --all --output report")
 
-    from leanlight.results.report import find_documents, write_readmes, write_report
+    from leanlight.results.report import find_documents, write_benchmarks, write_readmes, write_report
 
     paths = find_documents() if args.all else args.tables
     page = write_report(paths, args.output or args.runs_root / "report", args.runs_root)
-    for path in paths:
-        print(path.with_suffix(".md"))
+    for path in [*(path.with_suffix(".md") for path in paths), *(write_benchmarks() if args.all else [])]:
+        print(path)
     if args.readme:
         for path in write_readmes(Path()):
             print(path)

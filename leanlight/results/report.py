@@ -53,6 +53,17 @@ def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     return page
 
 
+def write_benchmarks(results: Path = RESULTS) -> list[Path]:
+    """Write Markdown beside each benchmark under `results`; return the files."""
+    from leanlight.benchmarks.core import markdown, read
+
+    written = []
+    for path in sorted(results.glob("*/benchmark.json")):
+        written.append(path.with_suffix(".md"))
+        atomic_write(written[-1], markdown(read(path)))
+    return written
+
+
 def write_readmes(root: Path, results: Path = RESULTS) -> list[Path]:
     """Rewrite the results in README.md and in the README of every method that has some; return the files.
 

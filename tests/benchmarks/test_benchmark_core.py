@@ -13,6 +13,7 @@ from leanlight.benchmarks.core import (
     compare,
     document,
     interleave,
+    markdown,
     ratios,
     read,
     summarise,
@@ -163,3 +164,24 @@ def test_the_report_takes_no_benchmark_for_a_table(tmp_path):
     for name in ("benchmark.json", "digits_small.json"):
         (tmp_path / "m" / name).touch()
     assert [path.name for path in find_documents(tmp_path)] == ["digits_small.json"]
+
+
+def test_a_page_shows_figures_targets_checks_and_what_is_missing():
+    measured = Measurement(
+        settings={"threads": 2},
+        figures={"a/step": summarise([1.0, 2.0, 3.0], "s"), "a/once": summarise([0.5], "x")},
+        targets=[Target("a/step", 1.5, "quick enough"), Target("a/once", 1.0, "half")],
+        checks={"equal": True},
+        missing={"gpu": "no GPU"},
+    )
+    page = markdown(document("classifier", measured, quick=True))
+    for line in (
+        "| a/step | 2 | 1.5 to 2.5 | s |",
+        "| a/once | 0.5 | – | x |",
+        "- **missed**: quick enough: 2",
+        "- **met**: half: 0.5",
+        "- **checked**: equal",
+        "- **not measured**: gpu: no GPU",
+        "Settings: threads 2.",
+    ):
+        assert line in page.splitlines()
