@@ -17,7 +17,7 @@ from rich.table import Table
 
 from leanlight import runs
 from leanlight.contracts.errors import UserError
-from leanlight.results.format import show_machine
+from leanlight.results.format import MISSING, show_machine
 
 Better = Literal["higher", "lower"]
 
@@ -193,7 +193,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     """A document as a page: figures, targets, checks, settings, machine."""
     lines = [f"# Benchmark of {content['method']}", "", "| figure | median | quartiles | unit |", "|---|---:|---:|---|"]
     for name, figure in content["figures"].items():
-        spread = f"{_number(figure['low'])} to {_number(figure['high'])}" if figure["n"] > 1 else "–"
+        spread = f"{_number(figure['low'])} to {_number(figure['high'])}" if figure["n"] > 1 else MISSING
         lines.append(f"| {name} | {_number(figure['value'])} | {spread} | {figure['unit']} |")
     lines.append("")
     for target in content["targets"]:

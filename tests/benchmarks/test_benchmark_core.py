@@ -20,6 +20,7 @@ from leanlight.benchmarks.core import (
     warnings_of,
 )
 from leanlight.contracts import UserError
+from leanlight.results.format import MISSING
 
 
 def test_every_round_runs_each_candidate_once_and_starts_with_another():
@@ -177,7 +178,7 @@ def test_a_page_shows_figures_targets_checks_and_what_is_missing():
     page = markdown(document("classifier", measured, quick=True))
     for line in (
         "| a/step | 2 | 1.5 to 2.5 | s |",
-        "| a/once | 0.5 | – | x |",
+        f"| a/once | 0.5 | {MISSING} | x |",
         "- **missed**: quick enough: 2",
         "- **met**: half: 0.5",
         "- **checked**: equal",
