@@ -1,6 +1,7 @@
 """Every method's benchmark runs at tiny sizes, and its equality checks hold there."""
 
 import json
+import math
 
 import pytest
 
@@ -18,3 +19,4 @@ def test_a_quick_benchmark_measures_and_checks(name, leanlight, tmp_path):
     assert all(content["checks"].values()), content["checks"]
     assert not content["missing"]
     assert content["figures"]
+    assert all(math.isfinite(figure["value"]) for figure in content["figures"].values())
