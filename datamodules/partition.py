@@ -33,7 +33,9 @@ def _check(labels: np.ndarray, clients: int, smallest: int = 1) -> None:
     if clients < 1:
         raise UserError(f"clients: expected at least 1, got {clients}")
     if clients * smallest > len(labels):
-        raise UserError(f"clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are")
+        raise UserError(
+            f"clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are"
+        )
 
 
 @dataclass(frozen=True)
