@@ -1,8 +1,8 @@
 """Integrate-and-fire neurons on spikingjelly, with a whole sequence as one differentiable operation.
 
-Spikingjelly's plain neuron builds about ten autograd nodes a step, each with a buffer of its own. The gradient through a
-sequence has a closed form, so the forward scan needs three element-wise kernels a step and the backward scan four, in
-buffers that are allocated once. Values and gradients are those of the plain neuron up to rounding.
+Spikingjelly's plain neuron builds about ten autograd nodes a step, each with a buffer of its own. The gradient through
+a sequence has a closed form, so the forward scan needs three element-wise kernels a step and the backward scan four,
+in buffers that are allocated once. Values and gradients are those of the plain neuron up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from leanlight.contracts import UserError
 
 SurrogateName = Literal["rect", "rect_zero", "atan", "sigmoid"]
-# Derivative of a spike by the potential before reset: 1 in an open interval of potentials and 0 elsewhere, or a function.
+# Derivative of a spike by the potential before reset: 1 in an open interval and 0 elsewhere, or a function.
 Slope = tuple[float, float] | Callable[[Tensor], Tensor]
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
