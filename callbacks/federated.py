@@ -125,7 +125,7 @@ class FederatedRounds(Callback):
 
     def _fit_limit(self, trainer: Trainer) -> None:
         """Under ``trainer.limit_train_batches`` a round has fewer clients, so that it still ends with the server."""
-        limit = trainer.limit_train_batches  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
         batches = math.ceil(self.candidates / trainer.world_size) + 1
         most = (limit if isinstance(limit, int) else int(limit * batches)) - 1
         if most < 1:
