@@ -97,7 +97,8 @@ def test_stragglers_stop_early_together_as_they_do_one_by_one():
 
 
 @pytest.mark.parametrize(
-    ("network", "local"), [(WITH_NORM, LocalTraining()), (SPIKING, LocalTraining()), (SMALL, LocalTraining(augment="shift"))]
+    ("network", "local"),
+    [(WITH_NORM, LocalTraining()), (SPIKING, LocalTraining()), (SMALL, LocalTraining(augment="shift"))],
 )
 def test_what_cannot_be_batched_is_refused(network, local):
     with pytest.raises(UserError, match="clients_at_once"):
@@ -195,7 +196,9 @@ def test_scaffold_equals_its_algorithm_written_out():
             order = torch.Generator().manual_seed(derived_seed(0, "order", number, k))
             steps = 0
             for index in torch.randperm(len(d), generator=order).split(16):
-                gradients = torch.autograd.grad(F.cross_entropy(y(d.image[index]), d.label[index]), list(y.parameters()))
+                gradients = torch.autograd.grad(
+                    F.cross_entropy(y(d.image[index]), d.label[index]), list(y.parameters())
+                )
                 with torch.no_grad():
                     for p, g, c_k, c in zip(y.parameters(), gradients, own[k], server, strict=True):
                         p -= lr * (g - c_k + c)
@@ -296,7 +299,7 @@ class RateRecorder(FederatedClassifier):
 
 
 def test_power_of_choice_trains_only_the_candidates_with_the_largest_loss():
-    module, data, server = federation(
+    _, data, server = federation(
         selector=PowerOfChoice(draw="uniform"), rounds=1, server={"participants": 3, "candidates": 9}
     )
     torch.manual_seed(0)
