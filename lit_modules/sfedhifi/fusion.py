@@ -1,0 +1,273 @@
+"""What the server of a federation of widths does, as pure functions of state dicts (`docs/methods/sfedhifi.md`).
+
+Clients are summed in the order of their numbers, in float64, so that a result does not depend on who answered first.
+Nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leanlight.contracts import UserError
+
+State = Mapping[str, Tensor]
+Models = dict[float, dict[str, Tensor]]
+Weighting = Literal["uniform", "samples"]
+Core = Literal["naive", "sign_aligned"]
+Residual = Literal["drop", "keep"]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a client sends after its round.
+
+    client: its number. width: p. state: its trained model. samples: n_k. steps: optimiser steps it made.
+    """
+
+    client: int
+    width: float
+    state: State
+    samples: int = 1
+    steps: int = 1
+
+
+def average(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """Mean of state dicts of one shape, weighted by `weights` (any positive sum); counters, which are integers, keep
+    the greatest.
+    """
+    share = _shares(weights, len(states))
+    return {key: _mean([state[key] for state in states], share) for key in states[0]}
+
+
+def average_widths(
+    models: Mapping[float, State], uploads: Iterable[Upload], weighting: Weighting = "uniform"
+) -> Models:
+    """FedAvg within each width: parameters and norm buffers, bases included. A width that nobody trained stays.
+
+    models: the server's, by width.
+    """
+    return {width: _average_or_keep(models[width], group, weighting) for width, group in _groups(models, uploads)}
+
+
+def share_bases(
+    models: Mapping[float, State],
+    uploads: Iterable[Upload],
+    bases: Collection[str],
+    weighting: Weighting = "uniform",
+) -> Models:
+    """Put the mean over the clients of all widths of every basis into every model. bases: keys, see `basis_keys`."""
+    ordered = _ordered(uploads)
+    if not ordered:
+        return _copies(models)
+    share = _shares(_weights(ordered, weighting), len(ordered))
+    shared = {key: _mean([upload.state[key] for upload in ordered], share) for key in bases}
+    return {width: {**model, **shared} for width, model in models.items()}
+
+
+def start_alike(models: Mapping[float, State], bases: Collection[str]) -> Models:
+    """Give all widths the bases of the smallest, as at the start of a federation."""
+    smallest = models[min(models)]
+    return {width: {**model, **{key: smallest[key] for key in bases}} for width, model in models.items()}
+
+
+def fednova_widths(
+    models: Mapping[float, State],
+    uploads: Iterable[Upload],
+    parameters: Collection[str],
+    weighting: Weighting = "uniform",
+) -> Models:
+    """FedNova (Wang et al., NeurIPS 2020) within each width: ``w + (Σ a_k τ_k) Σ a_k (w_k - w) / τ_k``.
+
+    τ_k: a client's steps. parameters: keys that are normalised so; buffers are averaged.
+    """
+    result: Models = {}
+    for width, group in _groups(models, uploads):
+        old, new = models[width], _average_or_keep(models[width], group, weighting)
+        share = _shares(_weights(group, weighting), len(group))
+        steps = sum(a * upload.steps for a, upload in zip(share, group, strict=True))
+        for key in parameters if group else ():
+            moves = [(upload.state[key].double() - old[key].double()) / upload.steps for upload in group]
+            new[key] = (old[key].double() + steps * _mean(moves, share)).to(old[key].dtype)
+        result[width] = new
+    return result
+
+
+# ---- HeteroFL ----
+
+
+def sub_model(state: State, like: State) -> dict[str, Tensor]:
+    """The leading part of every tensor of a wide model that a narrow one has: its first channels (HeteroFL, Diao et
+    al., ICLR 2021). like: any state of the narrow model; only its shapes count.
+    """
+    return {key: state[key][_window(narrow)].clone() for key, narrow in like.items()}
+
+
+def average_slices(
+    state: State,
+    uploads: Iterable[Upload],
+    weighting: Weighting = "uniform",
+    head: Collection[str] = (),
+    classes: Mapping[int, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """HeteroFL: each element of the wide `state` becomes the mean over the clients whose sub-model holds it; elements
+    that nobody holds stay. Counters keep the greatest.
+
+    classes: (K,) bool by client, the classes it has; then the rows of `head`, keys of the classifier, are averaged over
+    clients that have the class.
+    """
+    ordered = _ordered(uploads)
+    weights = _weights(ordered, weighting) or [1.0] * len(ordered)
+    result = {}
+    for key, old in state.items():
+        if not old.is_floating_point():
+            result[key] = torch.stack([old, *(upload.state[key] for upload in ordered)]).amax(0)
+            continue
+        total, mass = torch.zeros_like(old, dtype=torch.float64), torch.zeros_like(old, dtype=torch.float64)
+        for upload, weight in zip(ordered, weights, strict=True):
+            part = upload.state[key].double()
+            held = torch.full_like(part, weight)
+            if classes is not None and key in head:
+                held *= classes[upload.client].view(-1, *[1] * (part.ndim - 1))
+            total[_window(part)] += held * part
+            mass[_window(part)] += held
+        result[key] = torch.where(mass > 0, total / mass.clamp(min=torch.finfo(mass.dtype).tiny), old.double()).to(old)
+    return result
+
+
+# ---- HIFI ----
+
+
+@dataclass(frozen=True)
+class HIFI:
+    """Fusion of one factor over all widths, through the core of its Tucker decomposition.
+
+    rounds: last round that fuses, counted from 1; 0 never does. every: only rounds it divides. rank_ratio: share of the
+    smallest width's rows and columns that the core has. core: ``sign_aligned`` or ``naive``, see `fuse_factors`.
+    residual: ``drop`` what the core leaves out, as published, or ``keep`` it.
+    """
+
+    rounds: int = 225
+    every: int = 1
+    rank_ratio: float = 0.25
+    core: Core = "sign_aligned"
+    residual: Residual = "drop"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.every < 1:
+            raise UserError(f"hifi.rounds, hifi.every: expected at least 0 and 1, got {self.rounds} and {self.every}")
+        if not 0.0 < self.rank_ratio <= 1.0:
+            raise UserError(f"hifi.rank_ratio: expected a number in (0, 1], got {self.rank_ratio}")
+
+    def active(self, number: int) -> bool:
+        """Whether round `number`, counted from 1, fuses."""
+        return number <= self.rounds and number % self.every == 0
+
+    def fuse(self, models: Mapping[float, State], keys: Iterable[str]) -> Models:
+        """New models by width in which the factors `keys` are fused; all else is the same."""
+        fused = _copies(models)
+        widths = sorted(fused)
+        for key in keys:
+            factors = [fused[width][key] for width in widths]
+            parts = fuse_factors(factors, self.rank_ratio, self.core, self.residual)
+            for width, part in zip(widths, parts, strict=True):
+                fused[width][key] = part
+        return fused
+
+
+def fuse_factors(
+    factors: Sequence[Tensor], rank_ratio: float = 0.25, core: Core = "sign_aligned", residual: Residual = "drop"
+) -> list[Tensor]:
+    """Replace the core of every factor by the mean of all cores.
+
+    factors: (D_p, n_p, 1, 1), one a width. They are matrices, so that the Tucker decomposition (higher-order orthogonal
+    iteration) is the truncated singular value decomposition, with ranks round(rank_ratio · min D), round(rank_ratio ·
+    min n), and the core is diagonal: singular values up to sign. The iteration fixes the signs of left and right vectors
+    by rules that know nothing of each other, each vector's largest entry is made positive, so cores have mixed signs
+    which differ between widths: ``naive`` averages those, ``sign_aligned`` turns vectors so that all cores are positive.
+    ``keep`` adds to each factor what its own truncation left out.
+    """
+    rank = _rank(factors, rank_ratio)
+    parts = []
+    for factor in factors:
+        left, values, right = torch.linalg.svd(factor.detach().cpu().double().flatten(1), full_matrices=False)
+        left, values, right = left[:, :rank], values[:rank], right[:rank].T
+        if core == "naive":
+            left, turned_left = _largest_entry_positive(left)
+            right, turned_right = _largest_entry_positive(right)
+            values = values * turned_left * turned_right
+        parts.append((left, values, right))
+    mean = torch.stack([values for _, values, _ in parts]).mean(0)
+    fused = []
+    for factor, (left, values, right) in zip(factors, parts, strict=True):
+        new = (left * mean) @ right.T
+        if residual == "keep":
+            new = new + factor.detach().cpu().double().flatten(1) - (left * values) @ right.T
+        fused.append(new.view(factor.shape).to(factor))
+    return fused
+
+
+def _rank(factors: Sequence[Tensor], rank_ratio: float) -> int:
+    if any(factor.shape[2:].numel() != 1 for factor in factors):
+        raise UserError(f"hifi: expected factors (D, n, 1, 1), got {[tuple(factor.shape) for factor in factors]}")
+    ranks = [round(rank_ratio * min(factor.shape[axis] for factor in factors)) for axis in (0, 1)]
+    if min(ranks) < 1:
+        raise UserError(f"hifi.rank_ratio: {rank_ratio} leaves ranks {ranks} of the smallest width; raise it")
+    return min(ranks)  # the other vectors of the longer side meet a core of zeros
+
+
+def _largest_entry_positive(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns (n, r) turned so that each one's entry of greatest size is positive, and the signs (r,)."""
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).squeeze(0).sign()
+    return vectors * signs, signs
+
+
+# ---- sums ----
+
+
+def _ordered(uploads: Iterable[Upload]) -> list[Upload]:
+    return sorted(uploads, key=lambda upload: upload.client)
+
+
+def _groups(models: Mapping[float, State], uploads: Iterable[Upload]) -> list[tuple[float, list[Upload]]]:
+    ordered = _ordered(uploads)
+    for upload in ordered:
+        if upload.width not in models:
+            raise UserError(f"width: expected one of {sorted(models)}, got {upload.width} from client {upload.client}")
+    return [(width, [upload for upload in ordered if upload.width == width]) for width in sorted(models)]
+
+
+def _average_or_keep(model: State, group: Sequence[Upload], weighting: Weighting) -> dict[str, Tensor]:
+    return average([upload.state for upload in group], _weights(group, weighting)) if group else dict(model)
+
+
+def _copies(models: Mapping[float, State]) -> Models:
+    return {width: dict(model) for width, model in models.items()}
+
+
+def _weights(uploads: Sequence[Upload], weighting: Weighting) -> list[float] | None:
+    return [float(upload.samples) for upload in uploads] if weighting == "samples" else None
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    weights = weights or [1.0] * count
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _mean(tensors: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    first = tensors[0]
+    if not first.is_floating_point():
+        return torch.stack(list(tensors)).amax(0)
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for tensor, part in zip(tensors, share, strict=True):
+        total += part * tensor.double()
+    return total.to(first.dtype)
+
+
+def _window(part: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in part.shape)
