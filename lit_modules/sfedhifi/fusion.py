@@ -184,12 +184,12 @@ def fuse_factors(
 ) -> list[Tensor]:
     """Replace the core of every factor by the mean of all cores.
 
-    factors: (D_p, n_p, 1, 1), one a width. They are matrices, so that the Tucker decomposition (higher-order orthogonal
-    iteration) is the truncated singular value decomposition, with ranks round(rank_ratio · min D), round(rank_ratio ·
-    min n), and the core is diagonal: singular values up to sign. The iteration fixes the signs of left and right vectors
-    by rules that know nothing of each other, each vector's largest entry is made positive, so cores have mixed signs
-    which differ between widths: ``naive`` averages those, ``sign_aligned`` turns vectors so that all cores are positive.
-    ``keep`` adds to each factor what its own truncation left out.
+    factors: (D_p, n_p, 1, 1), one a width. They are matrices, so the Tucker decomposition (higher-order orthogonal
+    iteration) is the truncated singular value decomposition with ranks round(rank_ratio · min D), round(rank_ratio · min
+    n), and the core is diagonal: singular values up to sign. The iteration makes the largest entry of each left and of
+    each right vector positive, two rules that know nothing of each other, so cores have mixed signs which differ between
+    widths. ``naive`` averages those; ``sign_aligned`` turns the vectors so that all cores are positive. ``keep`` adds to
+    each factor what its own truncation left out.
     """
     rank = _rank(factors, rank_ratio)
     parts = []

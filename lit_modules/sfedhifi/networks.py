@@ -327,9 +327,7 @@ class _CNN(WidthNetwork):
         def inner() -> nn.Module | None:
             return self.activation(inner_threshold) if inner_neuron else None
 
-        self.stem = nn.Sequential(
-            kaiming(nn.Conv2d(in_channels, first, 3, padding=1, bias=not norm)), norm_of(first)
-        )
+        self.stem = nn.Sequential(kaiming(nn.Conv2d(in_channels, first, 3, padding=1, bias=not norm)), norm_of(first))
         self.conv1 = self.convolution(first, second, first, inner=inner())
         self.norm1, self.fire1 = norm_of(self.scaled(second)), self.activation()
         self.conv2 = self.convolution(self.scaled(second), third, second, inner=inner())
@@ -395,7 +393,7 @@ class FactorisedSpikingCNN(_CNN):
 
 
 class FactorisedCNN(_CNN):
-    """`FactorisedSpikingCNN` with ReLU for every neuron but those of the output, without time: (N, C, H, W) → logits."""
+    """`FactorisedSpikingCNN` with ReLU for every hidden neuron, without time: (N, C, H, W) → logits."""
 
     def __init__(
         self,

@@ -19,6 +19,11 @@ LayerRule = Literal["max_rate", "min_rate", "random", "fixed", "all"]
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
+def _generator(seed: int, number: int, purpose: str) -> np.random.Generator:
+    """One stream of random numbers for each round and purpose."""
+    return np.random.default_rng((seed, number, *purpose.encode()))
+
+
 # ---- widths of clients ----
 
 
@@ -37,12 +42,14 @@ class DynamicWidths:
                 f"widths: {len(self.widths)} widths need at least as many clients a round, got {len(joined)}; "
                 "use FixedWidths or let more clients join"
             )
-        generator = np.random.default_rng((seed, number))
+        generator = _generator(seed, number, "widths")
         for _ in range(_TRIES):
             drawn = generator.integers(len(self.widths), size=len(joined))
             if len(np.unique(drawn)) == len(self.widths):
                 return {client: self.widths[i] for client, i in zip(sorted(joined), drawn, strict=True)}
-        raise UserError(f"widths: no draw in {_TRIES} had each of {len(self.widths)} widths among {len(joined)} clients")
+        raise UserError(
+            f"widths: no draw in {_TRIES} had each of {len(self.widths)} widths among {len(joined)} clients"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ class FixedWidths:
 
 @dataclass(frozen=True)
 class InputRates:
-    """layers: paths of factorised layers with binary inputs. rates: (batches, layers) float64, the mean input of each in
-    each batch over time, items, channels and space.
+    """layers: paths of factorised layers with binary inputs. rates: (batches, layers) float64, mean inputs over time,
+    items, channels and space.
     """
 
     layers: tuple[str, ...]
@@ -159,16 +166,14 @@ class InformativeLayer:
     rule: LayerRule = "max_rate"
     name: str | None = None
 
-    def choose(
-        self, layers: Sequence[str], measured: Mapping[float, InputRates], seed: int, number: int
-    ) -> list[str]:
+    def choose(self, layers: Sequence[str], measured: Mapping[float, InputRates], seed: int, number: int) -> list[str]:
         """Paths of the layers to fuse in round `number`. layers: all factorised ones. measured: rates by width, empty
         before the first measurement. The random rule follows from (seed, number) alone.
         """
         if self.rule == "all":
             return list(layers)
         if self.rule == "random":
-            return [layers[int(np.random.default_rng((seed, number)).integers(len(layers)))]]
+            return [layers[int(_generator(seed, number, "layer").integers(len(layers)))]]
         if self.rule in ("max_rate", "min_rate") and measured:
             least = self.rule == "min_rate"
             return [elect({width: vote(rates, least) for width, rates in measured.items()}, least)]
