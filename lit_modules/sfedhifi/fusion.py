@@ -185,11 +185,11 @@ def fuse_factors(
     """Replace the core of every factor by the mean of all cores.
 
     factors: (D_p, n_p, 1, 1), one a width. They are matrices, so the Tucker decomposition (higher-order orthogonal
-    iteration) is the truncated singular value decomposition with ranks round(rank_ratio · min D), round(rank_ratio · min
-    n), and the core is diagonal: singular values up to sign. The iteration makes the largest entry of each left and of
-    each right vector positive, two rules that know nothing of each other, so cores have mixed signs which differ between
-    widths. ``naive`` averages those; ``sign_aligned`` turns the vectors so that all cores are positive. ``keep`` adds to
-    each factor what its own truncation left out.
+    iteration) is the truncated singular value decomposition with ranks round(rank_ratio · min D) and round(rank_ratio
+    · min n), and the core is diagonal: singular values up to sign. The iteration makes the largest entry of each left
+    and of each right vector positive, two rules that know nothing of each other, so cores have mixed signs which differ
+    between widths. ``naive`` averages those; ``sign_aligned`` turns the vectors so that all cores are positive.
+    ``keep`` adds to each factor what its own truncation left out.
     """
     rank = _rank(factors, rank_ratio)
     parts = []
