@@ -6,19 +6,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.catalog import CATALOG, DatasetInfo
     from datamodules.distilled import DistilledDataModule
+    from datamodules.federated import FederatedDataModule
     from datamodules.imagenet import ImageFolderStream
     from datamodules.images import ImageDataModule, ImageSplit
+    from datamodules.partition import IID, ClassesPerClient, ClassImbalance, Dirichlet, QuantitySkew, Shards
 
 _HOME = {
     "CATALOG": "catalog",
     "DatasetInfo": "catalog",
     "DistilledDataModule": "distilled",
+    "FederatedDataModule": "federated",
     "ImageDataModule": "images",
     "ImageSplit": "images",
     "ImageFolderStream": "imagenet",
+    "IID": "partition",
+    "ClassImbalance": "partition",
+    "ClassesPerClient": "partition",
+    "Dirichlet": "partition",
+    "QuantitySkew": "partition",
+    "Shards": "partition",
 }
 
-__all__ = ["CATALOG", "DatasetInfo", "DistilledDataModule", "ImageDataModule", "ImageFolderStream", "ImageSplit"]
+__all__ = [
+    "CATALOG",
+    "IID",
+    "ClassImbalance",
+    "ClassesPerClient",
+    "DatasetInfo",
+    "Dirichlet",
+    "DistilledDataModule",
+    "FederatedDataModule",
+    "ImageDataModule",
+    "ImageFolderStream",
+    "ImageSplit",
+    "QuantitySkew",
+    "Shards",
+]
 
 
 def __getattr__(name: str) -> Any:

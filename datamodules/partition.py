@@ -1,6 +1,6 @@
 """Spread a labelled set over the clients of a federation: pure functions of (labels, parameters, seed).
 
-Every function returns one sorted array of positions a client. Positions are disjoint; each function says whether it uses
+Every scheme returns one sorted array of positions a client. Positions are disjoint; each scheme says whether it uses
 all of them. A scheme that cannot be met ends with one UserError after a bounded number of tries.
 """
 
@@ -31,9 +31,11 @@ def _generator(seed: int) -> np.random.Generator:
 
 def _check(labels: np.ndarray, clients: int, smallest: int = 1) -> None:
     if clients < 1:
-        raise UserError(f"clients: expected at least 1, got {clients}")
+        raise UserError(f"data.init_args.clients: expected at least 1, got {clients}")
     if clients * smallest > len(labels):
-        raise UserError(f"clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are")
+        raise UserError(
+            f"clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are"
+        )
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,19 @@ class IID(Partition):
 
 @dataclass(frozen=True)
 class Dirichlet(Partition):
-    """Label skew: each class is spread over clients by a Dirichlet(alpha) draw (Wang et al. 2020, FedMA). Uses all items.
+    """Label skew: each class is spread over clients by a Dirichlet(alpha) draw (Wang et al. 2020, FedMA).
 
-    A client that holds its share N / clients or more gets no further class. Drawn anew until each client has `min_size`
-    items.
+    Uses all items. capped: a client that holds its share N / clients or more gets no further class. Drawn anew until
+    each client has `min_size` items; 0 allows empty clients.
     """
 
     alpha: float = 0.3
     min_size: int = 1
+    capped: bool = True
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.alpha <= 0:
-            raise UserError(f"alpha: expected a positive number, got {self.alpha}")
+            raise UserError(f"data.init_args.partition.init_args.alpha: expected a positive number, got {self.alpha}")
         _check(labels, clients, self.min_size)
         generator = _generator(seed)
         for _ in range(_TRIES):
@@ -66,8 +69,8 @@ class Dirichlet(Partition):
             if min(map(len, parts)) >= self.min_size:
                 return parts
         raise UserError(
-            f"no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} clients gave each {self.min_size} "
-            f"items in {_TRIES} tries; lower min_size or clients, or raise alpha"
+            f"data.init_args.partition: no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} "
+            f"clients gave each {self.min_size} items in {_TRIES} tries; lower min_size or clients, or raise alpha"
         )
 
     def _draw(self, labels: np.ndarray, clients: int, generator: np.random.Generator) -> Parts:
@@ -75,9 +78,10 @@ class Dirichlet(Partition):
         held, room = np.zeros(clients, int), len(labels) / clients
         for label in np.unique(labels):
             members = generator.permutation(np.flatnonzero(labels == label))
-            weight = generator.dirichlet(np.full(clients, self.alpha)) * (held < room)
+            open_to = held < room if self.capped else np.ones(clients, bool)
+            weight = generator.dirichlet(np.full(clients, self.alpha)) * open_to
             if weight.sum() == 0:  # rounding: everybody who has room drew 0
-                weight = (held < room).astype(float)
+                weight = open_to.astype(float)
             cuts = np.rint(np.cumsum(weight / weight.sum())[:-1] * len(members)).astype(int)
             for client, piece in enumerate(np.split(members, cuts)):
                 parts[client].append(piece)
@@ -111,8 +115,7 @@ class QuantitySkew(Partition):
                     first[client].append(int(member))
             taken = np.concatenate([np.asarray(part) for part in first])
             order = order[~np.isin(order, taken)]
-        least = 0 if self.guarantee_all_classes else 1
-        sizes = _sizes(len(order), clients, self.alpha, least, generator)
+        sizes = _sizes(len(order), clients, self.alpha, 0 if self.guarantee_all_classes else 1, generator)
         rest = np.split(order, np.cumsum(sizes)[:-1])
         return [np.sort(np.concatenate([np.asarray(a, int), b])) for a, b in zip(first, rest, strict=True)]
 
@@ -122,21 +125,26 @@ def _sizes(total: int, clients: int, alpha: float, least: int, generator: np.ran
     share = generator.dirichlet(np.full(clients, alpha))
     exact = share * (total - least * clients)
     sizes = np.floor(exact).astype(int)
-    sizes[np.argsort(sizes - exact, kind="stable")[: total - least * clients - sizes.sum()]] += 1
+    missing = total - least * clients - int(sizes.sum())
+    sizes[np.argsort(sizes - exact, kind="stable")[:missing]] += 1
     return sizes + least
 
 
 @dataclass(frozen=True)
 class ClassesPerClient(Partition):
-    """Each client owns `classes` classes: class ``i mod C`` and others at random; a class is cut evenly among its owners
-    (NIID-Bench). Leaves out the items of a class that nobody owns."""
+    """Each client owns `classes` classes: class ``i mod C`` and others at random (NIID-Bench, Li et al. 2022).
+
+    A class is cut evenly among its owners. Leaves out the items of a class that nobody owns.
+    """
 
     classes: int = 3
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         names = np.unique(labels)
         if not 1 <= self.classes <= len(names):
-            raise UserError(f"classes: expected 1 to {len(names)}, got {self.classes}")
+            raise UserError(
+                f"data.init_args.partition.init_args.classes: expected 1 to {len(names)}, got {self.classes}"
+            )
         _check(labels, clients)
         generator = _generator(seed)
         own = np.zeros((clients, len(names)), bool)
@@ -148,20 +156,23 @@ class ClassesPerClient(Partition):
         for column, label in enumerate(names):
             owners = np.flatnonzero(own[:, column])
             members = generator.permutation(np.flatnonzero(labels == label))
-            for client, part in zip(owners, np.array_split(members, max(1, len(owners))), strict=False):
-                parts[client].append(part)
+            for owner, part in zip(owners, np.array_split(members, max(1, len(owners))), strict=False):
+                parts[owner].append(part)
         return [np.sort(np.concatenate(part)) for part in parts]
 
 
 @dataclass(frozen=True)
 class Shards(Partition):
-    """Sort by label, cut into ``clients * shards`` equal shards, deal `shards` to each (McMahan et al. 2017). Uses all items."""
+    """Sort by label, cut into ``clients * shards`` equal shards, deal `shards` to each (McMahan et al. 2017).
+
+    Uses all items.
+    """
 
     shards: int = 2
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.shards < 1:
-            raise UserError(f"shards: expected at least 1, got {self.shards}")
+            raise UserError(f"data.init_args.partition.init_args.shards: expected at least 1, got {self.shards}")
         _check(labels, clients, self.shards)
         generator = _generator(seed)
         order = generator.permutation(len(labels))
@@ -173,10 +184,10 @@ class Shards(Partition):
 
 @dataclass(frozen=True)
 class ClassImbalance(Partition):
-    """Make the whole set imbalanced, then spread it: the first half of the classes is kept, of each other class 1 / ratio.
+    """Make the whole set imbalanced, then spread it: the first half of the classes is kept, of each other 1 / ratio.
 
-    spread: by ``label`` (Dirichlet(alpha) a class) or by ``quantity`` (sizes only). Drawn without replacement; leaves out what
-    the imbalance drops.
+    spread: by ``label`` (Dirichlet(alpha) a class) or by ``quantity`` (sizes only). Drawn without replacement; leaves
+    out what the imbalance drops.
     """
 
     ratio: float = 3.0
@@ -186,7 +197,7 @@ class ClassImbalance(Partition):
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.ratio < 1:
-            raise UserError(f"ratio: expected at least 1, got {self.ratio}")
+            raise UserError(f"data.init_args.partition.init_args.ratio: expected at least 1, got {self.ratio}")
         generator, names = _generator(seed), np.unique(labels)
         kept = []
         for column, label in enumerate(names):

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
         UserError,
         nearest,
     )
+    from leanlight.contracts.federated import (
+        ClientUpdate,
+        FederatedData,
+        FederatedModule,
+        Measurement,
+        Selector,
+    )
     from leanlight.contracts.files import (
         atomic_path,
         atomic_write,
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
     )
     from leanlight.contracts.rng import (
         capture_rng,
+        derived_seed,
         isolated_rng,
         restore_rng,
     )
@@ -68,6 +76,11 @@ _HOME = {
     "MissingExtraError": "errors",
     "UserError": "errors",
     "nearest": "errors",
+    "ClientUpdate": "federated",
+    "FederatedData": "federated",
+    "FederatedModule": "federated",
+    "Measurement": "federated",
+    "Selector": "federated",
     "atomic_path": "files",
     "atomic_write": "files",
     "sha256_file": "files",
@@ -89,6 +102,7 @@ _HOME = {
     "ResumableLogger": "protocols",
     "Split": "protocols",
     "capture_rng": "rng",
+    "derived_seed": "rng",
     "isolated_rng": "rng",
     "restore_rng": "rng",
 }
@@ -98,14 +112,18 @@ __all__ = [
     "Bars",
     "Batch",
     "ClientBatch",
+    "ClientUpdate",
     "Curve",
     "DataMeta",
     "DivergedError",
+    "FederatedData",
+    "FederatedModule",
     "HasTerms",
     "Heatmap",
     "Histogram",
     "ImageBatch",
     "ImageGrid",
+    "Measurement",
     "MediaItem",
     "MethodData",
     "MethodModule",
@@ -115,6 +133,7 @@ __all__ = [
     "PrimaryMetric",
     "Progress",
     "ResumableLogger",
+    "Selector",
     "SessionBatch",
     "Split",
     "Table",
@@ -124,6 +143,7 @@ __all__ = [
     "atomic_path",
     "atomic_write",
     "capture_rng",
+    "derived_seed",
     "isolated_rng",
     "nearest",
     "restore_rng",
