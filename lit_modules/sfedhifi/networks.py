@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
-from spikingjelly.activation_based import neuron as sj_neuron
-from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from lit_modules.nn import Normalize, fold_time, repeat_time, reset, unfold_time
+from lit_modules.nn import Normalize, fold_time, integrate_and_fire, lif, repeat_time, reset, unfold_time
 from lit_modules.nn.checks import pooled_size, require_positive
+from lit_modules.nn.neurons import SurrogateName
 from lit_modules.nn.normalize import PixelStatistic
 from lit_modules.sfedhifi.decomposition import DecomConv, make_orthonormal
-
-SurrogateName = Literal["rect", "rect_zero", "atan", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,8 @@ class Neuron:
     detach_reset: bool
 
     def make(self) -> nn.Module:
-        options: dict[str, Any] = {
-            "v_threshold": float(self.v_threshold),
-            "v_reset": 0.0,
-            "surrogate_function": {"sigmoid": surrogate.Sigmoid, "atan": surrogate.ATan}[self.surrogate_gradient](),
-            "detach_reset": self.detach_reset,
-            "step_mode": "m",
-        }
-        if self.leaky:
-            return sj_neuron.LIFNode(tau=1.0 / (1.0 - self.tau), decay_input=True, **options)
-        return sj_neuron.IFNode(**options)
+        constants = (self.v_threshold, self.surrogate_gradient, self.detach_reset)
+        return lif(self.tau, *constants, decay_input=True) if self.leaky else integrate_and_fire(*constants)
 
 
 class Spikes(nn.Module):
