@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_modules.sfedhifi.decomposition import DecomConv
-    from lit_modules.sfedhifi.fusion import HIFI, Upload
+    from lit_modules.sfedhifi.fusion import HIFI
     from lit_modules.sfedhifi.networks import (
         FactorisedCNN,
         FactorisedResNet18,
@@ -24,7 +24,6 @@ _HOME = {
     "FixedWidths": "widths",
     "HIFI": "fusion",
     "InformativeLayer": "widths",
-    "Upload": "fusion",
 }
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "FactorisedSpikingResNet18",
     "FixedWidths",
     "InformativeLayer",
-    "Upload",
 ]
 
 

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 
+# What the memory traffic of one intermediate number costs, in multiplications: fitted to measured forward and backward
+# passes on a CPU core (docs/methods/sfedhifi.md). Only speed depends on it.
+_RESPONSE_COST = 200
+
 
 class DecomConv(nn.Module):
     """Factorised convolution (N, in_channels, H, W) → (N, out_channels, H / stride, W / stride), without bias.
@@ -23,6 +27,9 @@ class DecomConv(nn.Module):
     basis: B, (filters, group_channels, kernel_size, kernel_size), rows orthonormal at the start. factor: M,
     (out_channels, groups · filters, 1, 1), Kaiming-normal by fan-out. inner: a non-linearity between the two; it
     forbids `fold`. Raises UserError where `group_channels` does not divide `in_channels`.
+
+    Training composes the weight first where that is cheaper. Evaluation runs basis and factor one after the other, the
+    form whose operations are to be counted; `fold_network` is faster there.
     """
 
     def __init__(
@@ -49,10 +56,22 @@ class DecomConv(nn.Module):
         nn.init.kaiming_normal_(self.factor, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.inner is None and self._composing_pays(x):
+            weight = composed_weight(self.basis, self.factor)
+            return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2)
         responses = group_responses(x, self.basis, self.stride)
         if self.inner is not None:
             responses = self.inner(responses)
         return F.conv2d(responses, self.factor)
+
+    def _composing_pays(self, x: Tensor) -> bool:
+        """Whether the composed form costs less, in multiplications for each output pixel."""
+        filters, kernel = len(self.basis), self.basis[0].numel()
+        out_channels, responses = self.factor.shape[:2]
+        pixels = x[:, 0].numel() / self.stride**2
+        two_stages = responses * (kernel + out_channels + _RESPONSE_COST)
+        composed = out_channels * responses // filters * kernel * (1 + filters / pixels)
+        return composed <= two_stages
 
     def fold(self) -> nn.Conv2d:
         """The ordinary convolution that computes the same; UserError where `inner` stands between."""
@@ -92,12 +111,21 @@ def make_orthonormal(convolutions: Sequence[DecomConv]) -> None:
 def group_responses(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
     """Every group of a1 channels of x (N, g·a1, H, W) through the basis (a2, a1, k, k) → (N, g·a2, H', W').
 
-    Groups are folded into the batch, a view of the memory, so that one convolution serves all of them.
+    On a CPU one grouped convolution with channels last in memory. Elsewhere groups are folded into the batch, a view of
+    the memory, since grouped convolutions of GPUs are slow.
     """
-    channels, size = basis.shape[1:3]
-    groups = x.shape[1] // channels
-    folded = x.reshape(len(x) * groups, channels, *x.shape[2:])
-    return F.conv2d(folded, basis, stride=stride, padding=size // 2).unflatten(0, (len(x), groups)).flatten(1, 2)
+    groups, padding = x.shape[1] // basis.shape[1], basis.shape[-1] // 2
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, basis.repeat(groups, 1, 1, 1), stride=stride, padding=padding, groups=groups)
+    return fold_groups(x, basis, stride)
+
+
+def fold_groups(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
+    """`group_responses` with groups folded into the batch."""
+    channels, size = basis.shape[1], basis.shape[-1]
+    folded = x.unflatten(1, (-1, channels)).flatten(0, 1)
+    return F.conv2d(folded, basis, stride=stride, padding=size // 2).unflatten(0, (len(x), -1)).flatten(1, 2)
 
 
 def composed_weight(basis: Tensor, factor: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """What the server of a federation of widths does, as pure functions of state dicts (`docs/methods/sfedhifi.md`).
 
-Clients are summed in the order of their numbers, in float64, so that a result does not depend on who answered first.
-Nothing is changed in place.
+Updates may come in any order: they are summed in that of client ids. Nothing is changed in place.
 """
 
 from __future__ import annotations
@@ -13,59 +12,48 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leanlight.contracts import UserError
+from leanlight.contracts import ClientUpdate, UserError
+from leanlight.contracts.federated import State
+from lit_modules.federated.aggregation import FedAvg, Weighting, client_weights, weighted_mean
 
-State = Mapping[str, Tensor]
-Models = dict[float, dict[str, Tensor]]
-Weighting = Literal["uniform", "samples"]
+Models = dict[float, State]  # the server's, by width p
 Core = Literal["naive", "sign_aligned"]
 Residual = Literal["drop", "keep"]
 
 
-@dataclass(frozen=True)
-class Upload:
-    """What a client sends after its round.
-
-    client: its number. width: p. state: its trained model. samples: n_k. steps: optimiser steps it made.
-    """
-
-    client: int
-    width: float
-    state: State
-    samples: int = 1
-    steps: int = 1
-
-
-def average(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """Mean of state dicts of one shape, weighted by `weights` (any positive sum); counters, which are integers, keep
-    the greatest.
-    """
-    share = _shares(weights, len(states))
-    return {key: _mean([state[key] for state in states], share) for key in states[0]}
-
-
 def average_widths(
-    models: Mapping[float, State], uploads: Iterable[Upload], weighting: Weighting = "uniform"
+    models: Mapping[float, State],
+    updates: Iterable[ClientUpdate],
+    widths: Mapping[int, float],
+    parameters: Collection[str],
+    aggregator: FedAvg | None = None,
 ) -> Models:
-    """FedAvg within each width: parameters and norm buffers, bases included. A width that nobody trained stays.
+    """Aggregate within each width: parameters and norm buffers, bases included. A width that nobody trained stays.
 
-    models: the server's, by width.
+    widths: by client. parameters: names that are no buffers, as far as a width has them. aggregator: `FedAvg` by
+    default, or `FedNova`.
     """
-    return {width: _average_or_keep(models[width], group, weighting) for width, group in _groups(models, uploads)}
+    aggregate = aggregator or FedAvg()
+    result: Models = {}
+    for width, model in models.items():
+        group = [update for update in _ordered(updates) if widths[update.client] == width]
+        own = [name for name in parameters if name in model]
+        result[width] = aggregate(model, group, own) if group else dict(model)
+    return result
 
 
 def share_bases(
     models: Mapping[float, State],
-    uploads: Iterable[Upload],
+    updates: Iterable[ClientUpdate],
     bases: Collection[str],
     weighting: Weighting = "uniform",
 ) -> Models:
     """Put the mean over the clients of all widths of every basis into every model. bases: keys, see `basis_keys`."""
-    ordered = _ordered(uploads)
+    ordered = _ordered(updates)
     if not ordered:
         return _copies(models)
-    share = _shares(_weights(ordered, weighting), len(ordered))
-    shared = {key: _mean([upload.state[key] for upload in ordered], share) for key in bases}
+    states = [{key: update.state[key] for key in bases} for update in ordered]
+    shared = weighted_mean(states, client_weights(ordered, weighting))
     return {width: {**model, **shared} for width, model in models.items()}
 
 
@@ -75,32 +63,10 @@ def start_alike(models: Mapping[float, State], bases: Collection[str]) -> Models
     return {width: {**model, **{key: smallest[key] for key in bases}} for width, model in models.items()}
 
 
-def fednova_widths(
-    models: Mapping[float, State],
-    uploads: Iterable[Upload],
-    parameters: Collection[str],
-    weighting: Weighting = "uniform",
-) -> Models:
-    """FedNova (Wang et al., NeurIPS 2020) within each width: ``w + (Σ a_k τ_k) Σ a_k (w_k - w) / τ_k``.
-
-    τ_k: a client's steps. parameters: keys that are normalised so; buffers are averaged.
-    """
-    result: Models = {}
-    for width, group in _groups(models, uploads):
-        old, new = models[width], _average_or_keep(models[width], group, weighting)
-        share = _shares(_weights(group, weighting), len(group))
-        steps = sum(a * upload.steps for a, upload in zip(share, group, strict=True))
-        for key in parameters if group else ():
-            moves = [(upload.state[key].double() - old[key].double()) / upload.steps for upload in group]
-            new[key] = (old[key].double() + steps * _mean(moves, share)).to(old[key].dtype)
-        result[width] = new
-    return result
-
-
 # ---- HeteroFL ----
 
 
-def sub_model(state: State, like: State) -> dict[str, Tensor]:
+def sub_model(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
     """The leading part of every tensor of a wide model that a narrow one has: its first channels (HeteroFL, Diao et
     al., ICLR 2021). like: any state of the narrow model; only its shapes count.
     """
@@ -108,34 +74,34 @@ def sub_model(state: State, like: State) -> dict[str, Tensor]:
 
 
 def average_slices(
-    state: State,
-    uploads: Iterable[Upload],
+    state: Mapping[str, Tensor],
+    updates: Iterable[ClientUpdate],
     weighting: Weighting = "uniform",
     head: Collection[str] = (),
     classes: Mapping[int, Tensor] | None = None,
-) -> dict[str, Tensor]:
+) -> State:
     """HeteroFL: each element of the wide `state` becomes the mean over the clients whose sub-model holds it; elements
-    that nobody holds stay. Counters keep the greatest.
+    that nobody holds stay. Counters, which are integers, keep the greatest.
 
     classes: (K,) bool by client, the classes it has; then the rows of `head`, keys of the classifier, are averaged over
     clients that have the class.
     """
-    ordered = _ordered(uploads)
-    weights = _weights(ordered, weighting) or [1.0] * len(ordered)
+    ordered = _ordered(updates)
+    weights = client_weights(ordered, weighting)
     result = {}
     for key, old in state.items():
         if not old.is_floating_point():
-            result[key] = torch.stack([old, *(upload.state[key] for upload in ordered)]).amax(0)
+            result[key] = torch.stack([old, *(update.state[key] for update in ordered)]).amax(0)
             continue
-        total, mass = torch.zeros_like(old, dtype=torch.float64), torch.zeros_like(old, dtype=torch.float64)
-        for upload, weight in zip(ordered, weights, strict=True):
-            part = upload.state[key].double()
+        total, mass = torch.zeros_like(old), torch.zeros_like(old)
+        for update, weight in zip(ordered, weights, strict=True):
+            part = update.state[key]
             held = torch.full_like(part, weight)
             if classes is not None and key in head:
-                held *= classes[upload.client].view(-1, *[1] * (part.ndim - 1))
+                held *= classes[update.client].view(-1, *[1] * (part.ndim - 1))
             total[_window(part)] += held * part
             mass[_window(part)] += held
-        result[key] = torch.where(mass > 0, total / mass.clamp(min=torch.finfo(mass.dtype).tiny), old.double()).to(old)
+        result[key] = torch.where(mass > 0, total / mass, old)
     return result
 
 
@@ -226,47 +192,12 @@ def _largest_entry_positive(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * signs, signs
 
 
-# ---- sums ----
-
-
-def _ordered(uploads: Iterable[Upload]) -> list[Upload]:
-    return sorted(uploads, key=lambda upload: upload.client)
-
-
-def _groups(models: Mapping[float, State], uploads: Iterable[Upload]) -> list[tuple[float, list[Upload]]]:
-    ordered = _ordered(uploads)
-    for upload in ordered:
-        if upload.width not in models:
-            raise UserError(f"width: expected one of {sorted(models)}, got {upload.width} from client {upload.client}")
-    return [(width, [upload for upload in ordered if upload.width == width]) for width in sorted(models)]
-
-
-def _average_or_keep(model: State, group: Sequence[Upload], weighting: Weighting) -> dict[str, Tensor]:
-    return average([upload.state for upload in group], _weights(group, weighting)) if group else dict(model)
+def _ordered(updates: Iterable[ClientUpdate]) -> list[ClientUpdate]:
+    return sorted(updates, key=lambda update: update.client)
 
 
 def _copies(models: Mapping[float, State]) -> Models:
     return {width: dict(model) for width, model in models.items()}
-
-
-def _weights(uploads: Sequence[Upload], weighting: Weighting) -> list[float] | None:
-    return [float(upload.samples) for upload in uploads] if weighting == "samples" else None
-
-
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    weights = weights or [1.0] * count
-    total = sum(weights)
-    return [weight / total for weight in weights]
-
-
-def _mean(tensors: Sequence[Tensor], share: Sequence[float]) -> Tensor:
-    first = tensors[0]
-    if not first.is_floating_point():
-        return torch.stack(list(tensors)).amax(0)
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for tensor, part in zip(tensors, share, strict=True):
-        total += part * tensor.double()
-    return total.to(first.dtype)
 
 
 def _window(part: Tensor) -> tuple[slice, ...]:

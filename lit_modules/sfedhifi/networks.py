@@ -1,7 +1,7 @@
 """Networks of several widths on shared bases, spiking and, as their twins, with ReLU (`docs/methods/sfedhifi.md`).
 
 All are classifiers, (N, C, H, W) in [0, 1] → (N, num_classes); `forward_steps` gives what the output does at every
-time step. The width scales every convolution but the first; bases have one shape for all widths.
+time step. The width scales every factorised convolution; bases have one shape for all widths.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Factors:
 class WidthNetwork(nn.Module):
     """Base of the networks of different widths.
 
-    neuron: None makes the twin with ReLU. factors: None makes ordinary convolutions. spiking, time_steps: whether
-    there are neurons, and T (1 without). Subclasses set `stem`, which no width scales, and give `body`.
+    neuron: None makes the twin with ReLU. factors: None makes ordinary convolutions, the first of
+    them scaled as the others are. spiking, time_steps: whether
+    there are neurons, and T (1 without). Subclasses set `stem` and give `body`.
     """
 
     stem: nn.Module
@@ -113,6 +114,7 @@ class WidthNetwork(nn.Module):
             raise UserError(f"width: expected a number in (0, 1], got {width}")
         self.width, self.time_steps, self.spiking = width, time_steps, neuron is not None
         self._neuron, self._factors = neuron, factors
+        self.stem_channels = channels[0] if factors is not None else self.scaled(channels[0])
         self.normalize = Normalize(in_channels, mean, std)
         self.fire = self.activation()
         self.output = self.activation() if neuron is not None and output_neuron else nn.Identity()
@@ -203,13 +205,10 @@ class _Block(nn.Module):
 class _ResNet18(WidthNetwork):
     def __init__(self, channels: Sequence[int], in_channels: int, num_classes: int, **options: Any) -> None:
         super().__init__(channels=channels, in_channels=in_channels, num_classes=num_classes, **options)
-        first = channels[0]
-        self.stem = nn.Sequential(
-            kaiming(nn.Conv2d(in_channels, first, 3, padding=1, bias=False)), nn.BatchNorm2d(first)
-        )
+        now = self.stem_channels
+        self.stem = nn.Sequential(kaiming(nn.Conv2d(in_channels, now, 3, padding=1, bias=False)), nn.BatchNorm2d(now))
         stages: list[nn.Module] = []
-        now = first
-        for before, full in pairwise((first, *channels)):
+        for before, full in pairwise((channels[0], *channels)):
             stride = 2 if stages else 1
             blocks = [_Block(self, now, full, before, stride), _Block(self, self.scaled(full), full, full, 1)]
             stages.append(nn.Sequential(*blocks))
@@ -229,7 +228,7 @@ class FactorisedSpikingResNet18(_ResNet18):
     and has `n_basis` of the block's output channels as filters, both counted at p = 1. time_steps: T. tau, v_threshold,
     surrogate_gradient, detach_reset: of all neurons, LIF that keep `tau` of the potential a step and take 1 - tau of
     the input. output_neuron: end in neurons, so that outputs are spikes. factorised: false makes ordinary
-    convolutions, for rivals that cut widths out of the weights.
+    convolutions, also the first of them scaled, for rivals that cut widths out of the weights.
     """
 
     def __init__(
@@ -316,8 +315,9 @@ class _CNN(WidthNetwork):
         def inner() -> nn.Module | None:
             return self.activation(inner_threshold) if inner_neuron else None
 
-        self.stem = nn.Sequential(kaiming(nn.Conv2d(in_channels, first, 3, padding=1, bias=not norm)), norm_of(first))
-        self.conv1 = self.convolution(first, second, first, inner=inner())
+        now = self.stem_channels
+        self.stem = nn.Sequential(kaiming(nn.Conv2d(in_channels, now, 3, padding=1, bias=not norm)), norm_of(now))
+        self.conv1 = self.convolution(now, second, first, inner=inner())
         self.norm1, self.fire1 = norm_of(self.scaled(second)), self.activation()
         self.conv2 = self.convolution(self.scaled(second), third, second, inner=inner())
         self.norm2, self.fire2 = norm_of(self.scaled(third)), self.activation()

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from leanlight.contracts import UserError
-from lit_modules.sfedhifi.decomposition import DecomConv, chunk_by_chunk, composed_weight, fold_network
+from lit_modules.sfedhifi import decomposition
+from lit_modules.sfedhifi.decomposition import (
+    DecomConv,
+    chunk_by_chunk,
+    composed_weight,
+    fold_groups,
+    fold_network,
+    group_responses,
+)
 from lit_modules.sfedhifi.networks import FactorisedResNet18, FactorisedSpikingCNN, FactorisedSpikingResNet18
 
 TINY = {"channels": (8, 16, 16, 32), "basis_fraction": 0.25}
@@ -43,6 +51,12 @@ def test_values_and_gradients_are_those_of_the_summed_weight(stride, kernel_size
     def ours(x, basis, factor):
         return torch.func.functional_call(conv, {"basis": basis, "factor": factor}, (x,))
 
+    def two_stages(x, basis, factor):  # evaluation never composes
+        return torch.func.functional_call(conv.eval(), {"basis": basis, "factor": factor}, (x,))
+
+    def in_the_batch(x, basis, factor):  # what runs on a GPU
+        return F.conv2d(fold_groups(x, basis, stride), factor)
+
     def published(x, basis, factor):
         return chunk_by_chunk(x, basis, factor, stride)
 
@@ -51,10 +65,19 @@ def test_values_and_gradients_are_those_of_the_summed_weight(stride, kernel_size
 
     torch.testing.assert_close(composed_weight(conv.basis, conv.factor), summed_weight(conv.basis, conv.factor))
     expected = gradients(plain, x, conv.basis, conv.factor)
-    for formulation in (ours, published):
+    for formulation in (ours, two_stages, in_the_batch, published):
         torch.testing.assert_close(gradients(formulation, x, conv.basis, conv.factor), expected)
-    torch.testing.assert_close(conv.train()(x), expected[0])
-    torch.testing.assert_close(conv.eval()(x), expected[0])
+
+
+def test_both_ways_to_train_are_taken_and_evaluation_takes_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(decomposition, "composed_weight", lambda *a: taken.append("composed") or composed_weight(*a))
+    monkeypatch.setattr(decomposition, "group_responses", lambda *a: taken.append("stages") or group_responses(*a))
+    narrow, wide = DecomConv(16, 16, 8, 16), DecomConv(512, 512, 64, 128)
+    narrow(torch.rand(8, 16, 8, 8))
+    narrow.eval()(torch.rand(8, 16, 8, 8))
+    wide(torch.rand(8, 512, 4, 4))
+    assert taken == ["composed", "stages", "stages"]
 
 
 def test_a_non_linearity_stands_between_basis_and_factor():
@@ -97,12 +120,6 @@ def test_a_folded_network_answers_alike_and_leaves_the_original_alone(make, widt
     assert not any(isinstance(module, DecomConv) for module in folded.modules())
     assert before.keys() == network.state_dict().keys()
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-
-
-def test_a_folded_network_is_the_ordinary_network_of_that_width():
-    folded = fold_network(FactorisedSpikingResNet18(0.5, **TINY))
-    plain = FactorisedSpikingResNet18(0.5, factorised=False, **TINY)
-    assert {k: v.shape for k, v in folded.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
 
 def test_networks_with_inner_neurons_cannot_be_folded():
