@@ -20,6 +20,9 @@ from lit_modules.nn.neurons import SurrogateName
 from lit_modules.nn.normalize import PixelStatistic
 from lit_modules.sfedhifi.decomposition import DecomConv, make_orthonormal
 
+CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
 
 @dataclass(frozen=True)
 class Neuron:
@@ -246,8 +249,8 @@ class FactorisedSpikingResNet18(_ResNet18):
         detach_reset: bool = False,
         output_neuron: bool = True,
         factorised: bool = True,
-        mean: PixelStatistic = 0.5,
-        std: PixelStatistic = 0.5,
+        mean: PixelStatistic = CIFAR_MEAN,
+        std: PixelStatistic = CIFAR_STD,
     ) -> None:
         super().__init__(
             width=width,
@@ -275,8 +278,8 @@ class FactorisedResNet18(_ResNet18):
         basis_fraction: float = 0.125,
         n_basis: float = 0.25,
         factorised: bool = True,
-        mean: PixelStatistic = 0.5,
-        std: PixelStatistic = 0.5,
+        mean: PixelStatistic = CIFAR_MEAN,
+        std: PixelStatistic = CIFAR_STD,
     ) -> None:
         super().__init__(
             width=width,

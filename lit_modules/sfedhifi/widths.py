@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError
+from leanlight.contracts import UserError, derived_seed
 from lit_modules.sfedhifi.decomposition import factorised_layers
 
 _TRIES = 100_000
@@ -19,9 +18,8 @@ LayerRule = Literal["max_rate", "min_rate", "random", "fixed", "all"]
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
-def _generator(seed: int, number: int, purpose: str) -> np.random.Generator:
-    """One stream of random numbers for each round and purpose."""
-    return np.random.default_rng((seed, number, *purpose.encode()))
+def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, number))
 
 
 # ---- widths of clients ----
@@ -44,8 +42,8 @@ class DynamicWidths:
             )
         generator = _generator(seed, number, "widths")
         for _ in range(_TRIES):
-            drawn = generator.integers(len(self.widths), size=len(joined))
-            if len(np.unique(drawn)) == len(self.widths):
+            drawn = torch.randint(len(self.widths), (len(joined),), generator=generator).tolist()
+            if len(set(drawn)) == len(self.widths):
                 return {client: self.widths[i] for client, i in zip(sorted(joined), drawn, strict=True)}
         raise UserError(
             f"widths: no draw in {_TRIES} had each of {len(self.widths)} widths among {len(joined)} clients"
@@ -173,7 +171,7 @@ class InformativeLayer:
         if self.rule == "all":
             return list(layers)
         if self.rule == "random":
-            return [layers[int(_generator(seed, number, "layer").integers(len(layers)))]]
+            return [layers[int(torch.randint(len(layers), (), generator=_generator(seed, number, "layer")))]]
         if self.rule in ("max_rate", "min_rate") and measured:
             least = self.rule == "min_rate"
             return [elect({width: vote(rates, least) for width, rates in measured.items()}, least)]

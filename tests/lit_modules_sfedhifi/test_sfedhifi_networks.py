@@ -124,7 +124,9 @@ def lively(network):
 
 def test_residual_spikes_are_those_of_an_explicit_simulation():
     torch.manual_seed(0)
-    network = FactorisedSpikingResNet18(0.5, channels=(8, 16, 16, 32), basis_fraction=0.25, time_steps=5)
+    network = FactorisedSpikingResNet18(
+        0.5, channels=(8, 16, 16, 32), basis_fraction=0.25, time_steps=5, mean=0.5, std=0.5
+    )
     network = lively(network).double().eval()
     image = torch.rand(4, 3, 16, 16, dtype=torch.float64)
     outputs = network.forward_steps(image)
@@ -144,7 +146,10 @@ def test_a_forward_starts_at_rest_and_holds_nothing():
 
 def test_gradients_reach_every_parameter_of_a_fresh_network():
     torch.manual_seed(0)
-    for network in (FactorisedSpikingCNN(0.25), FactorisedSpikingResNet18(0.25, in_channels=1, time_steps=4)):
+    for network in (
+        FactorisedSpikingCNN(0.25),
+        FactorisedSpikingResNet18(0.25, in_channels=1, time_steps=4, mean=0.5, std=0.5),
+    ):
         network.forward_steps(torch.rand(4, 1, 28, 28)).sum().backward()
         for name, parameter in network.named_parameters():
             assert parameter.grad is not None, name
