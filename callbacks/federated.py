@@ -125,7 +125,7 @@ class FederatedRounds(Callback):
 
     def _fit_limit(self, trainer: Trainer) -> None:
         """Under ``trainer.limit_train_batches`` a round has fewer clients, so that it still ends with the server."""
-        limit = trainer.limit_train_batches  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
         batches = math.ceil(self.candidates / trainer.world_size) + 1
         most = (limit if isinstance(limit, int) else int(limit * batches)) - 1
         if most < 1:
@@ -145,13 +145,18 @@ class FederatedRounds(Callback):
         number = trainer.current_epoch
         if self.round.number != number:
             self.round = self._start_round(trainer, pl_module, number)
-        pl_module.start_round(number, sorted(self.round.work))  # type: ignore[operator]
-        _data(trainer).schedule(number, self.round.work)
+        self._announce(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.round.number >= 0:  # resumed inside a round
-            pl_module.start_round(self.round.number, sorted(self.round.work))  # type: ignore[operator]
-            _data(trainer).schedule(self.round.number, self.round.work)
+            self._announce(trainer, pl_module)
+
+    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell data and module who trains; what was trained before an interruption is not trained again."""
+        current = self.round
+        _data(trainer).schedule(current.number, current.work)
+        mine = list(current.work)[trainer.global_rank :: trainer.world_size]
+        pl_module.start_round(current.number, [c for c in mine if c not in current.reports])  # type: ignore[operator]
 
     def _start_round(self, trainer: Trainer, pl_module: LightningModule, number: int) -> _Round:
         data = _data(trainer)
@@ -197,8 +202,7 @@ class FederatedRounds(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        update = pl_module.take_update()  # type: ignore[operator]
-        if update is not None:
+        for update in pl_module.take_updates():  # type: ignore[operator]
             self._receive(update)
         if isinstance(batch, ClientBatch) and batch.last:
             self._account(trainer, pl_module)

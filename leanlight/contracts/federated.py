@@ -109,10 +109,10 @@ class FederatedModule(Protocol):
     chosen: list[ClientUpdate]
 
     def start_round(self, round_number: int, clients: Sequence[int]) -> None:
-        """Called on every process before the first batch of a round."""
+        """Called on every process before the first batch of a round; clients: those that this process will train."""
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Measure the global weights on a client's data."""
 
-    def take_update(self) -> ClientUpdate | None:
-        """The update of the batch that was trained last, once; None when it held no client."""
+    def take_updates(self) -> list[ClientUpdate]:
+        """The updates made since it was last called."""

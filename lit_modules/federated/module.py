@@ -26,8 +26,9 @@ from leanlight.contracts import (
 from leanlight.contracts.federated import State
 from lit_modules.classifier import ImageClassifier
 from lit_modules.federated.aggregation import FedAvg
+from lit_modules.federated.batched import check_batchable, train_clients
 from lit_modules.federated.firing import Reduce, measure
-from lit_modules.federated.local import LocalObjective, LocalTraining, train_client
+from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, train_client
 
 
 class FederatedClassifier(ImageClassifier):
@@ -46,7 +47,9 @@ class FederatedClassifier(ImageClassifier):
     rate, a step a round. server_optimizer: applies the pseudo-gradient (global minus aggregated weights); by default
     the server takes the aggregated weights as they are. buffers: of batch norm, ``average`` them with the weights or
     ``keep`` the server's as they are (what libraries do that send parameters only). rate_reduce: see
-    `lit_modules.federated.firing.measure`. seed: that of ``seed_everything`` by default.
+    `lit_modules.federated.firing.measure`. clients_at_once: train so many clients as one batched computation, for small
+    networks without batch norm, dropout and spiking neurons, and plain SGD. seed: that of ``seed_everything`` by
+    default.
     """
 
     automatic_optimization = False
@@ -62,6 +65,7 @@ class FederatedClassifier(ImageClassifier):
         server_optimizer: OptimizerCallable | None = None,
         buffers: Literal["average", "keep"] = "average",
         rate_reduce: Reduce = "mean",
+        clients_at_once: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(network=network, optimizer=optimizer or _client_sgd, lr_scheduler=lr_scheduler)
@@ -71,9 +75,14 @@ class FederatedClassifier(ImageClassifier):
         self.make_server_optimizer = server_optimizer
         self.buffers_rule, self.rate_reduce = buffers, rate_reduce
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if clients_at_once < 1:
+            raise UserError(f"model.init_args.clients_at_once: expected at least 1, got {clients_at_once}")
+        self.clients_at_once = clients_at_once
         self.measures_clients = False
         self.chosen: list[ClientUpdate] = []
-        self._update: ClientUpdate | None = None
+        self._updates: list[ClientUpdate] = []
+        self._waiting: list[ClientBatch] = []  # clients of a group that is not complete yet
+        self._to_train = 0  # clients of this process that are still to come in this round
         self._copy: tuple[nn.Module, ...] = ()  # in a tuple, hidden from nn.Module: it is scratch
         self._lr: tuple[int, list[float]] = (-1, [])  # round, learning rate of each parameter group
         self._server_control: State = {}
@@ -91,8 +100,11 @@ class FederatedClassifier(ImageClassifier):
                 "trainer.precision: 16-mixed scales losses, which local training does not; use bf16-mixed or 32-true"
             )
         optimizer = self.make_optimizer(self.network.parameters())
-        if self.objective.has_control and not _is_plain_sgd(optimizer):
-            raise UserError("model.init_args.optimizer: expected SGD without momentum and weight decay for Scaffold")
+        if (self.objective.has_control or self.clients_at_once > 1) and not _is_plain_sgd(optimizer):
+            needs = "Scaffold" if self.objective.has_control else "clients_at_once above 1"
+            raise UserError(f"model.init_args.optimizer: {needs} needs SGD without momentum and weight decay")
+        if self.clients_at_once > 1:
+            check_batchable(self.network, self.local)
         if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
             raise UserError("model.init_args.lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
 
@@ -111,7 +123,8 @@ class FederatedClassifier(ImageClassifier):
     # ---- a client ----
 
     def start_round(self, round_number: int, clients: Sequence[int]) -> None:
-        """Make the clients' learning rates of this round."""
+        """Make the clients' learning rates of this round; clients: of this process."""
+        self._to_train = len(clients) - len(self._waiting)
         optimizer = self.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
         if self.make_scheduler is not None:
             with warnings.catch_warnings():
@@ -125,16 +138,20 @@ class FederatedClassifier(ImageClassifier):
         if batch.last:
             self._server_step()
         elif batch.client >= 0:
-            self._update = self._train(batch)
+            self._waiting.append(batch)
+            self._to_train -= 1
+            if len(self._waiting) == self.clients_at_once or self._to_train <= 0:
+                group, self._waiting = self._waiting, []
+                self._updates += [self._train(batch)] if self.clients_at_once == 1 else self._train_together(group)
 
-    def take_update(self) -> ClientUpdate | None:
-        """The update of the batch that was trained last, once."""
-        update, self._update = self._update, None
-        return update
+    def take_updates(self) -> list[ClientUpdate]:
+        """The updates made since it was last called."""
+        updates, self._updates = self._updates, []
+        return updates
 
     def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
         """What a client minimises, before its objective's own term."""
-        return torch.nn.functional.cross_entropy(network(image), label)
+        return cross_entropy(network, image, label)
 
     def _train(self, batch: ClientBatch) -> ClientUpdate:
         where = batch.round_number, batch.client
@@ -144,14 +161,58 @@ class FederatedClassifier(ImageClassifier):
         for group, lr in zip(optimizer.param_groups, self._lr[1], strict=False):
             group["lr"] = lr
         control = self._control_gap(batch.client)
-        order = torch.Generator().manual_seed(derived_seed(self.seed, "order", *where))
         with isolated_rng(derived_seed(self.seed, "client", *where)):
-            steps, passes, loss = train_client(
-                worker, batch.data, self.local, optimizer, self.objective, control, order, batch.work, self.local_loss
+            trained = train_client(
+                worker,
+                batch.data,
+                self.local,
+                optimizer,
+                self.objective,
+                control,
+                self._order(batch),
+                batch.work,
+                self.local_loss,
             )
         after = self._measure(worker, batch.data, *where) if self.measures_clients else None
-        extras = self._control_change(worker, steps) if self.objective.has_control else {}
         state = {name: value.detach().clone() for name, value in worker.state_dict().items()}
+        return self._report(batch, trained, state, before, after)
+
+    def _train_together(self, group: Sequence[ClientBatch]) -> list[ClientUpdate]:
+        trained, states = train_clients(
+            self.network,
+            [batch.data for batch in group],
+            self.local,
+            self._lr[1][0],
+            self.objective,
+            [self._control_gap(batch.client) for batch in group],
+            [self._order(batch) for batch in group],
+            [batch.work for batch in group],
+        )
+        updates = []
+        for batch, report, state in zip(group, trained, states, strict=True):
+            before = after = None
+            if self.measures_clients:
+                where = batch.round_number, batch.client
+                before = self.measure(batch.data, *where)
+                worker = self._worker()
+                _load(worker, state)
+                after = self._measure(worker, batch.data, *where)
+            updates.append(self._report(batch, report, state, before, after))
+        return updates
+
+    def _order(self, batch: ClientBatch) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(self.seed, "order", batch.round_number, batch.client))
+
+    def _report(
+        self,
+        batch: ClientBatch,
+        trained: tuple[int, int, Tensor],
+        state: State,
+        before: Measurement | None,
+        after: Measurement | None,
+    ) -> ClientUpdate:
+        steps, passes, loss = trained
+        extras = self._control_change(state, steps) if self.objective.has_control else {}
         finite = torch.stack([value.isfinite().all() for value in [loss, *state.values()]]).all()
         traffic = _bytes(state) + _bytes(extras)
         return ClientUpdate(
@@ -190,12 +251,11 @@ class FederatedClassifier(ImageClassifier):
             gap.append(server - own[name].to(self.device) if name in own else server.clone())
         return gap
 
-    def _control_change(self, worker: nn.Module, steps: int) -> State:
+    def _control_change(self, trained: State, steps: int) -> State:
         """``c_k' - c_k = (w_r - w_k) / (K lr) - c``."""
         factor = 1.0 / (max(steps, 1) * self._lr[1][0])
-        trained = dict(worker.named_parameters())
         return {
-            name: ((start - trained[name]) * factor).detach() - self._server_control[name].to(self.device)
+            name: ((start.detach() - trained[name]) * factor) - self._server_control[name].to(self.device)
             for name, start in self.network.named_parameters()
         }
 
@@ -248,12 +308,20 @@ class FederatedClassifier(ImageClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["federated"] = {"server_control": self._server_control, "client_controls": self._client_controls}
+        checkpoint["federated"] = {
+            "server_control": self._server_control,
+            "client_controls": self._client_controls,
+            "waiting": [{**vars(batch), "data": vars(batch.data)} for batch in self._waiting],
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._server_control = checkpoint["federated"]["server_control"]
         self._client_controls = checkpoint["federated"]["client_controls"]
+        self._waiting = [
+            ClientBatch(**{**batch, "data": ImageBatch(**batch["data"])})
+            for batch in checkpoint["federated"]["waiting"]
+        ]
 
 
 def _client_sgd(parameters: Any) -> torch.optim.Optimizer:
