@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from leanlight.contracts.protocols import (
         HasTerms,
+        HasVariants,
         MethodData,
         MethodModule,
         NetworkFactory,
@@ -94,6 +95,7 @@ _HOME = {
     "Table": "media",
     "DataMeta": "meta",
     "HasTerms": "protocols",
+    "HasVariants": "protocols",
     "MethodData": "protocols",
     "MethodModule": "protocols",
     "NetworkFactory": "protocols",
@@ -119,6 +121,7 @@ __all__ = [
     "FederatedData",
     "FederatedModule",
     "HasTerms",
+    "HasVariants",
     "Heatmap",
     "Histogram",
     "ImageBatch",

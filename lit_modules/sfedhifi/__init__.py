@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_modules.sfedhifi.decomposition import DecomConv
     from lit_modules.sfedhifi.fusion import HIFI
+    from lit_modules.sfedhifi.module import WidthFederation
     from lit_modules.sfedhifi.networks import (
         FactorisedCNN,
         FactorisedResNet18,
@@ -24,6 +25,7 @@ _HOME = {
     "FixedWidths": "widths",
     "HIFI": "fusion",
     "InformativeLayer": "widths",
+    "WidthFederation": "module",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "FactorisedSpikingResNet18",
     "FixedWidths",
     "InformativeLayer",
+    "WidthFederation",
 ]
 
 

@@ -90,9 +90,9 @@ class Factors:
 class WidthNetwork(nn.Module):
     """Base of the networks of different widths.
 
-    neuron: None makes the twin with ReLU. factors: None makes ordinary convolutions, the first of
-    them scaled as the others are. spiking, time_steps: whether
-    there are neurons, and T (1 without). Subclasses set `stem` and give `body`.
+    neuron: None makes the twin with ReLU. factors: None makes ordinary convolutions, the first of them scaled as the
+    others are. spiking, time_steps: whether there are neurons, and T (1 without). Subclasses set `stem` and give
+    `body`.
     """
 
     stem: nn.Module

@@ -27,23 +27,20 @@ def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class DynamicWidths:
-    """Budgets that change: each joined client draws a width uniformly, all again until every width occurs."""
+    """Budgets that change: each joined client draws a width uniformly, all again until every width occurs (or, of
+    fewer clients than widths, until all differ).
+    """
 
     widths: tuple[float, ...] = WIDTHS
 
     def draw(self, joined: Sequence[int], clients: int, seed: int, number: int) -> dict[int, float]:
         """Width by client. joined: clients of the round, out of `clients`. The draw follows from (seed, number), the
-        round's number, alone. Raises UserError where fewer clients join than there are widths.
+        round's number, alone.
         """
-        if len(joined) < len(self.widths):
-            raise UserError(
-                f"widths: {len(self.widths)} widths need at least as many clients a round, got {len(joined)}; "
-                "use FixedWidths or let more clients join"
-            )
         generator = _generator(seed, number, "widths")
         for _ in range(_TRIES):
             drawn = torch.randint(len(self.widths), (len(joined),), generator=generator).tolist()
-            if len(set(drawn)) == len(self.widths):
+            if len(set(drawn)) == min(len(self.widths), len(joined)):
                 return {client: self.widths[i] for client, i in zip(sorted(joined), drawn, strict=True)}
         raise UserError(
             f"widths: no draw in {_TRIES} had each of {len(self.widths)} widths among {len(joined)} clients"

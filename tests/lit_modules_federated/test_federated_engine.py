@@ -291,8 +291,8 @@ class RateRecorder(FederatedClassifier):
 
     seen: ClassVar[list[float]] = []
 
-    def start_round(self, round_number, clients):
-        super().start_round(round_number, clients)
+    def start_round(self, round_number, joined, mine):
+        super().start_round(round_number, joined, mine)
         self.seen.append(self._lr[1][0])
 
 
