@@ -54,9 +54,9 @@ class WidthFederation(FederatedClassifier):
     widths while its window lasts.
 
     network: makes the network of a width. loss: ``tet``, or ``mean_output``, cross entropy of the mean over time.
-    tet_weight, tet_target: λ and φ of the former. orthogonality_weight: λ_R. budgets: how widths come to clients. layer:
-    which factor is fused. vote_images: held-out validation images on which firing rates are measured before the vote,
-    vote_batch of them a vote. Others: see `FederatedClassifier`.
+    tet_weight, tet_target: λ and φ of the former. orthogonality_weight: λ_R. budgets: how widths come to clients.
+    layer: which factor is fused. vote_images: held-out validation images on which firing rates are measured before the
+    vote, vote_batch of them a vote. Others: see `FederatedClassifier`.
     """
 
     network: Widths

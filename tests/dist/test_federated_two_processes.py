@@ -33,9 +33,10 @@ OTHERS = [
     "--trainer.callbacks.init_args.participants=5",
     "--model.init_args.objective=lit_modules.federated.Scaffold",
 ]
+WIDTHS = ["--config=sfedhifi/digits_small"]
 
 
-@pytest.mark.parametrize("config", [CREDIT, OTHERS], ids=["credit", "power of choice with scaffold"])
+@pytest.mark.parametrize("config", [CREDIT, OTHERS, WIDTHS], ids=["credit", "power of choice with scaffold", "widths"])
 def test_a_federation_on_two_processes_equals_one_process(tmp_path, config):
     one, one_summary = fit(tmp_path / "one", *config)
     two, two_summary = fit(tmp_path / "two", *config, "--config=trainer/ddp", "--trainer.devices=2")
