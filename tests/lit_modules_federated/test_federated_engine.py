@@ -13,7 +13,7 @@ from torch import nn
 
 from callbacks import FederatedRounds
 from datamodules import ClassesPerClient, Dirichlet, FederatedDataModule
-from leanlight.benchmarks.federated import simulate, simulate_plainly
+from leanlight.benchmarks.federated import mlp, simulate, simulate_plainly
 from leanlight.contracts import ClientUpdate, ImageBatch, UserError
 from lit_modules.federated import (
     FedAvg,
@@ -70,10 +70,12 @@ def weights(module):
 # ---- the whole engine against a plain loop
 
 
-@pytest.mark.parametrize("network", [SMALL, WITH_NORM])
+@pytest.mark.parametrize(
+    "network", [mlp, functools.partial(ConvNet, in_channels=1, width=4, depth=2, norm="batch", image_size=28)]
+)
 def test_rounds_equal_a_plain_loop_over_state_dicts(network):
-    model, data, _ = simulate(7, 3, network=network)
-    plain, _ = simulate_plainly(data, 3, network=network)
+    model, data, _ = simulate(40, 2, network=network)
+    plain, _ = simulate_plainly(data, 2, network=network)
     for name, value in model.network.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
 
