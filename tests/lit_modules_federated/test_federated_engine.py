@@ -317,6 +317,12 @@ def test_power_of_choice_trains_only_the_candidates_with_the_largest_loss():
         assert server.round.scores[client] == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_selector_without_scores_draws_as_many_as_take_part():
+    _, _, server = federation(rounds=8, server={"participants": 2, "candidates": 9})
+    assert {len(entry["chosen"]) for entry in server.history} == {2}
+    assert len({client for entry in server.history for client in entry["chosen"]}) > 6  # not always the first of nine
+
+
 def test_a_client_that_diverges_is_left_out_counted_and_does_not_stop_the_run():
     class Poisoned(FederatedDataModule):
         def _raw_data(self, client):
