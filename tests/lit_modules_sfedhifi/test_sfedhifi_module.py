@@ -86,8 +86,11 @@ def test_traffic_depends_on_the_width():
     sent = {module.width_of[c]: r.sent_bytes for c, r in server.round.reports.items()}
     assert sorted(sent) == [0.25, 0.5, 0.75, 1.0]
     assert list(dict(sorted(sent.items())).values()) == sorted(sent.values())
-    uplink = float(module.trainer.callback_metrics["train/uplink_mb"])
-    assert uplink == pytest.approx(sum(r.sent_bytes for r in server.round.reports.values()) / 1e6)
+    found = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    assert found["train/uplink_mb"] == pytest.approx(sum(r.sent_bytes for r in server.round.reports.values()) / 1e6)
+    assert sum(found[f"train/uplink_mb_at_{width}"] for width in module.widths) == pytest.approx(
+        found["train/uplink_mb"]
+    )
 
 
 def test_every_width_trains_in_every_round():
