@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.catalog import CATALOG, DatasetInfo
     from datamodules.distilled import DistilledDataModule
+    from datamodules.games import GameDataModule
     from datamodules.imagenet import ImageFolderStream
     from datamodules.images import ImageDataModule, ImageSplit
 
@@ -13,12 +14,21 @@ _HOME = {
     "CATALOG": "catalog",
     "DatasetInfo": "catalog",
     "DistilledDataModule": "distilled",
+    "GameDataModule": "games",
     "ImageDataModule": "images",
     "ImageSplit": "images",
     "ImageFolderStream": "imagenet",
 }
 
-__all__ = ["CATALOG", "DatasetInfo", "DistilledDataModule", "ImageDataModule", "ImageFolderStream", "ImageSplit"]
+__all__ = [
+    "CATALOG",
+    "DatasetInfo",
+    "DistilledDataModule",
+    "GameDataModule",
+    "ImageDataModule",
+    "ImageFolderStream",
+    "ImageSplit",
+]
 
 
 def __getattr__(name: str) -> Any:

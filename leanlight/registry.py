@@ -76,6 +76,15 @@ METHODS: dict[str, MethodInfo] = {
             module="lit_modules.at_bptt.DatasetDistillation",
             benchmark="leanlight.benchmarks.at_bptt:run",
         ),
+        MethodInfo(
+            name="dsqn",
+            title="DSQN, DQN and converted DQN: deep spiking Q-networks on games",
+            paper="Liu et al. 2022, arXiv:2201.07211",
+            module="lit_modules.dsqn.DeepQLearning",
+            extra="rl",
+            benchmark="leanlight.benchmarks.dsqn:run",
+            commands=("play",),
+        ),
     )
 }
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from leanlight.contracts.batches import (
         Batch,
         ClientBatch,
+        EpisodeBatch,
         ImageBatch,
         MultimodalBatch,
         SessionBatch,
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
         atomic_path,
         atomic_write,
         sha256_file,
+    )
+    from leanlight.contracts.games import (
+        Episode,
+        GameData,
+        QFunction,
     )
     from leanlight.contracts.media import (
         Animation,
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Batch": "batches",
     "ClientBatch": "batches",
+    "EpisodeBatch": "batches",
     "ImageBatch": "batches",
     "MultimodalBatch": "batches",
     "SessionBatch": "batches",
@@ -71,6 +78,9 @@ _HOME = {
     "atomic_path": "files",
     "atomic_write": "files",
     "sha256_file": "files",
+    "Episode": "games",
+    "GameData": "games",
+    "QFunction": "games",
     "Animation": "media",
     "Bars": "media",
     "Curve": "media",
@@ -101,6 +111,9 @@ __all__ = [
     "Curve",
     "DataMeta",
     "DivergedError",
+    "Episode",
+    "EpisodeBatch",
+    "GameData",
     "HasTerms",
     "Heatmap",
     "Histogram",
@@ -114,6 +127,7 @@ __all__ = [
     "NetworkFactory",
     "PrimaryMetric",
     "Progress",
+    "QFunction",
     "ResumableLogger",
     "SessionBatch",
     "Split",
