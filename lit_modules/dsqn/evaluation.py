@@ -16,18 +16,15 @@ from leanlight.contracts import Episode
 def summary(episodes: Sequence[Episode], facts: Mapping[str, Any]) -> dict[str, float]:
     """Figures of at least one episode by name.
 
-    ``score`` (mean), ``score_std`` (over episodes), ``score_max``, quartiles ``score_q1`` and ``score_q3``, ``length``
-    (decisions), ``max_q`` and ``q_spread`` (means over episodes). facts: with ``random_score`` and ``human_score``, also
-    ``human_normalised``, (score - random) / (human - random).
+    ``score`` (mean), ``score_std`` (over episodes), ``score_max``, ``length`` (decisions), ``max_q`` and ``q_spread``
+    (means over episodes). facts: with ``random_score`` and ``human_score``, also ``human_normalised``,
+    (score - random) / (human - random).
     """
     scores = [episode.score for episode in episodes]
-    quartiles = statistics.quantiles(scores, n=4, method="inclusive") if len(scores) > 1 else scores * 3
     values = {
         "score": statistics.fmean(scores),
         "score_std": statistics.pstdev(scores),
         "score_max": max(scores),
-        "score_q1": quartiles[0],
-        "score_q3": quartiles[2],
         "length": statistics.fmean(episode.decisions for episode in episodes),
         "max_q": statistics.fmean(episode.max_q for episode in episodes),
         "q_spread": statistics.fmean(episode.q_spread for episode in episodes),

@@ -197,10 +197,12 @@ class Player(LightningModule):
         history = self._history
         if len(frames := history.get("frames", [])) < 2:
             return {}
-        band = {"mean": history["score"], "upper quartile": history["score_q3"], "lower quartile": history["score_q1"]}
+        mean, spread = history["score"], history["score_std"]
+        ends = [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)]
+        name = "mean and standard deviation over episodes"
         values = {"largest Q-value of an episode": history["max_q"], "spread over actions": history["q_spread"]}
         items: dict[str, MediaItem] = {
-            "evaluation": Curve(frames, band, "frames", "score"),
+            "evaluation": Curve(frames, {name: mean}, "frames", f"score: {name}", bands={name: ends}),
             "q_values": Curve(frames, values, "frames", "Q-value"),
         }
         if len(history.get("epsilon", [])) == len(frames):
