@@ -1,4 +1,4 @@
-"""What happens around training: exact resume, guards, media, spikes, energy, throughput, export.
+"""What happens around training: exact resume, guards, media, spikes, energy, throughput, export, federations.
 
 Names load on first use, so that importing one callback does not import the libraries of the others.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from callbacks.checkpoint import AtomicCheckpointIO, ExactResume, ProgressCheckpoint
     from callbacks.energy import EnergyMeter
     from callbacks.export import ExportArtifact
+    from callbacks.federated import FederatedRounds
     from callbacks.guards import DiskGuard, NaNGuard
     from callbacks.media import MediaLogger
     from callbacks.prediction import PredictionWriter
@@ -24,6 +25,7 @@ __all__ = [
     "EnergyMeter",
     "ExactResume",
     "ExportArtifact",
+    "FederatedRounds",
     "MediaLogger",
     "NaNGuard",
     "PredictionWriter",
@@ -38,6 +40,7 @@ _FILES = {
     "EnergyMeter": "energy",
     "ExactResume": "checkpoint",
     "ExportArtifact": "export",
+    "FederatedRounds": "federated",
     "MediaLogger": "media",
     "NaNGuard": "guards",
     "PredictionWriter": "prediction",

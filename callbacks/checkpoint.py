@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, MethodType
 from typing import Any
 
-import torch.distributed
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from callbacks.common import is_trial
+from callbacks.common import gather_objects, is_trial
 from callbacks.epoch_state import capture_epoch, restore_epoch, restore_newest
 from leanlight.contracts import MethodModule, ResumableLogger, UserError, atomic_path, capture_rng, restore_rng
 
@@ -154,7 +154,7 @@ class ExactResume(Checkpoint):
             "epoch": capture_epoch(trainer, trainer.lightning_module),
         }
         rows = [logger.position() for logger in _resumable(trainer)]
-        return {"ranks": _gather(own), "rows": rows, "should_stop": trainer.should_stop}
+        return {"ranks": gather_objects(own), "rows": rows, "should_stop": trainer.should_stop}
 
     # -- the safe point
 
@@ -242,12 +242,3 @@ class ProgressCheckpoint(ExactResume):
 
 def _resumable(trainer: Trainer) -> list[ResumableLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, ResumableLogger)]
-
-
-def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects of all ranks, in rank order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, own)
-    return everyone

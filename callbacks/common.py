@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -39,3 +40,12 @@ def items_in(batch: Any) -> int:
         return extract_batch_size(batch)
     except MisconfigurationException:
         return 1
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """The objects of all processes, in rank order. Tensors in them should be on the CPU."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone

@@ -6,28 +6,58 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.catalog import CATALOG, DatasetInfo
     from datamodules.distilled import DistilledDataModule
+<<<<<<< HEAD
     from datamodules.games import GameDataModule
+=======
+    from datamodules.federated import FederatedDataModule
+>>>>>>> main
     from datamodules.imagenet import ImageFolderStream
     from datamodules.images import ImageDataModule, ImageSplit
+    from datamodules.partition import IID, ClassesPerClient, ClassImbalance, Dirichlet, QuantitySkew, Shards
 
 _HOME = {
     "CATALOG": "catalog",
     "DatasetInfo": "catalog",
     "DistilledDataModule": "distilled",
+<<<<<<< HEAD
     "GameDataModule": "games",
+=======
+    "FederatedDataModule": "federated",
+>>>>>>> main
     "ImageDataModule": "images",
     "ImageSplit": "images",
     "ImageFolderStream": "imagenet",
+    "IID": "partition",
+    "ClassImbalance": "partition",
+    "ClassesPerClient": "partition",
+    "Dirichlet": "partition",
+    "QuantitySkew": "partition",
+    "Shards": "partition",
 }
 
 __all__ = [
     "CATALOG",
+<<<<<<< HEAD
     "DatasetInfo",
     "DistilledDataModule",
     "GameDataModule",
     "ImageDataModule",
     "ImageFolderStream",
     "ImageSplit",
+=======
+    "IID",
+    "ClassImbalance",
+    "ClassesPerClient",
+    "DatasetInfo",
+    "Dirichlet",
+    "DistilledDataModule",
+    "FederatedDataModule",
+    "ImageDataModule",
+    "ImageFolderStream",
+    "ImageSplit",
+    "QuantitySkew",
+    "Shards",
+>>>>>>> main
 ]
 
 

@@ -6,7 +6,6 @@ They are plain iterables: Lightning neither wraps them nor injects samplers into
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlight.contracts import ImageBatch, UserError
+from leanlight.contracts import ImageBatch, UserError, derived_seed
 
 # From blocks of positions to batches: at once from memory, or through worker processes.
 Fetch = Callable[[Iterable[Tensor]], Iterable[ImageBatch]]
@@ -66,8 +65,7 @@ class TrainOrder:
         """(size,) int64, the order of the present epoch over all ranks."""
         if not self.shuffle:
             return torch.arange(self.size)
-        digest = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         return torch.randperm(self.size, generator=generator)
 
     def blocks(self, start: int) -> Iterator[Tensor]:

@@ -85,6 +85,13 @@ METHODS: dict[str, MethodInfo] = {
             benchmark="leanlight.benchmarks.dsqn:run",
             commands=("play",),
         ),
+        MethodInfo(
+            name="sfedca",
+            title="SFedCA, FedAvg, FedProx, SCAFFOLD, power-of-choice: choosing clients of spiking federations",
+            paper="Zhan et al. 2024, arXiv:2406.12200",
+            module="lit_modules.federated.FederatedClassifier",
+            benchmark="leanlight.benchmarks.federated:run",
+        ),
     )
 }
 

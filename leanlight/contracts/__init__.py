@@ -23,6 +23,13 @@ if TYPE_CHECKING:
         UserError,
         nearest,
     )
+    from leanlight.contracts.federated import (
+        ClientUpdate,
+        FederatedData,
+        FederatedModule,
+        Measurement,
+        Selector,
+    )
     from leanlight.contracts.files import (
         atomic_path,
         atomic_write,
@@ -58,6 +65,7 @@ if TYPE_CHECKING:
     )
     from leanlight.contracts.rng import (
         capture_rng,
+        derived_seed,
         isolated_rng,
         restore_rng,
     )
@@ -75,6 +83,11 @@ _HOME = {
     "MissingExtraError": "errors",
     "UserError": "errors",
     "nearest": "errors",
+    "ClientUpdate": "federated",
+    "FederatedData": "federated",
+    "FederatedModule": "federated",
+    "Measurement": "federated",
+    "Selector": "federated",
     "atomic_path": "files",
     "atomic_write": "files",
     "sha256_file": "files",
@@ -99,6 +112,7 @@ _HOME = {
     "ResumableLogger": "protocols",
     "Split": "protocols",
     "capture_rng": "rng",
+    "derived_seed": "rng",
     "isolated_rng": "rng",
     "restore_rng": "rng",
 }
@@ -108,17 +122,24 @@ __all__ = [
     "Bars",
     "Batch",
     "ClientBatch",
+    "ClientUpdate",
     "Curve",
     "DataMeta",
     "DivergedError",
+<<<<<<< HEAD
     "Episode",
     "EpisodeBatch",
     "GameData",
+=======
+    "FederatedData",
+    "FederatedModule",
+>>>>>>> main
     "HasTerms",
     "Heatmap",
     "Histogram",
     "ImageBatch",
     "ImageGrid",
+    "Measurement",
     "MediaItem",
     "MethodData",
     "MethodModule",
@@ -129,6 +150,7 @@ __all__ = [
     "Progress",
     "QFunction",
     "ResumableLogger",
+    "Selector",
     "SessionBatch",
     "Split",
     "Table",
@@ -138,6 +160,7 @@ __all__ = [
     "atomic_path",
     "atomic_write",
     "capture_rng",
+    "derived_seed",
     "isolated_rng",
     "nearest",
     "restore_rng",

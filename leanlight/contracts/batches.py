@@ -60,15 +60,17 @@ class ImageBatch(Batch):
 
 @dataclass(frozen=True)
 class ClientBatch(Batch):
-    """One local step of one federated client.
+    """All data of one federated client for one round.
 
-    data: the client's images. client: client id. step: local step from 0. last: whether the client's round ends here.
+    data: its images; empty at a batch without a client. client: its id, or -1. round_number: from 0. work: share of its
+    local steps that it manages, in (0, 1]. last: whether the server's step is due; such a batch has no client.
     """
 
     data: ImageBatch
     client: int
-    step: int
-    last: bool
+    round_number: int
+    work: float = 1.0
+    last: bool = False
 
 
 @dataclass(frozen=True)

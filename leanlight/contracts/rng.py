@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that is a function of `parts` alone, such as (seed, purpose, round, client): below 2**56.
+
+    What is drawn from it depends on nothing that was drawn before, so there is no state to restore.
+    """
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def capture_rng() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from leanlight.contracts import (
     Progress,
     Split,
     UserError,
+    derived_seed,
     isolated_rng,
 )
 from leanlight.contracts.whitening import apply_zca, fit_zca
@@ -192,8 +192,7 @@ class DatasetDistillation(LightningModule):
 
     def _seed(self, purpose: str, *numbers: int) -> int:
         """A seed that is a function of the run's seed and what it is for: no state, so nothing to restore."""
-        digest = hashlib.sha256("/".join(map(str, (self.seed, purpose, *numbers))).encode()).digest()
-        return int.from_bytes(digest[:7], "big")
+        return derived_seed(self.seed, purpose, *numbers)
 
     def configure_optimizers(self) -> Any:
         parameters = [self.images, self.labels] if self.learn_labels else [self.images]

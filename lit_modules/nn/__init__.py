@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_modules.nn.convnets import VGG11, AlexNet, ConvNet
     from lit_modules.nn.mlp import MLP, LinearClassifier
-    from lit_modules.nn.neurons import lif
+    from lit_modules.nn.neurons import integrate_and_fire, lif
     from lit_modules.nn.normalize import Normalize
     from lit_modules.nn.resnets import CifarResNet, ResNet18, ResNet50, WideResNet
     from lit_modules.nn.spiking import (
@@ -39,6 +39,7 @@ _HOME = {
     "VGG11": "convnets",
     "WideResNet": "resnets",
     "fold_time": "spiking",
+    "integrate_and_fire": "neurons",
     "lif": "neurons",
     "repeat_time": "spiking",
     "reset": "spiking",
@@ -61,6 +62,7 @@ __all__ = [
     "TimmNet",
     "WideResNet",
     "fold_time",
+    "integrate_and_fire",
     "lif",
     "repeat_time",
     "reset",

@@ -6,15 +6,17 @@ import pytest
 import torch
 from spikingjelly.activation_based import neuron
 
-from lit_modules.nn import lif, reset
+from lit_modules.nn import integrate_and_fire, lif, reset
 
 
-def pair(*args):
+def pair(*args, make=lif, **kwargs):
     """Spikingjelly's plain neuron and ours, with the same constants."""
-    fast = lif(*args)
-    names = ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset", "step_mode")
+    fast = make(*args, **kwargs)
+    leaky = isinstance(fast, neuron.LIFNode)
+    names = ("v_threshold", "v_reset", "detach_reset", "step_mode", *(("tau", "decay_input") if leaky else ()))
     constants = {name: getattr(fast, name) for name in names}
-    return neuron.LIFNode(surrogate_function=copy.deepcopy(fast.surrogate_function), **constants), fast
+    plain = neuron.LIFNode if leaky else neuron.IFNode
+    return plain(surrogate_function=copy.deepcopy(fast.surrogate_function), **constants), fast
 
 
 def run(node, current, upstream, calls=1):
@@ -26,13 +28,17 @@ def run(node, current, upstream, calls=1):
     return spikes.detach(), node.v.detach(), x.grad
 
 
-@pytest.mark.parametrize("surrogate", ["rect", "rect_zero", "atan"])
+@pytest.mark.parametrize("surrogate", ["rect", "rect_zero", "atan", "sigmoid"])
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("calls", [1, 3])
-def test_spikes_potential_and_gradient_equal_the_plain_neuron(surrogate, detach, calls):
+@pytest.mark.parametrize("leak", ["full input", "decayed input", "none"])
+def test_spikes_potential_and_gradient_equal_the_plain_neuron(surrogate, detach, calls, leak):
     torch.manual_seed(0)
     current, upstream = torch.randn(2, 6, 5, 4, 3, 3, dtype=torch.float64).mul(0.5)
-    plain, fast = pair(0.25, 0.2, surrogate, detach)
+    if leak == "none":
+        plain, fast = pair(0.2, surrogate, detach, make=integrate_and_fire)
+    else:
+        plain, fast = pair(0.25, 0.2, surrogate, detach, decay_input=leak == "decayed input")
     for got, expected in zip(run(fast, current, upstream, calls), run(plain, current, upstream, calls), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

@@ -1,0 +1,213 @@
+"""Spread a labelled set over the clients of a federation: pure functions of (labels, parameters, seed).
+
+Every scheme returns one sorted array of positions a client. Positions are disjoint; each scheme says whether it uses
+all of them. A scheme that cannot be met ends with one UserError after a bounded number of tries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from leanlight.contracts import UserError
+
+Parts = list[np.ndarray]
+_TRIES = 1000
+
+
+class Partition:
+    """Base of all schemes."""
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        """labels: (N,) int. Returns `clients` sorted arrays of positions."""
+        raise NotImplementedError
+
+
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _check(labels: np.ndarray, clients: int, smallest: int = 1) -> None:
+    if clients < 1:
+        raise UserError(f"data.init_args.clients: expected at least 1, got {clients}")
+    if clients * smallest > len(labels):
+        raise UserError(
+            f"data.init_args.clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are"
+        )
+
+
+@dataclass(frozen=True)
+class IID(Partition):
+    """A random permutation cut into parts of equal size (they differ by one at most). Uses all items."""
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        _check(labels, clients)
+        return [np.sort(part) for part in np.array_split(_generator(seed).permutation(len(labels)), clients)]
+
+
+@dataclass(frozen=True)
+class Dirichlet(Partition):
+    """Label skew: each class is spread over clients by a Dirichlet(alpha) draw (Wang et al. 2020, FedMA).
+
+    Uses all items. capped: a client that holds its share N / clients or more gets no further class. Drawn anew until
+    each client has `min_size` items; 0 allows empty clients.
+    """
+
+    alpha: float = 0.3
+    min_size: int = 1
+    capped: bool = True
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        if self.alpha <= 0:
+            raise UserError(f"data.init_args.partition.init_args.alpha: expected a positive number, got {self.alpha}")
+        _check(labels, clients, self.min_size)
+        generator = _generator(seed)
+        for _ in range(_TRIES):
+            parts = self._draw(labels, clients, generator)
+            if min(map(len, parts)) >= self.min_size:
+                return parts
+        raise UserError(
+            f"data.init_args.partition: no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} "
+            f"clients gave each {self.min_size} items in {_TRIES} tries; lower min_size or clients, or raise alpha"
+        )
+
+    def _draw(self, labels: np.ndarray, clients: int, generator: np.random.Generator) -> Parts:
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        held, room = np.zeros(clients, int), len(labels) / clients
+        for label in np.unique(labels):
+            members = generator.permutation(np.flatnonzero(labels == label))
+            open_to = held < room if self.capped else np.ones(clients, bool)
+            weight = generator.dirichlet(np.full(clients, self.alpha)) * open_to
+            if weight.sum() == 0:  # rounding: everybody who has room drew 0
+                weight = open_to.astype(float)
+            cuts = np.rint(np.cumsum(weight / weight.sum())[:-1] * len(members)).astype(int)
+            for client, piece in enumerate(np.split(members, cuts)):
+                parts[client].append(piece)
+                held[client] += len(piece)
+        return [np.sort(np.concatenate(part)) for part in parts]
+
+
+@dataclass(frozen=True)
+class QuantitySkew(Partition):
+    """Sizes by a Dirichlet(alpha) draw, contents IID. Uses all items.
+
+    guarantee_all_classes: give each client one item of each class first.
+    """
+
+    alpha: float = 0.5
+    guarantee_all_classes: bool = False
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        classes = np.unique(labels)
+        smallest = len(classes) if self.guarantee_all_classes else 1
+        _check(labels, clients, smallest)
+        generator = _generator(seed)
+        order = generator.permutation(len(labels))
+        first: list[list[int]] = [[] for _ in range(clients)]
+        if self.guarantee_all_classes:
+            for label in classes:
+                members = order[labels[order] == label][:clients]
+                if len(members) < clients:
+                    raise UserError(f"class {label} has {len(members)} items, fewer than the {clients} clients")
+                for client, member in enumerate(members):
+                    first[client].append(int(member))
+            taken = np.concatenate([np.asarray(part) for part in first])
+            order = order[~np.isin(order, taken)]
+        sizes = _sizes(len(order), clients, self.alpha, 0 if self.guarantee_all_classes else 1, generator)
+        rest = np.split(order, np.cumsum(sizes)[:-1])
+        return [np.sort(np.concatenate([np.asarray(a, int), b])) for a, b in zip(first, rest, strict=True)]
+
+
+def _sizes(total: int, clients: int, alpha: float, least: int, generator: np.random.Generator) -> np.ndarray:
+    """Sizes that sum to `total`, in proportion to a Dirichlet draw, each at least `least`."""
+    share = generator.dirichlet(np.full(clients, alpha))
+    exact = share * (total - least * clients)
+    sizes = np.floor(exact).astype(int)
+    missing = total - least * clients - int(sizes.sum())
+    sizes[np.argsort(sizes - exact, kind="stable")[:missing]] += 1
+    return sizes + least
+
+
+@dataclass(frozen=True)
+class ClassesPerClient(Partition):
+    """Each client owns `classes` classes: class ``i mod C`` and others at random (NIID-Bench, Li et al. 2022).
+
+    A class is cut evenly among its owners. Leaves out the items of a class that nobody owns.
+    """
+
+    classes: int = 3
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        names = np.unique(labels)
+        if not 1 <= self.classes <= len(names):
+            raise UserError(
+                f"data.init_args.partition.init_args.classes: expected 1 to {len(names)}, got {self.classes}"
+            )
+        _check(labels, clients)
+        generator = _generator(seed)
+        own = np.zeros((clients, len(names)), bool)
+        for client in range(clients):
+            own[client, client % len(names)] = True
+            others = np.flatnonzero(~own[client])
+            own[client, generator.choice(others, self.classes - 1, replace=False)] = True
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for column, label in enumerate(names):
+            owners = np.flatnonzero(own[:, column])
+            members = generator.permutation(np.flatnonzero(labels == label))
+            for owner, part in zip(owners, np.array_split(members, max(1, len(owners))), strict=False):
+                parts[owner].append(part)
+        return [np.sort(np.concatenate(part)) for part in parts]
+
+
+@dataclass(frozen=True)
+class Shards(Partition):
+    """Sort by label, cut into ``clients * shards`` equal shards, deal `shards` to each (McMahan et al. 2017).
+
+    Uses all items.
+    """
+
+    shards: int = 2
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        if self.shards < 1:
+            raise UserError(f"data.init_args.partition.init_args.shards: expected at least 1, got {self.shards}")
+        _check(labels, clients, self.shards)
+        generator = _generator(seed)
+        order = generator.permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]
+        pieces = np.array_split(order, clients * self.shards)
+        dealt = generator.permutation(len(pieces)).reshape(clients, self.shards)
+        return [np.sort(np.concatenate([pieces[i] for i in row])) for row in dealt]
+
+
+@dataclass(frozen=True)
+class ClassImbalance(Partition):
+    """Make the whole set imbalanced, then spread it: the first half of the classes is kept, of each other 1 / ratio.
+
+    spread: by ``label`` (Dirichlet(alpha) a class) or by ``quantity`` (sizes only). Drawn without replacement; leaves
+    out what the imbalance drops.
+    """
+
+    ratio: float = 3.0
+    alpha: float = 0.3
+    spread: Literal["label", "quantity"] = "label"
+    min_size: int = 1
+
+    def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
+        if self.ratio < 1:
+            raise UserError(f"data.init_args.partition.init_args.ratio: expected at least 1, got {self.ratio}")
+        generator, names = _generator(seed), np.unique(labels)
+        kept = []
+        for column, label in enumerate(names):
+            members = generator.permutation(np.flatnonzero(labels == label))
+            kept.append(members if column < len(names) / 2 else members[: max(1, round(len(members) / self.ratio))])
+        chosen = np.sort(np.concatenate(kept))
+        scheme = Dirichlet(self.alpha, self.min_size) if self.spread == "label" else QuantitySkew(self.alpha)
+        return [chosen[part] for part in scheme.split(labels[chosen], clients, seed + 1)]
+
+
+def class_matrix(labels: np.ndarray, parts: Parts, num_classes: int) -> np.ndarray:
+    """(clients, num_classes) int: how many items of each class a client holds."""
+    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])

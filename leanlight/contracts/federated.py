@@ -1,0 +1,118 @@
+"""What the server of a simulated federation, its clients' data and the module that trains them ask of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from leanlight.contracts.batches import ImageBatch
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What given weights do on a client's data, without training.
+
+    loss: mean loss. rates: (L, T), mean firing rate (without spikes: mean absolute activation) of each layer and time
+    step. class_rates: (K,), mean over the samples of a class of their rate over layers and time; 0 for absent classes.
+    """
+
+    loss: float
+    rates: Tensor
+    class_rates: Tensor
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client has after its local training.
+
+    client: its id. items: size of its data. steps: local steps made. loss: mean loss over them. passes: images seen.
+    state: parameters and buffers. extras: whatever else it sends (SCAFFOLD: the change of its control variate).
+    before, after: measurements with the received and with its own weights, where the selector asks for them.
+    received_bytes, sent_bytes: traffic with the server, `sent_bytes` only if it is chosen. finite: no NaN or infinity.
+    """
+
+    client: int
+    items: int
+    steps: int
+    loss: float
+    passes: int
+    state: State
+    extras: State = field(default_factory=dict)
+    before: Measurement | None = None
+    after: Measurement | None = None
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    finite: bool = True
+
+
+class Selector:
+    """Chooses the clients of a round; a class of its own for each rule.
+
+    Rules are pure: what they draw comes from `generator`, which is a function of (seed, round).
+    """
+
+    #: When a score is taken: never, from the received weights, or from those before and after local training.
+    scored: Literal["never", "before", "after"] = "never"
+    #: Numbers a candidate sends as its score.
+    score_floats: int = 1
+
+    def candidates(self, sizes: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+        """Draw `count` different clients, ascending. sizes: items of every client; the empty ones are never drawn."""
+        able = torch.tensor([client for client, size in enumerate(sizes) if size > 0])
+        return sorted(able[torch.randperm(len(able), generator=generator)[:count]].tolist())
+
+    def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
+        """Score of one candidate; after and update: None where `scored` is ``before``."""
+        raise NotImplementedError
+
+    def choose(self, scores: Mapping[int, float], count: int, generator: torch.Generator) -> list[int]:
+        """The `count` clients to take of those that were scored; here the highest, of equals the smaller id."""
+        return sorted(scores, key=lambda client: (-scores[client], client))[:count]
+
+    def may_win(self, scores: Mapping[int, float], count: int) -> Collection[int]:
+        """Clients that `choose` could still take when further scores come; updates of others are dropped early."""
+        return self.choose(scores, count, torch.Generator())
+
+
+@runtime_checkable
+class FederatedData(Protocol):
+    """A DataModule that hands out clients instead of batches."""
+
+    #: Items of every client.
+    client_sizes: Sequence[int]
+    #: (clients, classes) int64, how many items of each class a client holds.
+    class_matrix: Tensor
+
+    def reserve(self, clients: int) -> None:
+        """Say how many clients a round trains at most."""
+
+    def schedule(self, round_number: int, work: Mapping[int, float]) -> None:
+        """Clients of the coming round, each with the share of its local steps that it will manage, in (0, 1]."""
+
+    def client_data(self, client: int) -> ImageBatch:
+        """All data of a client, images float32 in [0, 1], on the CPU."""
+
+
+@runtime_checkable
+class FederatedModule(Protocol):
+    """A module that trains one client a batch and makes the server's step at the last batch of a round."""
+
+    #: Whether to measure every client before and after its training.
+    measures_clients: bool
+    #: The updates that the server's step is to use, set before that batch; in the order of client ids.
+    chosen: list[ClientUpdate]
+
+    def start_round(self, round_number: int, clients: Sequence[int]) -> None:
+        """Called on every process before the first batch of a round; clients: those that this process will train."""
+
+    def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
+        """Measure the global weights on a client's data."""
+
+    def take_updates(self) -> list[ClientUpdate]:
+        """The updates made since it was last called."""

@@ -1,0 +1,113 @@
+"""Local training of several clients at once, by `torch.func.vmap` over stacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from leanlight.contracts import ImageBatch, UserError
+from leanlight.contracts.federated import State
+from lit_modules.federated.local import LocalObjective, LocalTraining
+
+
+def check_batchable(network: nn.Module, local: LocalTraining) -> None:
+    """Raise UserError for what several clients at once cannot do."""
+    key = "model.init_args.clients_at_once"
+    for child in network.modules():
+        if isinstance(child, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, BaseNode)):
+            raise UserError(
+                f"{key}: expected 1 for a network with {type(child).__name__}, which keeps a state or draws at random"
+            )
+    if local.augment is not None:
+        raise UserError(f"{key}: expected 1 with local.augment, which draws at random for each client")
+
+
+def train_clients(
+    network: nn.Module,
+    data: Sequence[ImageBatch],
+    local: LocalTraining,
+    lr: float,
+    objective: LocalObjective,
+    controls: Sequence[list[Tensor]],
+    generators: Sequence[torch.Generator],
+    works: Sequence[float],
+) -> tuple[list[tuple[int, int, Tensor]], list[State]]:
+    """Train a copy of `network` for each client by plain SGD; return steps, images, mean loss, and state of each.
+
+    The same as `train_client` for each alone, up to the rounding of batched products. Shorter batches are padded with
+    items of weight 0, and clients with fewer steps stand still at the end. controls: of each client, or empty lists.
+    """
+    device, clients = data[0].image.device, len(data)
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    fixed = {name: value for name, value in network.state_dict().items() if name not in names}
+    start = [network.get_parameter(name).detach() for name in names]
+    stacked = [value.expand(clients, *value.shape).clone() for value in start]
+    gaps = [torch.stack(parts) for parts in zip(*controls, strict=True)] if controls[0] else []
+    index, weight = _plan(data, local, generators, works, device)
+    longest = max(map(len, data))
+    images = torch.stack([F.pad(d.image, (0, 0, 0, 0, 0, 0, 0, longest - len(d))) for d in data])
+    labels = torch.stack([F.pad(d.label, (0, longest - len(d))) for d in data])
+
+    def loss_of(parameters: list[Tensor], image: Tensor, label: Tensor, share: Tensor) -> Tensor:
+        logits = functional_call(network, {**dict(zip(names, parameters, strict=True)), **fixed}, (image,))
+        return (F.cross_entropy(logits, label, reduction="none") * share).sum()
+
+    step = vmap(grad_and_value(loss_of))
+    rows = torch.arange(clients, device=device).unsqueeze(1)
+    totals = torch.zeros(clients, device=device)
+    network.train()
+    for chosen, used in zip(index, weight, strict=True):  # (clients, batch_size) each
+        counts = used.sum(1)
+        share = used / counts.clamp(min=1).unsqueeze(1)
+        gradients, losses = step(stacked, images[rows, chosen], labels[rows, chosen], share)
+        parameters = [nn.Parameter(value, requires_grad=False) for value in stacked]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        objective.correct(parameters, [value.expand_as(p) for value, p in zip(start, parameters, strict=True)], gaps)
+        moves = (counts > 0).to(images.dtype)
+        for value, parameter in zip(stacked, parameters, strict=True):
+            value.sub_(parameter.grad * (lr * moves).view(-1, *[1] * (value.ndim - 1)))
+        totals += losses * counts
+    passes, steps = weight.sum((0, 2)), (weight.sum(2) > 0).sum(0)
+    reports = [
+        (int(made), int(seen), total / max(float(seen), 1.0))
+        for made, seen, total in zip(steps, passes, totals, strict=True)
+    ]
+    states = [
+        {
+            name: (stacked[names.index(name)][k] if name in names else value).clone()
+            for name, value in network.state_dict().items()
+        }
+        for k in range(clients)
+    ]
+    return reports, states
+
+
+def _plan(
+    data: Sequence[ImageBatch],
+    local: LocalTraining,
+    generators: Sequence[torch.Generator],
+    works: Sequence[float],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Positions (steps, clients, batch_size) that each client takes in each step, and 1 where they count, else 0."""
+    plans = []
+    for part, generator, work in zip(data, generators, works, strict=True):
+        batches = [
+            index
+            for _ in range(local.epochs)
+            for index in torch.randperm(len(part), generator=generator).split(local.batch_size)
+        ]
+        plans.append(batches[: round(work * local.epochs * -(-len(part) // local.batch_size))])
+    shape = max(map(len, plans)), len(data), local.batch_size
+    index, weight = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    for client, batches in enumerate(plans):
+        for number, batch in enumerate(batches):
+            index[number, client, : len(batch)] = batch
+            weight[number, client, : len(batch)] = 1.0
+    return index.to(device), weight.to(device)

@@ -1,0 +1,133 @@
+"""Local training of one client, and what a local objective adds to its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanlight.contracts import ImageBatch, UserError
+from leanlight.contracts.differentiable import find_augmentation
+
+Tensors = list[Tensor]
+LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains in a round.
+
+    epochs: passes over its data (E). batch_size: the last batch of a pass may be smaller (B). augment: a name in
+    `leanlight.contracts.differentiable.ALL_AUGMENTATIONS`.
+    """
+
+    epochs: int = 5
+    batch_size: int = 128
+    augment: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise UserError(f"model.init_args.local.epochs: expected 0 or more, got {self.epochs}")
+        if self.batch_size < 1:
+            raise UserError(f"model.init_args.local.batch_size: expected at least 1, got {self.batch_size}")
+        find_augmentation(self.augment, "model.init_args.local.augment")
+
+
+@dataclass(frozen=True)
+class LocalObjective:
+    """Plain local training; subclasses add a term whose gradient they know in closed form."""
+
+    #: Whether clients and server keep control variates between rounds.
+    has_control = False
+
+    def correct(self, parameters: Sequence[Tensor], start: Tensors, control: Tensors) -> None:
+        """Add the gradient of the objective's own term to ``p.grad`` of `parameters`.
+
+        start: the same parameters as they were received. control: server's minus client's control variate, or empty.
+        """
+
+
+@dataclass(frozen=True)
+class FedProx(LocalObjective):
+    """Stay near the received weights: ``loss + mu / 2 * |w - w_r|**2`` (Li et al. 2020, arXiv:1812.06127).
+
+    Parameters only; buffers are free.
+    """
+
+    mu: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.mu < 0:
+            raise UserError(f"model.init_args.objective.init_args.mu: expected a number of at least 0, got {self.mu}")
+
+    def correct(self, parameters: Sequence[Tensor], start: Tensors, control: Tensors) -> None:
+        torch._foreach_add_(_gradients(parameters), torch._foreach_sub(list(parameters), start), alpha=self.mu)
+
+
+@dataclass(frozen=True)
+class Scaffold(LocalObjective):
+    """Correct client drift: step along ``g - c_k + c`` (Karimireddy et al. 2020, arXiv:1910.06378; option II).
+
+    Afterwards ``c_k' = c_k - c + (w_r - w_k) / (K * lr)`` for K local steps, and the server's control moves by the sum
+    of the changes over all clients N. The client's optimiser must be plain SGD.
+    """
+
+    has_control = True
+
+    def correct(self, parameters: Sequence[Tensor], start: Tensors, control: Tensors) -> None:
+        torch._foreach_add_(_gradients(parameters), control)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> Tensors:
+    # A parameter outside of the loss's graph has no gradient yet.
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def cross_entropy(network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy of the network's logits."""
+    return F.cross_entropy(network(image), label)
+
+
+def train_client(
+    network: nn.Module,
+    data: ImageBatch,
+    local: LocalTraining,
+    optimizer: torch.optim.Optimizer,
+    objective: LocalObjective,
+    control: Tensors,
+    generator: torch.Generator,
+    work: float = 1.0,
+    loss_of: LossOf = cross_entropy,
+) -> tuple[int, int, Tensor]:
+    """Train `network` in place; return local steps, images seen and the mean loss over them (a scalar tensor).
+
+    generator: on the CPU, makes the order of the data. work: share of all steps after which it stops. loss_of: loss of
+    (network, image, label). Augmentation and dropout draw from the global random state.
+    """
+    augment = find_augmentation(local.augment, "model.init_args.local.augment")
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in parameters]
+    limit = round(work * local.epochs * -(-len(data) // local.batch_size))
+    steps = passes = 0
+    total = torch.zeros((), device=data.image.device)
+    network.train()
+    for _ in range(local.epochs):
+        for index in torch.randperm(len(data), generator=generator).split(local.batch_size):
+            if steps == limit:
+                break
+            index = index.to(data.image.device)
+            image, label = data.image[index], data.label[index]
+            loss = loss_of(network, augment(image, None) if augment else image, label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            objective.correct(parameters, start, control)
+            optimizer.step()
+            total += loss.detach() * len(index)
+            steps, passes = steps + 1, passes + len(index)
+    return steps, passes, total / max(passes, 1)

@@ -1,0 +1,350 @@
+"""Training glue of simulated federated learning: a batch trains a client, the last one of a round is the server's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+
+from leanlight.contracts import (
+    ClientBatch,
+    ClientUpdate,
+    ImageBatch,
+    Measurement,
+    Progress,
+    UserError,
+    derived_seed,
+    isolated_rng,
+)
+from leanlight.contracts.federated import State
+from lit_modules.classifier import ImageClassifier
+from lit_modules.federated.aggregation import FedAvg
+from lit_modules.federated.batched import check_batchable, train_clients
+from lit_modules.federated.firing import Reduce, measure
+from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, train_client
+
+
+class FederatedClassifier(ImageClassifier):
+    """Train an image classifier on clients that keep their data (McMahan et al. 2017).
+
+    An epoch is a communication round; `callbacks.FederatedRounds` says who takes part, and
+    `datamodules.FederatedDataModule` has the clients. Manual optimisation: each batch trains one client from the global
+    weights in a working copy of the network, with an optimiser of its own; at the last batch the aggregated weights
+    become the global ones by one step of the server's optimiser, which Lightning wraps, so that ``global_step`` counts
+    rounds. Memory grows with the clients that are kept until the end of a round, not with their number. What a client
+    draws is a function of (seed, round, client). Satisfies `leanlight.contracts.FederatedModule`.
+
+    network: makes the network, images (N, C, H, W) in [0, 1] → logits (N, K). local: epochs and batches of a client.
+    objective: what local training adds to the loss. aggregator: what the server makes of the clients' weights.
+    optimizer: of a client, made anew each round; SGD with lr 0.1 by default. lr_scheduler: of the clients' learning
+    rate, a step a round. server_optimizer: applies the pseudo-gradient (global minus aggregated weights); by default
+    the server takes the aggregated weights as they are. buffers: of batch norm, ``average`` them with the weights or
+    ``keep`` the server's as they are (what libraries do that send parameters only). rate_reduce: see
+    `lit_modules.federated.firing.measure`. clients_at_once: train so many clients as one batched computation, for small
+    networks without batch norm, dropout and spiking neurons, and plain SGD. seed: that of ``seed_everything`` by
+    default.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        local: LocalTraining | None = None,
+        objective: LocalObjective | None = None,
+        aggregator: FedAvg | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        server_optimizer: OptimizerCallable | None = None,
+        buffers: Literal["average", "keep"] = "average",
+        rate_reduce: Reduce = "mean",
+        clients_at_once: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(network=network, optimizer=optimizer or _client_sgd, lr_scheduler=lr_scheduler)
+        self.local = local or LocalTraining()
+        self.objective = objective or LocalObjective()
+        self.aggregator = aggregator or FedAvg()
+        self.make_server_optimizer = server_optimizer
+        self.buffers_rule, self.rate_reduce = buffers, rate_reduce
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if clients_at_once < 1:
+            raise UserError(f"model.init_args.clients_at_once: expected at least 1, got {clients_at_once}")
+        self.clients_at_once = clients_at_once
+        self.measures_clients = False
+        self.chosen: list[ClientUpdate] = []
+        self._updates: list[ClientUpdate] = []
+        self._waiting: list[ClientBatch] = []  # clients of a group that is not complete yet
+        self._to_train = 0  # clients of this process that are still to come in this round
+        self._copy: tuple[nn.Module, ...] = ()  # in a tuple, hidden from nn.Module: it is scratch
+        self._lr: tuple[int, list[float]] = (-1, [])  # round, learning rate of each parameter group
+        self._server_control: State = {}
+        self._client_controls: dict[int, State] = {}
+
+    # ---- set-up ----
+
+    def setup(self, stage: str) -> None:
+        """Check network, data and what the trainer is asked to do."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if self.trainer.precision == "16-mixed":
+            raise UserError(
+                "trainer.precision: 16-mixed scales losses, which local training does not; use bf16-mixed or 32-true"
+            )
+        optimizer = self.make_optimizer(self.network.parameters())
+        if (self.objective.has_control or self.clients_at_once > 1) and not _is_plain_sgd(optimizer):
+            needs = "Scaffold" if self.objective.has_control else "clients_at_once above 1"
+            raise UserError(f"model.init_args.optimizer: {needs} needs SGD without momentum and weight decay")
+        if self.clients_at_once > 1:
+            check_batchable(self.network, self.local)
+        if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
+            raise UserError("model.init_args.lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
+
+    def configure_optimizers(self) -> Any:
+        make = self.make_server_optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+        return make(self.network.parameters())
+
+    def _worker(self) -> nn.Module:
+        """The working copy, with the global weights."""
+        if not self._copy:
+            self._copy = (copy.deepcopy(self.network),)
+        (worker,) = self._copy
+        _load(worker, self.network.state_dict())
+        return worker
+
+    # ---- a client ----
+
+    def start_round(self, round_number: int, clients: Sequence[int]) -> None:
+        """Make the clients' learning rates of this round; clients: of this process."""
+        self._to_train = len(clients) - len(self._waiting)
+        optimizer = self.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        if self.make_scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")
+                scheduler = self.make_scheduler(optimizer)
+                for _ in range(round_number):
+                    scheduler.step()
+        self._lr = round_number, [group["lr"] for group in optimizer.param_groups]
+
+    def training_step(self, batch: ClientBatch, batch_idx: int) -> None:  # type: ignore[override]
+        if batch.last:
+            self._server_step()
+        elif batch.client >= 0:
+            self._waiting.append(batch)
+            self._to_train -= 1
+            if len(self._waiting) == self.clients_at_once or self._to_train <= 0:
+                group, self._waiting = self._waiting, []
+                self._updates += [self._train(batch)] if self.clients_at_once == 1 else self._train_together(group)
+
+    def take_updates(self) -> list[ClientUpdate]:
+        """The updates made since it was last called."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        """What a client minimises, before its objective's own term."""
+        return cross_entropy(network, image, label)
+
+    def _train(self, batch: ClientBatch) -> ClientUpdate:
+        where = batch.round_number, batch.client
+        before = self.measure(batch.data, *where) if self.measures_clients else None
+        worker = self._worker()
+        optimizer = self.make_optimizer(worker.parameters())
+        for group, lr in zip(optimizer.param_groups, self._lr[1], strict=False):
+            group["lr"] = lr
+        control = self._control_gap(batch.client)
+        with isolated_rng(derived_seed(self.seed, "client", *where)):
+            trained = train_client(
+                worker,
+                batch.data,
+                self.local,
+                optimizer,
+                self.objective,
+                control,
+                self._order(batch),
+                batch.work,
+                self.local_loss,
+            )
+        after = self._measure(worker, batch.data, *where) if self.measures_clients else None
+        state = {name: value.detach().clone() for name, value in worker.state_dict().items()}
+        return self._report(batch, trained, state, before, after)
+
+    def _train_together(self, group: Sequence[ClientBatch]) -> list[ClientUpdate]:
+        trained, states = train_clients(
+            self.network,
+            [batch.data for batch in group],
+            self.local,
+            self._lr[1][0],
+            self.objective,
+            [self._control_gap(batch.client) for batch in group],
+            [self._order(batch) for batch in group],
+            [batch.work for batch in group],
+        )
+        updates = []
+        for batch, report, state in zip(group, trained, states, strict=True):
+            before = after = None
+            if self.measures_clients:
+                where = batch.round_number, batch.client
+                before = self.measure(batch.data, *where)
+                worker = self._worker()
+                _load(worker, state)
+                after = self._measure(worker, batch.data, *where)
+            updates.append(self._report(batch, report, state, before, after))
+        return updates
+
+    def _order(self, batch: ClientBatch) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(self.seed, "order", batch.round_number, batch.client))
+
+    def _report(
+        self,
+        batch: ClientBatch,
+        trained: tuple[int, int, Tensor],
+        state: State,
+        before: Measurement | None,
+        after: Measurement | None,
+    ) -> ClientUpdate:
+        steps, passes, loss = trained
+        extras = self._control_change(state, steps) if self.objective.has_control else {}
+        finite = torch.stack([value.isfinite().all() for value in [loss, *state.values()]]).all()
+        traffic = _bytes(state) + _bytes(extras)
+        return ClientUpdate(
+            client=batch.client,
+            items=len(batch.data),
+            steps=steps,
+            loss=float(loss),
+            passes=passes,
+            state=state,
+            extras=extras,
+            before=before,
+            after=after,
+            received_bytes=traffic,
+            sent_bytes=traffic,
+            finite=bool(finite),
+        )
+
+    def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
+        """Loss and activity of the global network on a client's data."""
+        return self._measure(self.network, data.to(self.device), round_number, client)
+
+    def _measure(self, network: nn.Module, data: ImageBatch, round_number: int, client: int) -> Measurement:
+        # Before and after training the same random numbers, or the credit would measure the input's noise.
+        with isolated_rng(derived_seed(self.seed, "measure", round_number, client)):
+            return measure(network, data, len(self.classes), reduce=self.rate_reduce)
+
+    # ---- SCAFFOLD's control variates ----
+
+    def _control_gap(self, client: int) -> list[Tensor]:
+        """Server's minus client's control variate, by parameter; empty without controls."""
+        if not self.objective.has_control:
+            return []
+        own, gap = self._client_controls.get(client, {}), []
+        for name, parameter in self.network.named_parameters():
+            server = self._server_control.setdefault(name, torch.zeros_like(parameter)).to(self.device)
+            gap.append(server - own[name].to(self.device) if name in own else server.clone())
+        return gap
+
+    def _control_change(self, trained: State, steps: int) -> State:
+        """``c_k' - c_k = (w_r - w_k) / (K lr) - c``."""
+        factor = 1.0 / (max(steps, 1) * self._lr[1][0])
+        return {
+            name: ((start.detach() - trained[name]) * factor) - self._server_control[name].to(self.device)
+            for name, start in self.network.named_parameters()
+        }
+
+    def _update_controls(self, updates: Sequence[ClientUpdate]) -> None:
+        clients = len(self.trainer.datamodule.client_sizes)  # type: ignore[attr-defined]
+        for update in updates:
+            own = self._client_controls.setdefault(update.client, {})
+            for name, change in update.extras.items():
+                own[name] = own[name] + change.cpu() if name in own else change.cpu()
+                self._server_control[name] = self._server_control[name].to(change.device) + change / clients
+
+    # ---- the server ----
+
+    @torch.no_grad()
+    def _server_step(self) -> None:
+        updates = [_moved(update, self.device) for update in self.chosen]
+        self.chosen = []
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        parameters = dict(self.network.named_parameters())
+        state = self.aggregate(updates) if updates else {}
+        for name, parameter in parameters.items():
+            if name in state:
+                parameter.grad = parameter - state[name]
+        optimizer.step()  # without gradients it moves nothing, and counts the round
+        if updates and self.make_server_optimizer is None:
+            for name, parameter in parameters.items():
+                parameter.copy_(state[name])  # w - (w - mean) is the mean up to rounding only
+        if self.buffers_rule == "average":
+            for name, buffer in self.network.named_buffers():
+                if name in state:
+                    buffer.copy_(state[name])
+        if self.objective.has_control:
+            self._update_controls(updates)
+
+    def aggregate(self, updates: Sequence[ClientUpdate]) -> State:
+        """The server's new state, before its optimiser; updates: at least one, in the order of client ids."""
+        parameters = [name for name, _ in self.network.named_parameters()]
+        return self.aggregator(self.network.state_dict(), updates, parameters)
+
+    # ---- what callbacks and commands ask ----
+
+    def progress(self) -> Progress:
+        return Progress("round", self.global_step)
+
+    def loss_terms(self) -> Mapping[str, Tensor | float]:
+        # A client that diverges is left out by the server, and does not stop the run.
+        return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["federated"] = {
+            "server_control": self._server_control,
+            "client_controls": self._client_controls,
+            "waiting": [{**vars(batch), "data": vars(batch.data)} for batch in self._waiting],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._server_control = checkpoint["federated"]["server_control"]
+        self._client_controls = checkpoint["federated"]["client_controls"]
+        self._waiting = [
+            ClientBatch(**{**batch, "data": ImageBatch(**batch["data"])})
+            for batch in checkpoint["federated"]["waiting"]
+        ]
+
+
+def _client_sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    options = optimizer.defaults
+    return isinstance(optimizer, torch.optim.SGD) and not options["momentum"] and not options["weight_decay"]
+
+
+@torch.no_grad()
+def _load(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` for a network of the same make, without its checks: it runs once a client."""
+    own = network.state_dict()
+    torch._foreach_copy_([own[name] for name in state], list(state.values()))
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in state.values())
+
+
+def _moved(update: ClientUpdate, device: torch.device) -> ClientUpdate:
+    state = {name: value.to(device) for name, value in update.state.items()}
+    extras = {name: value.to(device) for name, value in update.extras.items()}
+    return dataclasses.replace(update, state=state, extras=extras)
