@@ -6,11 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.catalog import CATALOG, DatasetInfo
     from datamodules.distilled import DistilledDataModule
-<<<<<<< HEAD
-    from datamodules.games import GameDataModule
-=======
     from datamodules.federated import FederatedDataModule
->>>>>>> main
+    from datamodules.games import GameDataModule
     from datamodules.imagenet import ImageFolderStream
     from datamodules.images import ImageDataModule, ImageSplit
     from datamodules.partition import IID, ClassesPerClient, ClassImbalance, Dirichlet, QuantitySkew, Shards
@@ -19,11 +16,8 @@ _HOME = {
     "CATALOG": "catalog",
     "DatasetInfo": "catalog",
     "DistilledDataModule": "distilled",
-<<<<<<< HEAD
     "GameDataModule": "games",
-=======
     "FederatedDataModule": "federated",
->>>>>>> main
     "ImageDataModule": "images",
     "ImageSplit": "images",
     "ImageFolderStream": "imagenet",
@@ -37,14 +31,6 @@ _HOME = {
 
 __all__ = [
     "CATALOG",
-<<<<<<< HEAD
-    "DatasetInfo",
-    "DistilledDataModule",
-    "GameDataModule",
-    "ImageDataModule",
-    "ImageFolderStream",
-    "ImageSplit",
-=======
     "IID",
     "ClassImbalance",
     "ClassesPerClient",
@@ -52,12 +38,12 @@ __all__ = [
     "Dirichlet",
     "DistilledDataModule",
     "FederatedDataModule",
+    "GameDataModule",
     "ImageDataModule",
     "ImageFolderStream",
     "ImageSplit",
     "QuantitySkew",
     "Shards",
->>>>>>> main
 ]
 
 

@@ -128,10 +128,22 @@ class GameDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         own = dict(locals())
-        for name in (
-            "batch_size decisions_per_update decisions_per_epoch replay_size replay_start n_step eval_episodes "
-            "test_episodes eval_together history frame_skip screen_size max_decisions slack"
-        ).split():
+        for name in [
+            "batch_size",
+            "decisions_per_update",
+            "decisions_per_epoch",
+            "replay_size",
+            "replay_start",
+            "n_step",
+            "eval_episodes",
+            "test_episodes",
+            "eval_together",
+            "history",
+            "frame_skip",
+            "screen_size",
+            "max_decisions",
+            "slack",
+        ]:
             if own[name] < 1:
                 raise UserError(f"data.init_args.{name}: expected at least 1, got {own[name]}")
         for name in ("gamma", "epsilon_start", "epsilon_end", "eval_epsilon", "sticky"):
@@ -154,7 +166,7 @@ class GameDataModule(pl.LightningDataModule):
         self.wrapper_settings: dict[str, Any] = {
             name: own[name]
             for name in (
-                "frame_skip noop_max screen_size max_decisions sticky episodic_life fire_reset".split()
+                ["frame_skip", "noop_max", "screen_size", "max_decisions", "sticky", "episodic_life", "fire_reset"]
                 if game != "catch"
                 else ()
             )

@@ -126,14 +126,11 @@ __all__ = [
     "Curve",
     "DataMeta",
     "DivergedError",
-<<<<<<< HEAD
     "Episode",
     "EpisodeBatch",
-    "GameData",
-=======
     "FederatedData",
     "FederatedModule",
->>>>>>> main
+    "GameData",
     "HasTerms",
     "Heatmap",
     "Histogram",

@@ -21,7 +21,11 @@ def export_agent(network: nn.Module, shape: tuple[int, ...], actions: Sequence[s
     write_weights(network, weights)
     content = {
         "network": type(network).__name__,
-        "input": {"shape": ["N" if any_batch else 2, *shape], "range": [0.0, 1.0], "meaning": "last frames, newest last"},
+        "input": {
+            "shape": ["N" if any_batch else 2, *shape],
+            "range": [0.0, 1.0],
+            "meaning": "last frames, newest last",
+        },
         "output": {"shape": ["N" if any_batch else 2, len(actions)], "meaning": "value of each action"},
         "actions": list(actions),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
