@@ -25,8 +25,8 @@ def is_trial(trainer: Trainer) -> bool:
 
 
 def inputs_of(outputs: Any, batch: Any) -> int:
-    """Inputs of the network behind a step: its output's ``inputs`` where an item stands for several (the decisions of an
-    episode), else the items of the batch."""
+    """Inputs of the network behind a step: its output's ``inputs`` where an item stands for several, as an episode does
+    for its decisions; else the items of the batch."""
     if isinstance(outputs, Mapping) and "inputs" in outputs:
         return int(outputs["inputs"])
     return items_in(batch)

@@ -22,7 +22,7 @@ class Catch(gymnasium.Env[np.ndarray, int]):
     def __init__(self, size: int = 8, render_mode: str | None = "rgb_array") -> None:
         self.size, self.render_mode = size, render_mode
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size), np.uint8)
-        self.action_space = gymnasium.spaces.Discrete(3)
+        self.action_space: Any = gymnasium.spaces.Discrete(3)
         self._ball, self._paddle = (0, 0), 0
 
     def get_action_meanings(self) -> list[str]:
@@ -50,7 +50,7 @@ class Catch(gymnasium.Env[np.ndarray, int]):
         reward = (1.0 if self._ball[1] == self._paddle else -1.0) if landed else 0.0
         return self._frame(), reward, landed, False, {}
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """(size, size, 3) uint8: ball white, paddle orange."""
         picture = np.repeat(self._frame()[:, :, None], 3, axis=2)
         picture[-1, self._paddle] = (230, 120, 30)

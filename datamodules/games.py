@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 _CATCH_RANDOM, _CATCH_BEST = -0.75, 1.0
 _SPLITS = {"val": 0, "test": 1}
+_WRAPPERS = ("frame_skip", "noop_max", "screen_size", "max_decisions", "sticky", "episodic_life", "fire_reset")
+_COUNTS = (
+    *("batch_size", "decisions_per_update", "decisions_per_epoch", "replay_size", "replay_start", "slack", "n_step"),
+    *("eval_episodes", "test_episodes", "eval_together", "history", "frame_skip", "screen_size", "max_decisions"),
+)
+_SHARES = ("gamma", "epsilon_start", "epsilon_end", "eval_epsilon", "sticky")
 
 
 class PlayLoader:
@@ -84,12 +90,14 @@ class GameDataModule(pl.LightningDataModule):
         keep_replay: keep the memory's files when training has ended, so that it can be made longer.
         gamma: discount γ. n_step: steps of a transition, 1 for plain Q-learning.
         epsilon_start, epsilon_end, epsilon_decisions: exploration falls linearly from start to end.
-        eval_epsilon: exploration in evaluation. eval_episodes, test_episodes: how many. eval_together: played at once.
+        eval_epsilon: exploration in evaluation. eval_episodes, test_episodes: how many. eval_together: of them, played
+            side by side.
         history: frames of a state. frame_skip, noop_max, screen_size, max_decisions, sticky, episodic_life, fire_reset:
             see `datamodules.atari.make_atari`; Catch has none of them.
         clip_rewards: learn from the sign of rewards.
         bootstrap_on_truncation: let transitions that meet `max_decisions` have a future; the paper does not.
-        seed: of training games and exploration; default that of ``seed_everything``. split_seed: of evaluation episodes.
+        seed: of training games and exploration; default that of ``seed_everything``. split_seed: of evaluation
+            episodes.
     """
 
     meta: DataMeta
@@ -127,34 +135,8 @@ class GameDataModule(pl.LightningDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__()
-        own = dict(locals())
-        for name in [
-            "batch_size",
-            "decisions_per_update",
-            "decisions_per_epoch",
-            "replay_size",
-            "replay_start",
-            "n_step",
-            "eval_episodes",
-            "test_episodes",
-            "eval_together",
-            "history",
-            "frame_skip",
-            "screen_size",
-            "max_decisions",
-            "slack",
-        ]:
-            if own[name] < 1:
-                raise UserError(f"data.init_args.{name}: expected at least 1, got {own[name]}")
-        for name in ("gamma", "epsilon_start", "epsilon_end", "eval_epsilon", "sticky"):
-            if not 0 <= own[name] <= 1:
-                raise UserError(f"data.init_args.{name}: expected a number in [0, 1], got {own[name]}")
-        if replay_start > replay_size:
-            raise UserError(f"data.init_args.replay_start: {replay_start} is more than replay_size, {replay_size}")
-        if decisions_per_update > min(decisions_per_epoch, slack):
-            raise UserError(
-                f"data.init_args.decisions_per_update: {decisions_per_update} is more than decisions_per_epoch or slack"
-            )
+        given = dict(locals())
+        _check(given)
         self.game, self.batch_size, self.decisions_per_update = game, batch_size, decisions_per_update
         self.decisions_per_epoch, self.replay_start, self.keep_replay = decisions_per_epoch, replay_start, keep_replay
         self.memory_settings = {"capacity": replay_size, "history": history, "n_step": n_step, "gamma": gamma}
@@ -163,14 +145,8 @@ class GameDataModule(pl.LightningDataModule):
         self.eval_epsilon, self.eval_together, self.history = eval_epsilon, eval_together, history
         self.episodes = {"val": eval_episodes, "test": test_episodes}
         self.frame_skip = 1 if game == "catch" else frame_skip
-        self.wrapper_settings: dict[str, Any] = {
-            name: own[name]
-            for name in (
-                ["frame_skip", "noop_max", "screen_size", "max_decisions", "sticky", "episodic_life", "fire_reset"]
-                if game != "catch"
-                else ()
-            )
-        }
+        wrappers = () if game == "catch" else _WRAPPERS
+        self.wrapper_settings: dict[str, Any] = {name: given[name] for name in wrappers}
         self.clip_rewards, self.bootstrap_on_truncation = clip_rewards, bootstrap_on_truncation
         self.seed, self.split_seed = seed, split_seed
         self.training: TrainingGame | None = None
@@ -311,9 +287,31 @@ class GameDataModule(pl.LightningDataModule):
         """See `GameData.play`."""
         from datamodules.play import play
 
-        while len(self._pool) < len(seeds):
-            self._pool.append(self.make_game(training=False))
-        return play(self._pool[: len(seeds)], seeds, values, self.eval_epsilon, self.history, pictures)
+        episodes: list[Episode] = []
+        for start in range(0, len(seeds), self.eval_together):
+            group = seeds[start : start + self.eval_together]
+            while len(self._pool) < len(group):
+                self._pool.append(self.make_game(training=False))
+            games, shown = self._pool[: len(group)], 0 if start else pictures
+            episodes += play(games, group, values, self.eval_epsilon, self.history, shown)
+        return episodes
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise UserError for the first argument that makes no sense."""
+    for name in _COUNTS:
+        if given[name] < 1:
+            raise UserError(f"data.init_args.{name}: expected at least 1, got {given[name]}")
+    for name in _SHARES:
+        if not 0 <= given[name] <= 1:
+            raise UserError(f"data.init_args.{name}: expected a number in [0, 1], got {given[name]}")
+    for small, large in (
+        ("replay_start", "replay_size"),
+        ("decisions_per_update", "decisions_per_epoch"),
+        ("decisions_per_update", "slack"),
+    ):
+        if given[small] > given[large]:
+            raise UserError(f"data.init_args.{small}: expected at most {large} ({given[large]}), got {given[small]}")
 
 
 def _scores(game: str) -> dict[str, float]:

@@ -106,14 +106,15 @@ class TrainingGame:
 
     def _act(self, action: int) -> bool:
         """Take an action and remember it; whether the episode ended."""
-        frame, reward, terminated, truncated, info = self.game.step(action)
+        frame, given, terminated, truncated, info = self.game.step(action)
+        reward = float(given)
         self._log.append(action)
         self.total += 1
-        self._score += float(reward)
+        self._score += reward
         end = GOES_ON
         if terminated or truncated:
             end = TRUNCATED if truncated and not terminated and self.bootstrap_on_truncation else TERMINAL
-        self.memory.record(action, float(np.sign(reward)) if self.clip else float(reward), end)
+        self.memory.record(action, float(np.sign(reward)) if self.clip else reward, end)
         if end == GOES_ON:
             self.memory.observe(frame)
             return False

@@ -18,9 +18,9 @@ QFunction = Callable[[Tensor], Tensor]
 class Episode:
     """One evaluation episode.
 
-    score: sum of unclipped rewards. decisions: actions taken. max_q: largest value of any action at any greedy decision.
-    q_spread: standard deviation over the actions at that decision. Both are 0 in an episode without greedy decisions.
-    greedy: decisions that asked the agent. frames: (T, 3, H, W) uint8 pictures, where they were asked for.
+    score: sum of unclipped rewards. decisions: actions taken. greedy: of them, decisions that asked the agent. max_q:
+    largest value of any action at any of these. q_spread: standard deviation over the actions there. Both are 0 in an
+    episode without greedy decisions. frames: (T, 3, H, W) uint8 pictures, where they were asked for.
     """
 
     score: float
@@ -45,7 +45,7 @@ class GameData(Protocol):
         """Let training decisions be made by `values` from now on (with the exploration of this DataModule)."""
 
     def play(self, seeds: Sequence[int], values: QFunction, pictures: int = 0) -> list[Episode]:
-        """Play one evaluation episode a seed, all at once; the first keeps its first `pictures` frames."""
+        """Play one evaluation episode a seed; the first keeps its first `pictures` frames."""
 
     @property
     def frames(self) -> int:

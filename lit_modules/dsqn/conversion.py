@@ -136,7 +136,8 @@ def convert(
     """
     if type(network) is not DQN:
         raise UserError(
-            f"model.init_args.source_checkpoint: expected a trained lit_modules.dsqn.DQN, got a {type(network).__name__}"
+            "model.init_args.source_checkpoint: expected a trained lit_modules.dsqn.DQN, "
+            f"got a {type(network).__name__}"
         )
     if not 0 < percentile <= 100:
         raise UserError(f"model.init_args.percentile: expected a number in (0, 100], got {percentile}")

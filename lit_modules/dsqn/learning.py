@@ -22,8 +22,11 @@ def td_target(reward: Tensor, discount: Tensor, terminal: Tensor, next_value: Te
 
 
 def next_values(target: Tensor, online: Tensor | None = None) -> Tensor:
-    """Value (N,) of the next states from the target network's values (N, A): their maximum; with `online` values the
-    target network judges the action that the online network prefers (Double DQN, van Hasselt et al. 2016)."""
+    """Value (N,) of the next states from the target network's values (N, A): their maximum.
+
+    With `online` values, the target network judges the action that the online network prefers (Double DQN, van Hasselt
+    et al. 2016).
+    """
     return target.amax(1) if online is None else chosen(target, online.argmax(1))
 
 
@@ -34,8 +37,10 @@ def td_loss(value: Tensor, target: Tensor, loss: Loss = "huber") -> Tensor:
 
 
 def convergent_loss(value: Tensor, target: Tensor, residual_target: Tensor, loss: Loss = "huber") -> Tensor:
-    """Convergent DQN (Wang and Ueda 2022): the larger of the usual loss and of the mean squared Bellman error's, through
-    whose target, made by the online network, gradient flows. (N,) each."""
+    """Convergent DQN (Wang and Ueda 2022): the larger of the usual loss and of that to `residual_target`.
+
+    The latter is made by the online network, and gradient flows through it. (N,) each.
+    """
     return td_loss(value, target, loss).maximum(td_loss(value, residual_target, loss))
 
 

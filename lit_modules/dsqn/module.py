@@ -47,6 +47,7 @@ from lit_modules.nn.checks import first_line
 AgentFactory = Callable[[int], nn.Module]  # number of actions → network from states in [0, 1] to values
 
 _PICTURES = 300  # of the episode that is drawn
+_TOGETHER = 10  # episodes recorded side by side
 _PIPELINE = "leanlight run dsqn/pipelines/catch_small__converted trains one first"
 
 
@@ -158,14 +159,8 @@ class Player(LightningModule):
 
     @torch.no_grad()
     def _mean_score(self, values: QFunction) -> float:
-        together = max(1, self._together)
-        groups = [self._seeds[i : i + together] for i in range(0, len(self._seeds), together)]
-        scores = [episode.score for group in groups for episode in self.games.play(group, values)]
-        return sum(scores) / len(scores)
-
-    @property
-    def _together(self) -> int:
-        return int(getattr(self.games, "eval_together", 10))
+        episodes = self.games.play(self._seeds, values)
+        return sum(episode.score for episode in episodes) / len(episodes)
 
     # ---- what callbacks and commands ask ----
 
@@ -411,9 +406,8 @@ class Conversion(Player):
 
         seed = 0
         while sum(map(len, seen)) < self.states:
-            seeds = range(seed, seed + self._together)
-            self.games.play(list(seeds), values)
-            seed += self._together
+            self.games.play(list(range(seed, seed + _TOGETHER)), values)
+            seed += _TOGETHER
         return torch.cat(seen)[: self.states]
 
     @torch.no_grad()

@@ -70,9 +70,9 @@ class DSQN(DQN):
 
         u[t] = v[t-1] + (I[t] - v[t-1]) / tau,   s[t] = 1 if u[t] >= v_threshold,   v[t] = u[t] (1 - s[t])
 
-    time_steps: T. tau: membrane time constant (τ_m), above 1. v_threshold: V_th. neuron: ``if`` does not leak, u = v + I.
-    reset: ``soft`` subtracts V_th instead. surrogate_gradient, alpha: derivative of a spike; ``atan``: (α/2) / (1 +
-    (π/2 α x)²). detach_reset: no gradient through the reset.
+    time_steps: T. tau: membrane time constant (τ_m), above 1. v_threshold: V_th. neuron: ``if`` does not leak,
+    u = v + I. reset: ``soft`` subtracts V_th instead. surrogate_gradient, alpha: derivative of a spike; ``atan``:
+    (α/2) / (1 + (π/2 α x)²). detach_reset: no gradient through the reset.
     readout: ``rate``: the head of the mean firing rates (the paper). ``spike_rate``: the head spikes, too, values are
     its rates in [0, 1] (an ablation that cannot express other values). ``max_mem``, ``last_mem``, ``mean_mem``: the
     head's currents enter a leaky integrator with time constant 2, of whose potential the largest, last or mean value
