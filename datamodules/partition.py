@@ -34,7 +34,8 @@ def _check(labels: np.ndarray, clients: int, smallest: int = 1) -> None:
         raise UserError(f"data.init_args.clients: expected at least 1, got {clients}")
     if clients * smallest > len(labels):
         raise UserError(
-            f"data.init_args.clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are"
+            f"data.init_args.clients: {clients} of at least {smallest} items each need more than the {len(labels):,} "
+            "there are"
         )
 
 

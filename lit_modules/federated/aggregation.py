@@ -37,8 +37,21 @@ def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
     return mean
 
 
+class Aggregator:
+    """Base of all rules."""
+
+    def __call__(
+        self, start: Mapping[str, Tensor], updates: Sequence[ClientUpdate], parameters: Collection[str]
+    ) -> State:
+        """The server's new state. start: its present one. updates: at least one, in the order of client ids.
+
+        parameters: names in `start` that are no buffers.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Aggregator):
     """Mean of the clients' parameters and buffers (McMahan et al. 2017, arXiv:1602.05629).
 
     weighting: ``uniform``, as in SFedCA's published code, or ``items``, as in the paper of FedAvg.
@@ -49,7 +62,6 @@ class FedAvg:
     def __call__(
         self, start: Mapping[str, Tensor], updates: Sequence[ClientUpdate], parameters: Collection[str]
     ) -> State:
-        """start: the server's state. updates: in the order of client ids. parameters: names that are no buffers."""
         return weighted_mean([update.state for update in updates], client_weights(updates, self.weighting))
 
 

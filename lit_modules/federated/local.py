@@ -36,7 +36,6 @@ class LocalTraining:
         find_augmentation(self.augment, "model.init_args.local.augment")
 
 
-@dataclass(frozen=True)
 class LocalObjective:
     """Plain local training; subclasses add a term whose gradient they know in closed form."""
 

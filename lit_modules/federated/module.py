@@ -25,7 +25,7 @@ from leanlight.contracts import (
 )
 from leanlight.contracts.federated import State
 from lit_modules.classifier import ImageClassifier
-from lit_modules.federated.aggregation import FedAvg
+from lit_modules.federated.aggregation import Aggregator, FedAvg
 from lit_modules.federated.batched import check_batchable, train_clients
 from lit_modules.federated.firing import Reduce, measure
 from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, train_client
@@ -59,7 +59,7 @@ class FederatedClassifier(ImageClassifier):
         network: Callable[[], nn.Module],
         local: LocalTraining | None = None,
         objective: LocalObjective | None = None,
-        aggregator: FedAvg | None = None,
+        aggregator: Aggregator | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         server_optimizer: OptimizerCallable | None = None,

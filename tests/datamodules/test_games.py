@@ -256,9 +256,8 @@ def test_the_data_keep_the_contract_and_validation_is_not_test():
     assert isinstance(data, GameData)
     assert data.meta.classes == ("LEFT", "NOOP", "RIGHT")
     assert data.meta.shape == (4, 8, 8)
-    val, test = (
-        torch.cat([batch.seed for batch in loader]) for loader in (data.val_dataloader(), data.test_dataloader())
-    )
+    loaders = data.val_dataloader(), data.test_dataloader()
+    val, test = (torch.cat([batch.seed for batch in loader]) for loader in loaders)
     assert (len(val), len(test)) == (7, 5)
     assert not set(val.tolist()) & set(test.tolist())
 

@@ -18,9 +18,7 @@ def trained():
     torch.manual_seed(0)
     network = DQN(3, **SHAPE)
     states = (torch.rand(400, 1, 8, 8) > 0.8).float()
-    goal = torch.stack(
-        [states[:, 0, :, :3].mean((1, 2)), states[:, 0, :, 3:5].mean((1, 2)), states[:, 0, :, 5:].mean((1, 2))]
-    )
+    goal = torch.stack([part.mean((1, 2)) for part in states[:, 0].split([3, 2, 3], dim=2)])
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()

@@ -24,18 +24,14 @@ DATA = {
     "test_episodes": 12,
 }
 
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+QUIET["accelerator"] = "cpu"
+
 
 def fit(tmp_path, steps=10, callbacks=(), data=None, **options):
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     module = DeepQLearning(functools.partial(options.pop("kind", DQN), **NETWORK), **options)
-    trainer = pl.Trainer(
-        max_steps=steps,
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        **quiet,
-    )
+    limits = {"max_steps": steps, "num_sanity_val_steps": 0, "callbacks": list(callbacks)}
+    trainer = pl.Trainer(default_root_dir=tmp_path, **limits, **QUIET)
     pl.seed_everything(0, verbose=False)
     trainer.fit(module, datamodule=GameDataModule(**{**DATA, **(data or {})}))
     return module, trainer
@@ -62,7 +58,7 @@ def test_the_target_network_is_a_copy_that_is_renewed_now_and_then(tmp_path):
 
 @pytest.mark.parametrize("rule", ["dqn", "double", "convergent"])
 def test_every_rule_trains(tmp_path, rule):
-    module, trainer = fit(tmp_path, rule=rule, kind=DSQN)
+    _, trainer = fit(tmp_path, rule=rule, kind=DSQN)
     assert trainer.global_step == 10
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
@@ -117,13 +113,7 @@ def source(tmp_path):
 
 
 def measure(module, tmp_path):
-    trainer = pl.Trainer(
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        accelerator="cpu",
-    )
+    trainer = pl.Trainer(default_root_dir=tmp_path, **QUIET)
     (figures,) = trainer.test(module, datamodule=GameDataModule(**DATA), verbose=False)
     return figures
 
