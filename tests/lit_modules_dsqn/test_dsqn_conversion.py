@@ -1,5 +1,7 @@
 """The conversion against spikingjelly's own graph, numpy's percentiles and a simulation step by step."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -40,9 +42,11 @@ def test_more_time_steps_agree_better_with_the_source(trained):
 
 
 def test_the_robust_readout_agrees_at_least_as_well_as_counting_spikes(trained):
-    for steps in (8, 32, 128):
-        robust, spikes = (agreement(*trained, time_steps=steps, decoding=d) for d in ("robust", "spikes"))
-        assert robust >= spikes
+    robust, spikes = (
+        [agreement(*trained, time_steps=steps, decoding=decoding) for steps in (4, 8, 16, 32)]
+        for decoding in ("robust", "spikes")
+    )
+    assert sum(robust) > sum(spikes)
 
 
 def test_leaking_neurons_convert_worse(trained):
@@ -69,17 +73,14 @@ def test_scales_are_percentiles_of_what_the_layers_give(trained):
 
 
 def test_folded_weights_spike_like_spikingjellys_scaled_graph(trained):
-    network, states = trained
-    recipe = _ExactPercentile(states, 99.9, lambda scale: neuron.IFNode(v_reset=None))
-    graph = ann2snn.FXConverter(recipe).convert(_Chain(network.double()))
-    recorded = states.double()
-    recipe.states = recorded
+    network, recorded = copy.deepcopy(trained[0]).double(), trained[1].double()
+    recipe = _ExactPercentile(recorded, 99.9, lambda scale: neuron.IFNode(v_reset=None))
+    graph = ann2snn.FXConverter(recipe).convert(_Chain(network))
     functional.reset_net(graph)
     with torch.no_grad():
         total = sum(graph(recorded[:50]) for _ in range(70))
         converted = convert(network, recorded, time_steps=70, decoding="spikes")
         counts, _ = converted.simulate(recorded[:50])
-    network.float()
     fired = counts > 0
     assert torch.equal(total > 0, fired)
     scales = (total / counts)[fired]

@@ -60,7 +60,7 @@ def looped(network, state, kind="lif", reset="hard", readout="rate"):
 )
 def test_values_and_gradients_equal_a_loop_over_time(options):
     torch.manual_seed(0)
-    network = DSQN(3, **SMALL, time_steps=9, init_gain=4.0, **options).double()
+    network = DSQN(3, **SMALL, time_steps=9, init_gain=8.0, **options).double()
     state = torch.rand(5, 2, 12, 12, dtype=torch.float64)
     weight = torch.randn(5, 3, dtype=torch.float64)
     arguments = {"kind" if name == "neuron" else name: value for name, value in options.items()}
@@ -129,7 +129,7 @@ def test_the_derivative_of_a_spike_is_the_arctangent(potential):
 
 
 def test_the_rate_readout_is_the_mean_of_the_head_over_time():
-    network = DSQN(3, **SMALL, time_steps=6, init_gain=4.0)
+    network = DSQN(3, **SMALL, time_steps=6, init_gain=8.0)
     seen = []
     network.neurons[-1].register_forward_hook(lambda *call: seen.append(call[2]))
     values = network(torch.rand(4, 2, 12, 12))
@@ -137,7 +137,7 @@ def test_the_rate_readout_is_the_mean_of_the_head_over_time():
 
 
 def test_nothing_is_remembered_between_states():
-    network, state = DSQN(3, **SMALL, time_steps=5, init_gain=4.0), torch.rand(3, 2, 12, 12)
+    network, state = DSQN(3, **SMALL, time_steps=5, init_gain=8.0), torch.rand(3, 2, 12, 12)
     first = network(state)
     network(torch.rand(3, 2, 12, 12))
     assert torch.equal(network(state), first)
@@ -146,19 +146,19 @@ def test_nothing_is_remembered_between_states():
 def test_the_faithful_network_is_silent_at_first_and_a_gain_wakes_it():
     torch.manual_seed(0)
     state = torch.rand(4, 2, 12, 12)
-    silent, awake = DSQN(3, **SMALL, time_steps=8), DSQN(3, **SMALL, time_steps=8, init_gain=4.0)
+    silent, awake = DSQN(3, **SMALL, time_steps=8), DSQN(3, **SMALL, time_steps=8, init_gain=8.0)
     torch.testing.assert_close(silent(state), silent.head.bias.expand(4, 3))
     assert awake(state).std(0).sum() > 0
 
 
 def test_a_spiking_output_gives_values_between_0_and_1():
-    values = DSQN(3, **SMALL, time_steps=10, init_gain=4.0, readout="spike_rate")(torch.rand(6, 2, 12, 12))
+    values = DSQN(3, **SMALL, time_steps=10, init_gain=8.0, readout="spike_rate")(torch.rand(6, 2, 12, 12))
     assert ((values >= 0) & (values <= 1)).all()
     torch.testing.assert_close(values * 10, (values * 10).round(), atol=1e-4, rtol=0)
 
 
 def test_neurons_hold_no_graph_after_a_forward():
-    network = DSQN(3, **SMALL, time_steps=3, init_gain=4.0)
+    network = DSQN(3, **SMALL, time_steps=3, init_gain=8.0)
     network(torch.rand(1, 2, 12, 12))
     assert all(not isinstance(n.v, torch.Tensor) for n in network.neurons)
     functional.reset_net(network)
