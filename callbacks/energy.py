@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.common import inputs_of, writes_files
 from callbacks.media import render
-from leanlight.contracts import Table
+from leanlight.contracts import HasVariants, Table
 
 MAC_PJ = 4.6
 AC_PJ = 0.9
@@ -161,7 +161,9 @@ class EnergyMeter(Callback):
 
     ``test/energy_pj``, ``test/macs`` and ``test/acs`` are means for one input over everything that `test_step`
     executes; ``artifacts/energy.csv`` has them by layer, and so has W&B. Where an item of a batch stands for several
-    inputs, as an episode does for its decisions, `test_step` returns a mapping with their number as ``inputs``.
+    inputs, as an episode does for its decisions, `test_step` returns a mapping with their number as ``inputs``. For a
+    module that stands for several networks (`HasVariants`) these are measured one by one on the images of the batches:
+    ``test/energy_pj_<name>`` and so on, ``artifacts/energy_<name>.csv``.
 
     Args:
         batches: number of test batches to measure, 0 for none.
@@ -172,19 +174,32 @@ class EnergyMeter(Callback):
         self.batches = batches
         self.first_layer_repeats = first_layer_repeats
         self._counter: OperationCounter | None = None
+        self._variants: dict[str, OperationCounter] = {}
         self._running = False
         self._inputs = 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._counter = OperationCounter(pl_module, self.first_layer_repeats)
-        self._inputs = 0
+        self._counter, self._variants, self._inputs = None, {}, 0
+        if isinstance(pl_module, HasVariants):
+            repeats = self.first_layer_repeats
+            self._variants = {
+                name: OperationCounter(network, repeats) for name, network in pl_module.variants().items()
+            }
+        else:
+            self._counter = OperationCounter(pl_module, self.first_layer_repeats)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._counter is not None and batch_idx < self.batches:
+        if batch_idx >= self.batches:
+            return
+        if self._counter is not None:
             self._counter.__enter__()
             self._running = True
+        for counter in self._variants.values():
+            with counter:
+                counter.network.eval()(batch.image)
+        self._inputs += items_in(batch) if self._variants else 0
 
     def on_test_batch_end(
         self,
@@ -199,14 +214,21 @@ class EnergyMeter(Callback):
             self._inputs += inputs_of(outputs, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = self._counter.layers(self._inputs) if self._counter is not None and self._inputs else []
-        if not layers:
-            return
-        total = LayerOps("total", sum(layer.macs for layer in layers), sum(layer.acs for layer in layers))
-        values = {"test/energy_pj": total.energy_pj, "test/macs": total.macs, "test/acs": total.acs}
-        pl_module.log_dict(values, sync_dist=True)
-        if writes_files(trainer):
-            self._publish(trainer, [*layers, total])
+        counters = {"": self._counter} if self._counter is not None else self._variants
+        for name, counter in counters.items():
+            layers = counter.layers(self._inputs) if self._inputs else []
+            if not layers:
+                continue
+            total = LayerOps("total", sum(layer.macs for layer in layers), sum(layer.acs for layer in layers))
+            end = f"_{name}" if name else ""
+            values = {
+                f"test/energy_pj{end}": total.energy_pj,
+                f"test/macs{end}": total.macs,
+                f"test/acs{end}": total.acs,
+            }
+            pl_module.log_dict(values, sync_dist=True)
+            if writes_files(trainer):
+                self._publish(trainer, [*layers, total], f"energy{end}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -217,10 +239,10 @@ class EnergyMeter(Callback):
             self._counter.__exit__(None, None, None)
         return running
 
-    def _publish(self, trainer: Trainer, layers: Sequence[LayerOps]) -> None:
+    def _publish(self, trainer: Trainer, layers: Sequence[LayerOps], file: str) -> None:
         rows = [(layer.name, layer.macs, layer.acs, round(layer.energy_pj, 3)) for layer in layers]
         table = Table(("layer", "macs", "acs", "energy_pj"), rows)
-        render(table, Path(trainer.default_root_dir) / "artifacts" / "energy", "energy")
+        render(table, Path(trainer.default_root_dir) / "artifacts" / file, file)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table("test/energy", columns=list(table.columns), data=[list(row) for row in rows])
+                logger.log_table(f"test/{file}", columns=list(table.columns), data=[list(row) for row in rows])

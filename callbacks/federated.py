@@ -156,7 +156,10 @@ class FederatedRounds(Callback):
         current = self.round
         _data(trainer).schedule(current.number, current.work)
         mine = list(current.work)[trainer.global_rank :: trainer.world_size]
-        pl_module.start_round(current.number, [c for c in mine if c not in current.reports])  # type: ignore[operator]
+        joined = sorted([*current.work, *current.dropped])
+        pl_module.start_round(  # type: ignore[operator]
+            current.number, joined, [client for client in mine if client not in current.reports]
+        )
 
     def _start_round(self, trainer: Trainer, pl_module: LightningModule, number: int) -> _Round:
         data = _data(trainer)
@@ -257,18 +260,13 @@ class FederatedRounds(Callback):
         down = sum(report.received_bytes for report in trained) + len(current.dropped) * model_bytes
         if self.selector.scored == "before":
             down += (asked - len(current.work) - len(current.dropped)) * model_bytes  # those who were only asked
-        passes = sum(report.passes for report in trained)
-        # Scoring is an inference on the client's data: two where training lies between.
-        scored = sum(data.client_sizes[client] for client in current.scores)
-        scored *= {"never": 0, "before": 1, "after": 2}[self.selector.scored]
-        inference_pj = self._inference_energy(trainer, pl_module)
         labels = data.class_matrix[current.chosen].sum(0) if current.chosen else torch.zeros(data.class_matrix.shape[1])
         self._label_totals = (torch.tensor(self._label_totals or [0] * len(labels)) + labels).tolist()
         for name, value in {
             "uplink_mb": (sum(report.sent_bytes for report in chosen) + 4 * self.selector.score_floats * asked) / 1e6,
             "downlink_mb": down / 1e6,
-            "image_passes": float(passes),
-            "energy_mj": (passes * _BACKWARD + scored) * inference_pj / 1e9,
+            "image_passes": float(sum(report.passes for report in trained)),
+            "energy_mj": self._energy(trainer, pl_module) / 1e9,
         }.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
         scores = [current.scores[client] for client in sorted(current.scores)]
@@ -294,17 +292,27 @@ class FederatedRounds(Callback):
             {"round": current.number, "chosen": current.chosen, "scores": dict(current.scores), **self._totals}
         )
 
-    def _inference_energy(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Picojoules of one inference with the weights of this round."""
+    def _energy(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Picojoules of this round's local training and scoring, at the firing rates of its new global weights."""
         split = getattr(trainer.datamodule, "val_split", None)  # type: ignore[attr-defined]
         if not self.probe or split is None:
             return 0.0
         image = split.images[: self.probe].to(pl_module.device).float() / 255
-        was_training = pl_module.training
-        pl_module.eval()
-        layers = count_operations(pl_module, image)
-        pl_module.train(was_training)
-        return sum(layer.energy_pj for layer in layers)
+        inference: dict[int, float] = {}
+        data, total = _data(trainer), 0.0
+        # Scoring is an inference on the client's data: two where training lies between.
+        scorings = {"never": 0, "before": 1, "after": 2}[self.selector.scored]
+        for client in sorted({*self.round.reports, *self.round.scores}):
+            network = pl_module.network_of(client)  # type: ignore[operator]
+            if id(network) not in inference:
+                was_training = network.training
+                network.eval()
+                inference[id(network)] = sum(layer.energy_pj for layer in count_operations(network, image))
+                network.train(was_training)
+            passes = self.round.reports[client].passes * _BACKWARD if client in self.round.reports else 0
+            passes += data.client_sizes[client] * scorings if client in self.round.scores else 0
+            total += passes * inference[id(network)]
+        return total
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self.history or not isinstance(pl_module, MethodModule):

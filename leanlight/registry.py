@@ -92,6 +92,13 @@ METHODS: dict[str, MethodInfo] = {
             module="lit_modules.federated.FederatedClassifier",
             benchmark="leanlight.benchmarks.federated:run",
         ),
+        MethodInfo(
+            name="sfedhifi",
+            title="SFedHIFI, FedAvg-het, HeteroFL: federations of spiking networks of different widths",
+            paper="Tao et al. 2026, arXiv:2603.14956",
+            module="lit_modules.sfedhifi.WidthFederation",
+            benchmark="leanlight.benchmarks.sfedhifi:run",
+        ),
     )
 }
 

@@ -37,9 +37,13 @@ def save_hparams(module: LightningModule) -> None:
     assert frame is not None
     module.save_hyperparameters(frame=frame.f_back, logger=False)
     if "_instantiator" not in module.hparams:  # made in Python: the arguments are live objects
-        config = {name: encode(value, name) for name, value in module.hparams.items()}
+        known = _arguments(type(module), module.hparams)
+        config = {name: encode(value, name) for name, value in known.items()}
         with _given_hyperparameters_context({**config, "_class_path": _import_path(type(module), "module")}, _REBUILD):
             module.save_hyperparameters(logger=False)
+        for name in set(module.hparams) - set(known):
+            if not name.startswith("_"):
+                del module.hparams[name]
     module.hparams["_instantiator"] = _REBUILD
 
 
@@ -51,6 +55,14 @@ def rebuild(module_class: type[LightningModule], config: dict[str, Any]) -> Ligh
     config = {name: encode(value, name) for name, value in config.items() if not name.startswith("_")}
     with _given_hyperparameters_context({**config, "_class_path": _import_path(module_class, "module")}, _REBUILD):
         return instantiate_module(module_class, config)
+
+
+def _arguments(module_class: type[LightningModule], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `module_class` itself takes; Lightning also finds what its ``__init__`` handed on to a base class."""
+    parameters = inspect.signature(module_class.__init__).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(found)
+    return {name: value for name, value in found.items() if name in parameters}
 
 
 def encode(value: Any, name: str) -> Any:

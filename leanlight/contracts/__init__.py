@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from leanlight.contracts.protocols import (
         HasTerms,
+        HasVariants,
         MethodData,
         MethodModule,
         NetworkFactory,
@@ -104,6 +105,7 @@ _HOME = {
     "Table": "media",
     "DataMeta": "meta",
     "HasTerms": "protocols",
+    "HasVariants": "protocols",
     "MethodData": "protocols",
     "MethodModule": "protocols",
     "NetworkFactory": "protocols",
@@ -132,6 +134,7 @@ __all__ = [
     "FederatedModule",
     "GameData",
     "HasTerms",
+    "HasVariants",
     "Heatmap",
     "Histogram",
     "ImageBatch",

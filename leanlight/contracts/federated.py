@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanlight.contracts.batches import ImageBatch
 
@@ -108,8 +108,14 @@ class FederatedModule(Protocol):
     #: The updates that the server's step is to use, set before that batch; in the order of client ids.
     chosen: list[ClientUpdate]
 
-    def start_round(self, round_number: int, clients: Sequence[int]) -> None:
-        """Called on every process before the first batch of a round; clients: those that this process will train."""
+    def start_round(self, round_number: int, joined: Sequence[int], mine: Sequence[int]) -> None:
+        """Called on every process before the first batch of a round.
+
+        joined: clients of the round, those who drop out included. mine: those that this process is still to train.
+        """
+
+    def network_of(self, client: int) -> nn.Module:
+        """The global network that a client trains in this round."""
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Measure the global weights on a client's data."""

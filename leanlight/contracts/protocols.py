@@ -82,4 +82,12 @@ class HasTerms(Protocol):
         """Name → detached scalar."""
 
 
+@runtime_checkable
+class HasVariants(Protocol):
+    """A module that stands for several networks, each to be measured by itself."""
+
+    def variants(self) -> Mapping[str, nn.Module]:
+        """Name → network for images (N, C, H, W) in [0, 1], on the module's device."""
+
+
 Hyperparameters = Mapping[str, Any]

@@ -83,7 +83,7 @@ class FederatedClassifier(ImageClassifier):
         self._updates: list[ClientUpdate] = []
         self._waiting: list[ClientBatch] = []  # clients of a group that is not complete yet
         self._to_train = 0  # clients of this process that are still to come in this round
-        self._copy: tuple[nn.Module, ...] = ()  # in a tuple, hidden from nn.Module: it is scratch
+        self._copies: dict[int, nn.Module] = {}  # in a dict, hidden from nn.Module: they are scratch
         self._lr: tuple[int, list[float]] = (-1, [])  # round, learning rate of each parameter group
         self._server_control: State = {}
         self._client_controls: dict[int, State] = {}
@@ -112,19 +112,23 @@ class FederatedClassifier(ImageClassifier):
         make = self.make_server_optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=1.0))
         return make(self.network.parameters())
 
-    def _worker(self) -> nn.Module:
-        """The working copy, with the global weights."""
-        if not self._copy:
-            self._copy = (copy.deepcopy(self.network),)
-        (worker,) = self._copy
-        _load(worker, self.network.state_dict())
+    def network_of(self, client: int) -> nn.Module:
+        """The global network that a client trains."""
+        return self.network
+
+    def _worker(self, network: nn.Module) -> nn.Module:
+        """The working copy of a global network, with its weights."""
+        if id(network) not in self._copies:
+            self._copies[id(network)] = copy.deepcopy(network)
+        worker = self._copies[id(network)]
+        _load(worker, network.state_dict())
         return worker
 
     # ---- a client ----
 
-    def start_round(self, round_number: int, clients: Sequence[int]) -> None:
-        """Make the clients' learning rates of this round; clients: of this process."""
-        self._to_train = len(clients) - len(self._waiting)
+    def start_round(self, round_number: int, joined: Sequence[int], mine: Sequence[int]) -> None:
+        """Make the clients' learning rates of this round. mine: clients that this process is to train."""
+        self._to_train = len(mine) - len(self._waiting)
         optimizer = self.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
         if self.make_scheduler is not None:
             with warnings.catch_warnings():
@@ -156,7 +160,7 @@ class FederatedClassifier(ImageClassifier):
     def _train(self, batch: ClientBatch) -> ClientUpdate:
         where = batch.round_number, batch.client
         before = self.measure(batch.data, *where) if self.measures_clients else None
-        worker = self._worker()
+        worker = self._worker(self.network_of(batch.client))
         optimizer = self.make_optimizer(worker.parameters())
         for group, lr in zip(optimizer.param_groups, self._lr[1], strict=False):
             group["lr"] = lr
@@ -194,7 +198,7 @@ class FederatedClassifier(ImageClassifier):
             if self.measures_clients:
                 where = batch.round_number, batch.client
                 before = self.measure(batch.data, *where)
-                worker = self._worker()
+                worker = self._worker(self.network)
                 _load(worker, state)
                 after = self._measure(worker, batch.data, *where)
             updates.append(self._report(batch, report, state, before, after))
@@ -232,7 +236,7 @@ class FederatedClassifier(ImageClassifier):
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Loss and activity of the global network on a client's data."""
-        return self._measure(self.network, data.to(self.device), round_number, client)
+        return self._measure(self.network_of(client), data.to(self.device), round_number, client)
 
     def _measure(self, network: nn.Module, data: ImageBatch, round_number: int, client: int) -> Measurement:
         # Before and after training the same random numbers, or the credit would measure the input's noise.

@@ -27,6 +27,7 @@ from lit_modules.federated import (
     Scaffold,
 )
 from lit_modules.federated.local import train_client
+from lit_modules.hparams import rebuild
 from lit_modules.nn import MLP, ConvNet
 from lit_modules.sfedca import CreditSelection, SpikingCNN
 
@@ -290,8 +291,8 @@ class RateRecorder(FederatedClassifier):
 
     seen: ClassVar[list[float]] = []
 
-    def start_round(self, round_number, clients):
-        super().start_round(round_number, clients)
+    def start_round(self, round_number, joined, mine):
+        super().start_round(round_number, joined, mine)
         self.seen.append(self._lr[1][0])
 
 
@@ -421,6 +422,18 @@ def test_the_round_that_reaches_the_target_is_found_on_validation_data():
     server.target = 0.9
     assert server.summary()["target_reached"] == 0.0
     assert server.summary()["rounds_to_target"] == 5.0
+
+
+def test_a_module_made_in_python_is_rebuilt_from_its_hyperparameters():
+    module = FederatedClassifier(SMALL, local=LocalTraining(2, 16), objective=FedProx(0.3), buffers="keep", seed=4)
+    again = rebuild(FederatedClassifier, dict(module.hparams))
+    assert isinstance(again, FederatedClassifier)
+    assert (again.local, again.objective, again.buffers_rule, again.seed) == (
+        module.local,
+        module.objective,
+        "keep",
+        4,
+    )
 
 
 # ---- bad input

@@ -1,0 +1,42 @@
+"""Losses of SFedHIFI's clients (`docs/methods/sfedhifi.md`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def tet_loss(outputs: Tensor, label: Tensor, weight: float = 1e-3, target: float = 1.0) -> Tensor:
+    """Temporal efficient training (Deng et al., ICLR 2022): cross entropy at every step, and outputs pulled to a level.
+
+    ``(1 - λ) mean_t CE(o[t], y) + λ mean((o - φ)²)``. outputs o: (T, N, K) → scalar. label y: (N,) int64. weight: λ in
+    [0, 1]. target: φ. For outputs in {0, 1} the first term is at least log(e + K - 1) - 1.
+    """
+    each_step = F.cross_entropy(outputs.flatten(0, 1), label.repeat(len(outputs)))
+    return (1 - weight) * each_step + weight * (outputs - target).square().mean()
+
+
+def mean_output_loss(outputs: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy of the time-averaged output. outputs: (T, N, K), label: (N,) int64 → scalar."""
+    return F.cross_entropy(outputs.mean(0), label)
+
+
+def masked_cross_entropy(logits: Tensor, label: Tensor, classes: Tensor) -> Tensor:
+    """Cross entropy with the logits of classes that a client lacks set to 0 (HeteroFL, Diao et al., ICLR 2021).
+
+    logits: (N, K). label: (N,) int64. classes: (K,) bool, those that the client has.
+    """
+    return F.cross_entropy(logits.masked_fill(~classes, 0.0), label)
+
+
+def orthogonality(bases: Iterable[Tensor]) -> Tensor:
+    """``Σ_b mean((B_b B_bᵀ - I)²)``, B_b a basis (a2, a1, k, k) as a matrix (a2, a1·k²); 0 for orthonormal rows."""
+    total = torch.zeros(())
+    for basis in bases:
+        rows = basis.flatten(1)
+        identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        total = total.to(rows) + (rows @ rows.T - identity).square().mean()
+    return total

@@ -1,0 +1,297 @@
+"""Training glue of federations whose clients train networks of different widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from leanlight.contracts import Bars, ClientUpdate, Curve, ImageBatch, MediaItem, PrimaryMetric, Split, Table, UserError
+from leanlight.contracts.federated import State
+from lit_modules.classifier.export import export_network
+from lit_modules.classifier.losses import class_index
+from lit_modules.federated import FedAvg, FederatedClassifier, LocalObjective, LocalTraining
+from lit_modules.sfedhifi.decomposition import basis_keys, factor_key, factorised_layers, fold_network
+from lit_modules.sfedhifi.fusion import HIFI, average_slices, average_widths, share_bases, start_alike, sub_model
+from lit_modules.sfedhifi.losses import mean_output_loss, orthogonality, tet_loss
+from lit_modules.sfedhifi.networks import WidthNetwork
+from lit_modules.sfedhifi.widths import WIDTHS, DynamicWidths, FixedWidths, InformativeLayer, InputRates, measure_rates
+
+
+class Widths(nn.Module):
+    """The global networks of all widths; called, it is the widest."""
+
+    def __init__(self, make: Callable[[float], nn.Module], widths: Sequence[float]) -> None:
+        super().__init__()
+        if not widths or list(widths) != sorted(set(widths)):
+            raise UserError(f"model.init_args.widths: expected different widths, ascending, got {list(widths)}")
+        self.models = nn.ModuleDict({slug(width): make(width) for width in widths})
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] → (N, K) of the widest."""
+        *_, widest = self.models.values()
+        return widest(image)
+
+
+def slug(width: float) -> str:
+    """Name of a width without a dot: 0.25 → ``25``, in percent."""
+    return f"{round(100 * width)}"
+
+
+class WidthFederation(FederatedClassifier):
+    """SFedHIFI (Tao et al., arXiv:2603.14956) and its rivals: every client trains the width that fits it.
+
+    There is one global network for each of `widths`; ``val/accuracy_mean`` is the mean of their accuracies. Aggregation
+    is within each width, and then by `sharing`: ``none`` (FedAvg in a heterogeneous federation), ``basis``, the mean
+    of the bases over all widths (FLANC), or ``slices`` (HeteroFL: each element of the widest network is the mean over
+    the clients whose part of it was trained). With `hifi` the factor of the most informative layer is fused across
+    widths while its window lasts.
+
+    network: makes the network of a width. loss: ``tet``, or ``mean_output``, cross entropy of the mean over time.
+    tet_weight, tet_target: λ and φ of the former. orthogonality_weight: λ_R. budgets: how widths come to clients. layer:
+    which factor is fused. vote_images: held-out validation images on which firing rates are measured before the vote,
+    vote_batch of them a vote. Others: see `FederatedClassifier`.
+    """
+
+    network: Widths
+
+    def __init__(
+        self,
+        network: Callable[[float], nn.Module],
+        widths: Sequence[float] = WIDTHS,
+        sharing: Literal["none", "basis", "slices"] = "basis",
+        hifi: HIFI | None = None,
+        layer: InformativeLayer | None = None,
+        budgets: Literal["dynamic", "fixed"] = "dynamic",
+        loss: Literal["tet", "mean_output"] = "tet",
+        tet_weight: float = 1e-3,
+        tet_target: float = 1.0,
+        orthogonality_weight: float = 10.0,
+        vote_images: int = 256,
+        vote_batch: int = 32,
+        local: LocalTraining | None = None,
+        objective: LocalObjective | None = None,
+        aggregator: FedAvg | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        buffers: Literal["average", "keep"] = "average",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            network=lambda: Widths(network, widths),
+            local=local or LocalTraining(epochs=2, batch_size=32),
+            objective=objective,
+            aggregator=aggregator,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            buffers=buffers,
+            seed=seed,
+        )
+        self.widths, self.sharing, self.hifi = tuple(widths), sharing, hifi
+        self.layer = layer or InformativeLayer()
+        self.budgets = DynamicWidths(self.widths) if budgets == "dynamic" else FixedWidths(self.widths)
+        self.loss, self.tet_weight, self.tet_target = loss, tet_weight, tet_target
+        self.orthogonality_weight = orthogonality_weight
+        self.vote_images, self.vote_batch = vote_images, vote_batch
+        self.width_of: dict[int, float] = {}  # of the clients of this round
+        self._round = 0
+        self._history: dict[str, list[Any]] = {}
+        self._profiles: dict[str, dict[str, float]] = {}
+        self._check_rules()
+        self._start_alike()
+        self.width_metrics = nn.ModuleDict()
+
+    def _check_rules(self) -> None:
+        factorised = [bool(factorised_layers(self.models[width])) for width in self.widths]
+        if self.sharing == "basis" and not all(factorised):
+            raise UserError("model.init_args.sharing: basis needs networks with factorised convolutions")
+        if self.sharing == "slices" and any(factorised):
+            raise UserError(
+                "model.init_args.sharing: slices needs ordinary convolutions; set network factorised: false"
+            )
+        if self.hifi is not None and self.sharing != "basis":
+            raise UserError(f"model.init_args.hifi: needs sharing: basis, got {self.sharing}")
+        if self.objective.has_control:
+            raise UserError("model.init_args.objective: control variates are not defined across widths")
+
+    @property
+    def models(self) -> dict[float, WidthNetwork]:
+        """The global networks by width."""
+        return {width: cast(WidthNetwork, self.network.models[slug(width)]) for width in self.widths}
+
+    def _states(self) -> dict[float, State]:
+        return {width: model.state_dict() for width, model in self.models.items()}
+
+    @torch.no_grad()
+    def _start_alike(self) -> None:
+        """All widths begin with one basis, or as slices of the widest."""
+        states = self._states()
+        if self.sharing == "basis":
+            states = start_alike(states, basis_keys(self.models[self.widths[0]]))
+        elif self.sharing == "slices":
+            widest = states[self.widths[-1]]
+            states = {width: sub_model(widest, like) for width, like in states.items()}
+        for width, model in self.models.items():
+            model.load_state_dict(states[width])
+
+    # ---- a client ----
+
+    def start_round(self, round_number: int, joined: Sequence[int], mine: Sequence[int]) -> None:
+        """Draw the widths of all clients that joined, drop-outs included."""
+        super().start_round(round_number, joined, mine)
+        clients = len(self.trainer.datamodule.client_sizes)  # type: ignore[attr-defined]
+        self.width_of = self.budgets.draw(joined, clients, self.seed, round_number)
+        self._round = round_number
+
+    def network_of(self, client: int) -> nn.Module:
+        """The global network of the client's width in this round."""
+        return self.models[self.width_of[client]]
+
+    def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        """TET or the loss of the mean output, and the pull of the bases to orthonormal rows."""
+        outputs = cast(WidthNetwork, network).forward_steps(image)
+        if self.loss == "tet":
+            loss = tet_loss(outputs, label, self.tet_weight, self.tet_target)
+        else:
+            loss = mean_output_loss(outputs, label)
+        bases = [layer.basis for layer in factorised_layers(network).values()]
+        return loss + self.orthogonality_weight * orthogonality(bases) if self.orthogonality_weight and bases else loss
+
+    # ---- the server ----
+
+    def aggregate(self, updates: Sequence[ClientUpdate]) -> State:
+        """The new state of all widths."""
+        states = self._states()
+        if self.sharing == "slices":
+            wide = average_slices(states[self.widths[-1]], updates)
+            states = {width: sub_model(wide, like) for width, like in states.items()}
+        else:
+            parameters = {name for model in self.models.values() for name, _ in model.named_parameters()}
+            rule = cast(FedAvg, self.aggregator)
+            states = average_widths(states, updates, self.width_of, parameters, rule)
+            if self.sharing == "basis":
+                states = share_bases(states, updates, basis_keys(self.models[self.widths[0]]), rule.weighting)
+            if self.hifi is not None and self.hifi.active(self._round + 1):
+                states = self.hifi.fuse(states, [factor_key(layer) for layer in self._informative_layers()])
+        return {f"models.{slug(width)}.{key}": value for width, state in states.items() for key, value in state.items()}
+
+    def _informative_layers(self) -> list[str]:
+        """Layers to fuse, by the firing rates of the weights that the clients received, on held-out images."""
+        layers = list(factorised_layers(self.models[self.widths[0]]))
+        measured = self._rates() if self._round and self.layer.rule in ("max_rate", "min_rate") else {}
+        chosen = self.layer.choose(layers, measured, self.seed, self._round)
+        for name, values in {"fused_round": self._round + 1, "fused_layer": chosen}.items():
+            self._history.setdefault(name, []).append(values)
+        return chosen
+
+    def _rates(self) -> dict[float, InputRates]:
+        split = getattr(self.trainer.datamodule, "val_split", None)  # type: ignore[attr-defined]
+        if split is None:
+            raise UserError("model.init_args.layer: votes need validation images; set data.init_args.val_fraction")
+        images = split.images[: self.vote_images].to(self.device).float() / 255
+        found = {width: measure_rates(model, images.split(self.vote_batch)) for width, model in self.models.items()}
+        self._profiles = {slug(width): rates.profile() for width, rates in found.items()}
+        return found
+
+    # ---- evaluation ----
+
+    def setup(self, stage: str) -> None:
+        """Also make a metric for every width."""
+        super().setup(stage)
+        for split in ("val", "test"):
+            if split not in self.width_metrics:
+                metrics = {slug(width): MulticlassAccuracy(len(self.classes), average="micro") for width in self.widths}
+                self.width_metrics[split] = nn.ModuleDict(metrics)
+
+    def _evaluate(self, batch: ImageBatch, split: Split) -> None:
+        super()._evaluate(batch, split)
+        label = class_index(batch.label)
+        for width, model in self.models.items():
+            metric = self._width_metrics(split)[slug(width)]
+            metric.update(model(batch.image), label)
+            name = f"{split}/accuracy_at_{width}"
+            self.log(name, metric, on_epoch=True, on_step=False, batch_size=len(batch))
+
+    def _width_metrics(self, split: Split) -> dict[str, MulticlassAccuracy]:
+        return dict(cast(nn.ModuleDict, self.width_metrics[split]).items())  # type: ignore[arg-type]
+
+    def _end_evaluation(self, split: Split) -> None:
+        super()._end_evaluation(split)
+        values = [float(metric.compute()) for metric in self._width_metrics(split).values()]
+        self.log(f"{split}/accuracy_mean", sum(values) / len(values))
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._history.setdefault("round", []).append(self.global_step)
+            self._history.setdefault("accuracy", []).append(values)
+
+    @property
+    def primary_metric(self) -> PrimaryMetric:
+        return PrimaryMetric("val/accuracy_mean", "max")
+
+    # ---- what callbacks and commands ask ----
+
+    def variants(self) -> Mapping[str, nn.Module]:
+        """Every width as it runs, and with its convolutions folded where that is the same."""
+        found: dict[str, nn.Module] = {}
+        for width, model in self.models.items():
+            found[f"at_{width}"] = model
+            layers = factorised_layers(model).values()
+            if layers and all(layer.inner is None for layer in layers):
+                found[f"folded_at_{width}"] = fold_network(model)
+        return found
+
+    def media(self, split: Split) -> Mapping[str, MediaItem]:
+        """Those of the classifier for the widest, and accuracy by width, fused layers, firing rates, sizes."""
+        items = dict(super().media(split))
+        if split == "train":
+            return items
+        history = self._history
+        if len(history.get("round", [])) > 1:
+            by_width = zip(*history["accuracy"], strict=True)
+            series = {f"p = {width}": list(values) for width, values in zip(self.widths, by_width, strict=True)}
+            items["accuracy_by_width"] = Curve(history["round"], series, "round", "accuracy")
+        if history.get("fused_layer"):
+            layers = list(factorised_layers(self.models[self.widths[0]]))
+            series = {
+                layer: [float(layer in chosen) for chosen in history["fused_layer"]]
+                for layer in layers
+                if any(layer in chosen for chosen in history["fused_layer"])
+            }
+            if len(history["fused_round"]) > 1:
+                items["fused_layer"] = Curve(history["fused_round"], series, "round", "fused (1) or not (0)")
+        for name, profile in self._profiles.items():
+            items[f"input_rates_at_{name}"] = Bars(profile, "input firing rate")
+        items["widths"] = Table(("width", "parameters", "MB"), [_size(width, m) for width, m in self.models.items()])
+        return items
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write the widest network, and every other into ``width_<percent>/``; folded where that is the same."""
+        (example,) = self.example_input()
+        files: list[Path] = []
+        variants = self.variants()
+        for width in self.widths:
+            folder = Path(directory) if width == self.widths[-1] else Path(directory) / f"width_{slug(width)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            network = variants.get(f"folded_at_{width}", variants[f"at_{width}"])
+            files += export_network(network, example, folder, self.classes)
+        return files
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["widths"] = {"history": self._history, "profiles": self._profiles}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._history = {name: list(values) for name, values in checkpoint["widths"]["history"].items()}
+        self._profiles = dict(checkpoint["widths"]["profiles"])
+
+
+def _size(width: float, network: nn.Module) -> tuple[float, int, float]:
+    state: Iterable[Tensor] = network.state_dict().values()
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return width, count, sum(value.numel() * value.element_size() for value in state) / 1e6
