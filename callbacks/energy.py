@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.common import inputs_of, writes_files
+from callbacks.common import inputs_of, items_in, writes_files
 from callbacks.media import render
 from leanlight.contracts import HasVariants, Table
 

@@ -311,6 +311,11 @@ class DeepQLearning(Player):
             if (score := self.games.recent_score) is not None:
                 self._history.setdefault("train_score", []).append(score)
 
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        if curve := self._history.get("score"):
+            self.log("test/curve_mean", sum(curve) / len(curve))  # area under the curve of evaluations
+
     def loss_terms(self) -> Mapping[str, Tensor | float]:
         return self._terms
 
