@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from lit_modules.nn.checks import require_positive
+from lit_modules.nn.neurons import FusedIFNode, FusedLIFNode
 from lit_modules.nn.spiking import fold_time, repeat_time, reset, unfold_time
 
 Neuron = Literal["lif", "if"]
@@ -146,8 +147,8 @@ class DSQN(DQN):
 def _neuron(kind: Neuron, tau: float, name: Surrogate, alpha: float, options: dict[str, Any]) -> nn.Module:
     function = surrogate.ATan(alpha=alpha) if name == "atan" else surrogate.Sigmoid(alpha=alpha)
     if kind == "if":
-        return neuron.IFNode(surrogate_function=function, step_mode="m", **options)
-    return neuron.LIFNode(tau=tau, decay_input=True, surrogate_function=function, step_mode="m", **options)
+        return FusedIFNode(surrogate_function=function, step_mode="m", **options)
+    return FusedLIFNode(tau=tau, decay_input=True, surrogate_function=function, step_mode="m", **options)
 
 
 class _Integrator(nn.Module):
