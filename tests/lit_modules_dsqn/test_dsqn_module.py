@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from callbacks import EnergyMeter
 from datamodules import GameDataModule
 from leanlight.contracts import Episode, Transition, UserError
 from lit_modules.dsqn import DQN, DSQN, Conversion, DeepQLearning
@@ -122,6 +123,15 @@ def test_a_converted_agent_is_measured(source, tmp_path):
     figures = measure(Conversion(source, time_steps=200, states=200, input_noise=[0.1], weight_noise=[0.1]), tmp_path)
     assert figures["test/agreement_robust"] > 0.8
     assert {"test/score", "test/score_input_noise_0.1", "test/score_weight_noise_0.1"} <= set(figures)
+
+
+def test_energy_is_that_of_one_greedy_decision(source, tmp_path):
+    agent = DeepQLearning.load_from_checkpoint(source, weights_only=True)
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[EnergyMeter(batches=9)], **QUIET)
+    (figures,) = trainer.test(agent, datamodule=GameDataModule(**DATA), verbose=False)
+    # Catch's pixels are 0 or 1, so its first layer adds; the others multiply once for every weight.
+    assert figures["test/macs"] == 4 * 6 * 6 * 16 + 16 * 3
+    assert 0 < figures["test/acs"] <= 2 * 9 * 4
 
 
 def test_a_missing_source_names_the_pipeline(tmp_path):
