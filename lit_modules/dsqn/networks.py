@@ -107,6 +107,7 @@ class DSQN(DQN):
         if tau <= 1:
             raise UserError(f"tau: expected a time constant above 1 step, got {tau}")
         self.time_steps, self.readout = time_steps, readout
+        self.share = 1 / tau if neuron == "lif" else 1.0
         options = {
             "v_threshold": float(v_threshold),
             "v_reset": 0.0 if reset == "hard" else None,
@@ -125,20 +126,28 @@ class DSQN(DQN):
 
     def forward(self, state: Tensor) -> Tensor:
         reset(self)
-        spikes = self.neurons[0](repeat_time(self.convolutions[0](state), self.time_steps))
+        spikes = self.neurons[0](repeat_time(self._current(self.convolutions[0], state), self.time_steps))
         for layer, fire in zip(self.convolutions[1:], self.neurons[1:-1], strict=True):
-            spikes = fire(unfold_time(layer(fold_time(spikes)), self.time_steps))
-        spikes = self.neurons[-1](unfold_time(self.hidden(fold_time(spikes).flatten(1)), self.time_steps))
+            spikes = fire(unfold_time(self._current(layer, fold_time(spikes)), self.time_steps))
+        current = self._current(self.hidden, fold_time(spikes).flatten(1))
+        spikes = self.neurons[-1](unfold_time(current, self.time_steps))
         values = self._read(spikes)
         reset(self)
         return values
+
+    def _current(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What of a layer's output enters its neurons: the share 1/τ, taken of the weights, which are few."""
+        scaled = {name: parameter * self.share for name, parameter in layer.named_parameters()}
+        return torch.func.functional_call(layer, scaled, (x,))
 
     def _read(self, spikes: Tensor) -> Tensor:
         """(T, N, hidden) → (N, num_actions)."""
         if self.readout == "rate":
             # The head is linear: the mean over time of its outputs is its output at the mean firing rate.
             return self.head(spikes.mean(0))
-        sequence = self.output(unfold_time(self.head(fold_time(spikes)), self.time_steps))
+        x = fold_time(spikes)
+        current = self._current(self.head, x) if self.readout == "spike_rate" else self.head(x)
+        sequence = self.output(unfold_time(current, self.time_steps))
         if self.readout == "max_mem":
             return sequence.amax(0)
         return sequence[-1] if self.readout == "last_mem" else sequence.mean(0)
@@ -148,7 +157,7 @@ def _neuron(kind: Neuron, tau: float, name: Surrogate, alpha: float, options: di
     function = surrogate.ATan(alpha=alpha) if name == "atan" else surrogate.Sigmoid(alpha=alpha)
     if kind == "if":
         return FusedIFNode(surrogate_function=function, step_mode="m", **options)
-    return FusedLIFNode(tau=tau, decay_input=True, surrogate_function=function, step_mode="m", **options)
+    return FusedLIFNode(tau=tau, decay_input=False, surrogate_function=function, step_mode="m", **options)
 
 
 class _Integrator(nn.Module):
