@@ -146,8 +146,10 @@ def measure_training(
     layers: dict[str, Any], batch: int, steps: tuple[int, int], updates: int, measured: Measurement
 ) -> None:
     """Frames a second of training under Lightning: four decisions (each of a greedy agent) and one update a batch."""
-    makers = {"dqn": functools.partial(DQN, **layers)}
-    makers[f"dsqn_T{steps[0]}"] = functools.partial(DSQN, **layers, time_steps=steps[0])
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        "dqn": functools.partial(DQN, **layers),
+        f"dsqn_T{steps[0]}": functools.partial(DSQN, **layers, time_steps=steps[0]),
+    }
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )

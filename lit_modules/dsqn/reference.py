@@ -21,9 +21,8 @@ class StepByStep(nn.Module):
     def __init__(self, network: DSQN) -> None:
         super().__init__()
         self.time_steps = network.time_steps
-        self.convolutions, self.hidden, self.head = (
-            copy.deepcopy(each) for each in (network.convolutions, network.hidden, network.head)
-        )
+        self.convolutions = copy.deepcopy(network.convolutions)
+        self.hidden, self.head = copy.deepcopy(network.hidden), copy.deepcopy(network.head)
         self.neurons = nn.ModuleList(
             neuron.LIFNode(tau=2.0, decay_input=True, surrogate_function=surrogate.ATan(), step_mode="s")
             for _ in network.neurons
