@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +34,27 @@ class ExportArtifact(Callback):
         folder = Path(trainer.default_root_dir) / "artifacts" / "export"
         folder.mkdir(parents=True, exist_ok=True)
         with isolated_rng():
-            files = pl_module.export(folder)
+            files = {file.relative_to(folder).as_posix(): file for file in map(Path, pl_module.export(folder))}
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and files:
                 self._log_artifact(logger, files, _metadata(trainer, pl_module, files))
 
-    def _log_artifact(self, logger: WandbLogger, files: Sequence[Path], metadata: dict[str, Any]) -> None:
+    def _log_artifact(self, logger: WandbLogger, files: Mapping[str, Path], metadata: dict[str, Any]) -> None:
         import wandb
 
         run = logger.experiment
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.id}-export")
-        artifact = wandb.Artifact(name, type="model", metadata=metadata)
-        for file in files:
-            artifact.add_file(str(file), name=Path(file).name)
+        title = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.id}-export")
+        artifact = wandb.Artifact(title, type="model", metadata=metadata)
+        for name, file in files.items():
+            artifact.add_file(str(file), name=name)
         run.log_artifact(artifact, aliases=self.aliases)
 
 
-def _metadata(trainer: Trainer, module: MethodModule, files: Sequence[Path]) -> dict[str, Any]:
+def _metadata(trainer: Trainer, module: MethodModule, files: Mapping[str, Path]) -> dict[str, Any]:
     progress = module.progress()
     return {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
         "progress": {progress.unit: progress.value},
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "sha256": {Path(file).name: sha256_file(file) for file in files},
+        "sha256": {name: sha256_file(file) for name, file in files.items()},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,11 +39,12 @@ _LAST = 10  # rounds over which the final accuracy is averaged
 class FederatedRounds(Callback):
     """Runs a communication round an epoch: candidates, local training, scores, selection, aggregation, evaluation.
 
-    The selector draws `candidates`; it may score them before their training (then only the chosen ones train) or after
-    it (then all train, and only the chosen ones send their weights). The updates of the chosen go to the module, in the
-    order of client ids, before the last batch of the epoch. Clients that drop out, have no data or come back with NaN
-    are left out, counted and warned about; when none is left, the round changes nothing. On several processes each
-    trains its share of the clients, and all aggregate the same updates in the same order.
+    A selector without scores draws `participants`. Others draw `candidates` and score them before their training (then
+    only the chosen ones train) or after it (then all train, and only the chosen ones send their weights). The updates
+    of the chosen go to the module, in the order of client ids, before the last batch of the epoch. Clients that drop
+    out or come back with NaN are left out, counted and warned about, and those without data are never drawn; when none
+    is left, the round changes nothing. On several processes each trains its share of the clients, and all aggregate the
+    same updates in the same order.
 
     Logged a round: ``train/loss`` (mean of the chosen clients' local losses), ``train/participants``,
     ``train/dropped_clients``, ``train/failed_clients``, ``train/label_entropy`` (of the labels that the chosen clients
@@ -59,7 +61,7 @@ class FederatedRounds(Callback):
     Args:
         selector: the rule.
         participants: clients that a round aggregates (m).
-        candidates: clients that a round draws (d), at least `participants`, its default.
+        candidates: clients that a round draws for a selector that scores (d), at least `participants`, its default.
         dropout: probability with which a client does not come back.
         stragglers: probability with which a client manages only the share `straggler_work` of its local steps.
         straggler_work: in (0, 1].
@@ -163,14 +165,13 @@ class FederatedRounds(Callback):
 
     def _start_round(self, trainer: Trainer, pl_module: LightningModule, number: int) -> _Round:
         data = _data(trainer)
-        drawn = self.selector.candidates(data.client_sizes, self.candidates, self._generator("candidates", number))
+        count = self.participants if self.selector.scored == "never" else self.candidates
+        drawn = self.selector.candidates(data.client_sizes, count, self._generator("candidates", number))
         current = _Round(number, candidates=drawn)
         trained = drawn
         if self.selector.scored == "before":
             current.scores = self._score_before(trainer, pl_module, number, drawn)
             trained = self._choose(current.scores, number)
-        elif len(drawn) > self.participants and self.selector.scored == "never":
-            trained = sorted(drawn)[: self.participants]
         for client in sorted(trained):
             chances = torch.rand(2, generator=self._generator("absent", number, client)).tolist()
             if chances[0] < self.dropout:
@@ -351,10 +352,12 @@ class FederatedRounds(Callback):
     def pictures(self, data: FederatedData) -> dict[str, MediaItem]:
         """Who holds what, who was chosen and with which score, and accuracy over rounds, traffic and computing."""
         matrix = data.class_matrix
-        rows = [(client, *counts) for client, counts in enumerate(matrix.tolist())]
+        times = Counter(client for entry in self.history for client in entry["chosen"])
+        rows = [(client, times[client], *counts) for client, counts in enumerate(matrix.tolist())]
+        columns = ("client", "times_chosen", *(f"class_{i}" for i in range(matrix.shape[1])))
         items: dict[str, MediaItem] = {
             "clients": Heatmap(matrix.float(), "class", "client"),
-            "clients_table": Table(("client", *(f"class_{i}" for i in range(matrix.shape[1]))), rows),
+            "clients_table": Table(columns, rows),
         }
         rounds, clients = len(self.history), len(data.client_sizes)
         selected, scores = torch.zeros(rounds, clients), torch.full((rounds, clients), math.nan)

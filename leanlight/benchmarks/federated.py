@@ -19,9 +19,9 @@ from datamodules import IID, FederatedDataModule
 from leanlight.benchmarks.core import Measurement, Target, ratios, summarise
 from leanlight.contracts import derived_seed
 from lit_modules.federated import FederatedClassifier, LocalTraining, RandomClients
-from lit_modules.nn import MLP
+from lit_modules.nn import MLP, ConvNet
 
-_LR, _BATCH, _EPOCHS, _SEED = 0.1, 16, 1, 0
+_LR, _BATCH, _EPOCHS, _SEED = 0.1, 16, 5, 0
 Client = tuple[Tensor, Tensor]
 
 
@@ -55,9 +55,14 @@ def plain_round(network: nn.Module, clients: Sequence[Client], number: int, epoc
     )
 
 
-def small_network() -> nn.Module:
-    """The client model of the benchmark: an MLP with 64 hidden units on 8x8 images."""
-    return MLP(in_channels=1, num_classes=10, hidden=(64,), image_size=8)
+def mlp() -> nn.Module:
+    """An MLP with 64 hidden units on 28x28 images."""
+    return MLP(in_channels=1, num_classes=10, hidden=(64,), image_size=28)
+
+
+def cnn() -> nn.Module:
+    """A convolutional network of two blocks and 8 channels on 28x28 images, without norm."""
+    return ConvNet(in_channels=1, num_classes=10, width=8, depth=2, norm="none", image_size=28)
 
 
 class RoundClock(pl.Callback):
@@ -75,11 +80,13 @@ class RoundClock(pl.Callback):
 
 
 def simulate(
-    clients: int, rounds: int, clients_at_once: int = 1, network: Callable[[], nn.Module] = small_network, **local: Any
+    clients: int, rounds: int, clients_at_once: int = 1, network: Callable[[], nn.Module] = mlp, **local: Any
 ) -> tuple[FederatedClassifier, FederatedDataModule, list[float]]:
-    """Train `rounds` rounds of FedAvg over all `clients` on real digits with this suite; return seconds of each too."""
+    """Train rounds of FedAvg over all `clients` on packaged Fashion-MNIST; return also the seconds of each round."""
     torch.manual_seed(_SEED)
-    data = FederatedDataModule(dataset="digits", clients=clients, partition=IID(), partition_seed=_SEED, seed=_SEED)
+    data = FederatedDataModule(
+        dataset="fashion_mnist", variant="subset", clients=clients, partition=IID(), partition_seed=_SEED, seed=_SEED
+    )
     model = FederatedClassifier(
         network,
         local=LocalTraining(**{"epochs": _EPOCHS, "batch_size": _BATCH, **local}),
@@ -99,7 +106,7 @@ def simulate(
 
 
 def simulate_plainly(
-    data: FederatedDataModule, rounds: int, network: Callable[[], nn.Module] = small_network
+    data: FederatedDataModule, rounds: int, network: Callable[[], nn.Module] = mlp
 ) -> tuple[nn.Module, list[float]]:
     """The same rounds by `plain_round`, from the same first weights."""
     torch.manual_seed(_SEED)
@@ -114,28 +121,28 @@ def simulate_plainly(
 
 def run(quick: bool = False) -> Measurement:
     """Measure on the CPU, with as many threads as PyTorch takes."""
-    rounds, counts = (3, [10]) if quick else (12, [10, 50, 100])
+    rounds, counts = (3, [10]) if quick else (8, [10, 50, 100])
     measured = Measurement(
-        settings={"network": "MLP 64-64-10", "local_epochs": _EPOCHS, "batch_size": _BATCH, "rounds": rounds, "lr": _LR}
+        settings={"networks": "MLP 784-64-10; ConvNet 8-8", "local_epochs": _EPOCHS, "batch_size": _BATCH, "lr": _LR}
     )
-    measured.settings["threads"] = torch.get_num_threads()
-    for clients in counts:
-        sequential, data, one_by_one = simulate(clients, rounds)
-        batched, _, together = simulate(clients, rounds, clients_at_once=clients)
-        plain, loop = simulate_plainly(data, rounds)
-        name = f"clients_{clients}"
+    measured.settings |= {"rounds": rounds, "data": "packaged Fashion-MNIST", "threads": torch.get_num_threads()}
+    for network, clients in [(make, count) for make in (mlp, cnn) for count in counts]:
+        sequential, data, one_by_one = simulate(clients, rounds, network=network)
+        batched, _, together = simulate(clients, rounds, clients_at_once=clients, network=network)
+        plain, loop = simulate_plainly(data, rounds, network)
+        name = f"{network.__name__}_{clients}_clients"
         for part, seconds in (("plain", loop), ("sequential", one_by_one), ("batched", together)):
             measured.figures[f"{name}/{part}"] = summarise([1000 * s for s in seconds[1:]], "ms a round")
         more = [100 * (ratio - 1) for ratio in ratios(one_by_one[1:], loop[1:])]
         measured.figures[f"{name}/sequential_over_plain"] = summarise(more, "%")
         measured.figures[f"{name}/batched_speedup"] = summarise(ratios(one_by_one[1:], together[1:]), "x", "higher")
         for text, model in (("sequential", sequential), ("batched", batched)):
-            measured.checks[f"{text}, {clients} clients: the weights of the plain loop within 1e-5"] = all(
-                torch.allclose(value, plain.state_dict()[key], rtol=1e-4, atol=1e-5)
+            measured.checks[f"{name}, {text}: the weights of the plain loop within 1e-4"] = all(
+                torch.allclose(value, plain.state_dict()[key], rtol=1e-3, atol=1e-4)
                 for key, value in model.network.state_dict().items()
             )
         measured.targets += [
-            Target(f"{name}/sequential_over_plain", 5.0, f"{clients} clients: at most 5 % slower than the plain loop"),
-            Target(f"{name}/batched_speedup", 2.0, f"{clients} clients: batched at least twice as fast as one by one"),
+            Target(f"{name}/sequential_over_plain", 5.0, f"{name}: at most 5 % slower than the plain loop"),
+            Target(f"{name}/batched_speedup", 2.0, f"{name}: batched at least twice as fast as one by one"),
         ]
     return measured

@@ -32,9 +32,10 @@ class ClientUpdate:
     """What a client has after its local training.
 
     client: its id. items: size of its data. steps: local steps made. loss: mean loss over them. passes: images seen.
-    state: parameters and buffers. extras: whatever else it sends (SCAFFOLD: the change of its control variate).
-    before, after: measurements with the received and with its own weights, where the selector asks for them.
-    received_bytes, sent_bytes: traffic with the server, `sent_bytes` only if it is chosen. finite: no NaN or infinity.
+    state: parameters and buffers. distance: Euclidean distance of its parameters from the received ones. extras:
+    whatever else it sends (SCAFFOLD: the change of its control variate). before, after: measurements with the received
+    and with its own weights, where the selector asks for them. received_bytes, sent_bytes: traffic with the server,
+    `sent_bytes` only if it is chosen. finite: no NaN or infinity.
     """
 
     client: int
@@ -43,6 +44,7 @@ class ClientUpdate:
     loss: float
     passes: int
     state: State
+    distance: float = 0.0
     extras: State = field(default_factory=dict)
     before: Measurement | None = None
     after: Measurement | None = None

@@ -29,7 +29,7 @@ def capture_rng() -> dict[str, Any]:
     if (numpy := sys.modules.get("numpy")) is not None:
         kind, keys, position, has_gauss, gauss = numpy.random.get_state()
         state["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -50,12 +50,17 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """Leave all random states as they were before the block; inside, seed them with `seed` if given."""
+    """Leave all random states as they were before the block; inside, seed them with `seed` if given.
+
+    A GPU that was not in use before the block is left alone.
+    """
     before = capture_rng()
     try:
         if seed is not None:
             random.seed(seed)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond to look for accelerators
+            if torch.cuda.is_initialized():
+                torch.cuda.manual_seed_all(seed)
             if (numpy := sys.modules.get("numpy")) is not None:
                 numpy.random.seed(seed % 2**32)
         yield

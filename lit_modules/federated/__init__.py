@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from lit_modules.federated.aggregation import FedAvg, FedNova
     from lit_modules.federated.local import FedProx, LocalObjective, LocalTraining, Scaffold
     from lit_modules.federated.module import FederatedClassifier
-    from lit_modules.federated.selection import LargestClients, PowerOfChoice, RandomClients
+    from lit_modules.federated.selection import LargestClients, LargestUpdate, PowerOfChoice, RandomClients
 
 _HOME = {
     "FedAvg": "aggregation",
@@ -15,6 +15,7 @@ _HOME = {
     "FedProx": "local",
     "FederatedClassifier": "module",
     "LargestClients": "selection",
+    "LargestUpdate": "selection",
     "LocalObjective": "local",
     "LocalTraining": "local",
     "PowerOfChoice": "selection",
@@ -28,6 +29,7 @@ __all__ = [
     "FedProx",
     "FederatedClassifier",
     "LargestClients",
+    "LargestUpdate",
     "LocalObjective",
     "LocalTraining",
     "PowerOfChoice",

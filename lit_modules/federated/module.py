@@ -219,6 +219,9 @@ class FederatedClassifier(ImageClassifier):
         extras = self._control_change(state, steps) if self.objective.has_control else {}
         finite = torch.stack([value.isfinite().all() for value in [loss, *state.values()]]).all()
         traffic = _bytes(state) + _bytes(extras)
+        start = dict(self.network_of(batch.client).named_parameters())
+        moves = torch._foreach_sub([state[name] for name in start], [value.detach() for value in start.values()])
+        distance = torch.stack(torch._foreach_norm(moves)).norm()
         return ClientUpdate(
             client=batch.client,
             items=len(batch.data),
@@ -226,6 +229,7 @@ class FederatedClassifier(ImageClassifier):
             loss=float(loss),
             passes=passes,
             state=state,
+            distance=float(distance),
             extras=extras,
             before=before,
             after=after,

@@ -45,3 +45,14 @@ class PowerOfChoice(Selector):
 
     def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
         return before.loss
+
+
+@dataclass(frozen=True)
+class LargestUpdate(Selector):
+    """The candidates whose local training moves the weights furthest (optimal client sampling, Chen et al. 2020)."""
+
+    scored = "after"
+
+    def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
+        assert update is not None
+        return update.distance

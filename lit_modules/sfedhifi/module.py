@@ -54,9 +54,9 @@ class WidthFederation(FederatedClassifier):
     widths while its window lasts.
 
     network: makes the network of a width. loss: ``tet``, or ``mean_output``, cross entropy of the mean over time.
-    tet_weight, tet_target: λ and φ of the former. orthogonality_weight: λ_R. budgets: how widths come to clients. layer:
-    which factor is fused. vote_images: held-out validation images on which firing rates are measured before the vote,
-    vote_batch of them a vote. Others: see `FederatedClassifier`.
+    tet_weight, tet_target: λ and φ of the former. orthogonality_weight: λ_R. budgets: how widths come to clients.
+    layer: which factor is fused. vote_images: held-out validation images on which firing rates are measured before the
+    vote, vote_batch of them a vote. Others: see `FederatedClassifier`.
     """
 
     network: Widths
@@ -101,6 +101,7 @@ class WidthFederation(FederatedClassifier):
         self.vote_images, self.vote_batch = vote_images, vote_batch
         self.width_of: dict[int, float] = {}  # of the clients of this round
         self._round = 0
+        self._traffic: dict[str, float] = {slug(width): 0.0 for width in self.widths}  # MB sent since the first round
         self._history: dict[str, list[Any]] = {}
         self._profiles: dict[str, dict[str, float]] = {}
         self._check_rules()
@@ -167,6 +168,7 @@ class WidthFederation(FederatedClassifier):
 
     def aggregate(self, updates: Sequence[ClientUpdate]) -> State:
         """The new state of all widths."""
+        self._count_traffic(updates)
         states = self._states()
         if self.sharing == "slices":
             wide = average_slices(states[self.widths[-1]], updates)
@@ -180,6 +182,12 @@ class WidthFederation(FederatedClassifier):
             if self.hifi is not None and self.hifi.active(self._round + 1):
                 states = self.hifi.fuse(states, [factor_key(layer) for layer in self._informative_layers()])
         return {f"models.{slug(width)}.{key}": value for width, state in states.items() for key, value in state.items()}
+
+    def _count_traffic(self, updates: Sequence[ClientUpdate]) -> None:
+        for update in updates:
+            self._traffic[slug(self.width_of[update.client])] += update.sent_bytes / 1e6
+        sent = {f"train/uplink_mb_at_{width}": self._traffic[slug(width)] for width in self.widths}
+        self.log_dict(sent, on_step=False, on_epoch=True, batch_size=1)
 
     def _informative_layers(self) -> list[str]:
         """Layers to fuse, by the firing rates of the weights that the clients received, on held-out images."""
@@ -283,12 +291,12 @@ class WidthFederation(FederatedClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["widths"] = {"history": self._history, "profiles": self._profiles}
+        checkpoint["widths"] = {"history": self._history, "profiles": self._profiles, "traffic": self._traffic}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._history = {name: list(values) for name, values in checkpoint["widths"]["history"].items()}
-        self._profiles = dict(checkpoint["widths"]["profiles"])
+        self._profiles, self._traffic = dict(checkpoint["widths"]["profiles"]), dict(checkpoint["widths"]["traffic"])
 
 
 def _size(width: float, network: nn.Module) -> tuple[float, int, float]:
