@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make venv: PYTHON=$$python is not Python >= 3.11" >&2; exit 2; }; \
 	$(BIN)/python -c '' 2>/dev/null || "$$python" -m venv --clear $(VENV); \
 	echo "venv: installing the tested versions into $(VENV) (about 3 minutes and 6 GB, mostly torch)"; \
-	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev,spiking]'; \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev,spiking,rl]'; \
 	touch $@
 
 test: venv ## fast tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +22,14 @@ def writes_files(trainer: Trainer) -> bool:
 def is_trial(trainer: Trainer) -> bool:
     """Whether this is a `fast_dev_run`, which leaves nothing behind."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+
+
+def inputs_of(outputs: Any, batch: Any) -> int:
+    """Inputs of the network behind a step: its output's ``inputs`` where an item stands for several, as an episode does
+    for its decisions; else the items of the batch."""
+    if isinstance(outputs, Mapping) and "inputs" in outputs:
+        return int(outputs["inputs"])
+    return items_in(batch)
 
 
 def items_in(batch: Any) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.common import items_in, writes_files
+from callbacks.common import inputs_of, items_in, writes_files
 from callbacks.media import render
 from leanlight.contracts import HasVariants, Table
 
@@ -160,9 +160,10 @@ class EnergyMeter(Callback):
     """Logs operations and energy of an inference, measured on the first test batches.
 
     ``test/energy_pj``, ``test/macs`` and ``test/acs`` are means for one input over everything that `test_step`
-    executes; ``artifacts/energy.csv`` has them by layer, and so has W&B. For a module that stands for several networks
-    (`HasVariants`) these are measured one by one on the images of the batches: ``test/energy_pj_<name>`` and so on,
-    ``artifacts/energy_<name>.csv``.
+    executes; ``artifacts/energy.csv`` has them by layer, and so has W&B. Where an item of a batch stands for several
+    inputs, as an episode does for its decisions, `test_step` returns a mapping with their number as ``inputs``. For a
+    module that stands for several networks (`HasVariants`) these are measured one by one on the images of the batches:
+    ``test/energy_pj_<name>`` and so on, ``artifacts/energy_<name>.csv``.
 
     Args:
         batches: number of test batches to measure, 0 for none.
@@ -210,7 +211,7 @@ class EnergyMeter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._stop():
-            self._inputs += items_in(batch)
+            self._inputs += inputs_of(outputs, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counters = {"": self._counter} if self._counter is not None else self._variants

@@ -273,6 +273,8 @@ def _draw_curve(axes: Axes, item: Curve) -> None:
     marker = "o" if len(item.x) <= 12 else ""
     for name, colour, style in _styled(list(item.series)):
         axes.plot(item.x, item.series[name], style, color=colour, label=name, marker=marker, markersize=4)
+        if name in item.bands:
+            axes.fill_between(item.x, *item.bands[name], color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel=item.xlabel, ylabel=item.ylabel)
     if item.log_y:
         axes.set_yscale("log")

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from datamodules.catalog import CATALOG, DatasetInfo
     from datamodules.distilled import DistilledDataModule
     from datamodules.federated import FederatedDataModule
+    from datamodules.games import GameDataModule
     from datamodules.imagenet import ImageFolderStream
     from datamodules.images import ImageDataModule, ImageSplit
     from datamodules.partition import IID, ClassesPerClient, ClassImbalance, Dirichlet, QuantitySkew, Shards
@@ -15,6 +16,7 @@ _HOME = {
     "CATALOG": "catalog",
     "DatasetInfo": "catalog",
     "DistilledDataModule": "distilled",
+    "GameDataModule": "games",
     "FederatedDataModule": "federated",
     "ImageDataModule": "images",
     "ImageSplit": "images",
@@ -36,6 +38,7 @@ __all__ = [
     "Dirichlet",
     "DistilledDataModule",
     "FederatedDataModule",
+    "GameDataModule",
     "ImageDataModule",
     "ImageFolderStream",
     "ImageSplit",

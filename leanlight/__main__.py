@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("leanlight.cli.report", "turn results into Markdown, figures and one HTML page"),
     "benchmark": ("leanlight.cli.benchmark", "measure speed and memory, compare two measurements"),
     "data": ("leanlight.cli.data", "list, prepare and check data sets"),
+    "play": ("leanlight.cli.play", "let a trained agent play: scores and an animation"),
     "export": ("leanlight.cli.export", "write a trained model so that it works without this suite"),
     "methods": ("leanlight.cli.methods", "list methods, configs, tables and pipelines"),
 }

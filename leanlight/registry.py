@@ -77,6 +77,15 @@ METHODS: dict[str, MethodInfo] = {
             benchmark="leanlight.benchmarks.at_bptt:run",
         ),
         MethodInfo(
+            name="dsqn",
+            title="DSQN, DQN and converted DQN: deep spiking Q-networks on games",
+            paper="Liu et al. 2022, arXiv:2201.07211",
+            module="lit_modules.dsqn.DeepQLearning",
+            extra="rl",
+            benchmark="leanlight.benchmarks.dsqn:run",
+            commands=("play",),
+        ),
+        MethodInfo(
             name="sfedca",
             title="SFedCA, FedAvg, FedProx, SCAFFOLD, power-of-choice: choosing clients of spiking federations",
             paper="Zhan et al. 2024, arXiv:2406.12200",

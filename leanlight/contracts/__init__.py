@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from leanlight.contracts.batches import (
         Batch,
         ClientBatch,
+        EpisodeBatch,
         ImageBatch,
         MultimodalBatch,
         SessionBatch,
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
         atomic_path,
         atomic_write,
         sha256_file,
+    )
+    from leanlight.contracts.games import (
+        Episode,
+        GameData,
+        QFunction,
     )
     from leanlight.contracts.media import (
         Animation,
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Batch": "batches",
     "ClientBatch": "batches",
+    "EpisodeBatch": "batches",
     "ImageBatch": "batches",
     "MultimodalBatch": "batches",
     "SessionBatch": "batches",
@@ -85,6 +92,9 @@ _HOME = {
     "atomic_path": "files",
     "atomic_write": "files",
     "sha256_file": "files",
+    "Episode": "games",
+    "GameData": "games",
+    "QFunction": "games",
     "Animation": "media",
     "Bars": "media",
     "Curve": "media",
@@ -118,8 +128,11 @@ __all__ = [
     "Curve",
     "DataMeta",
     "DivergedError",
+    "Episode",
+    "EpisodeBatch",
     "FederatedData",
     "FederatedModule",
+    "GameData",
     "HasTerms",
     "HasVariants",
     "Heatmap",
@@ -135,6 +148,7 @@ __all__ = [
     "NetworkFactory",
     "PrimaryMetric",
     "Progress",
+    "QFunction",
     "ResumableLogger",
     "Selector",
     "SessionBatch",

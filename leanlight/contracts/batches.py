@@ -130,3 +130,10 @@ class Transition(Batch):
     next_state: Tensor
     terminal: Tensor
     discount: Tensor
+
+
+@dataclass(frozen=True)
+class EpisodeBatch(Batch):
+    """Evaluation episodes to play. seed: (N,) int64, one an episode; it decides everything random in it."""
+
+    seed: Tensor

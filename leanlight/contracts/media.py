@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,13 +19,17 @@ class ImageGrid:
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines over a shared axis: x has L values, every series has L values."""
+    """Lines over a shared axis: x has L values, every series has L values.
+
+    bands: for some of the series, by name, the lower and upper ends of a band around it, L values each.
+    """
 
     x: Sequence[float]
     series: Mapping[str, Sequence[float]]
     xlabel: str
     ylabel: str
     log_y: bool = False
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

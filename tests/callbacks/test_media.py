@@ -51,6 +51,14 @@ def test_grid_shows_the_pixels_it_was_given(tmp_path):
     assert counts[(255, 0, 0)] == counts[(0, 0, 255)] == 64 * 64
 
 
+def test_a_band_is_drawn_around_its_curve(tmp_path):
+    line = {"score": [1.0, 2.0, 3.0]}
+    plain = Curve([1, 2, 3], line, "step", "score")
+    banded = Curve([1, 2, 3], line, "step", "score", bands={"score": ([0.0, 1.0, 2.0], [2.0, 3.0, 4.0])})
+    pictures = [render(item, tmp_path / str(i), "x").read_bytes() for i, item in enumerate((plain, banded))]
+    assert pictures[0] != pictures[1]
+
+
 def test_animation_has_all_its_frames(tmp_path):
     frames = torch.arange(5).view(5, 1, 1, 1).expand(5, 1, 6, 6) / 5
     with Image.open(render(Animation(frames, fps=4), tmp_path / "film", "")) as image:

@@ -19,7 +19,7 @@ def test_the_python_example_trains_and_tests(tmp_path):
 
 def test_every_config_it_names_exists():
     names = re.findall(
-        r"(?:--config|reproduce|run) ((?:classifier|esvae|at_bptt|sfedca|sfedhifi|trainer)/[\w/]+)", README
+        r"(?:--config|reproduce|run) ((?:classifier|esvae|at_bptt|sfedca|sfedhifi|dsqn|trainer)/[\w/]+)", README
     )
     assert len(names) > 5
     for name in names:

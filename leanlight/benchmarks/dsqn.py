@@ -1,0 +1,165 @@
+"""Benchmark of deep spiking Q-networks: the environment, an update by network and time steps, both together."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from datamodules import GameDataModule
+from datamodules.atari import make_atari
+from datamodules.play import Exploration, TrainingGame, open_memory
+from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
+from lit_modules.dsqn import DQN, DSQN, DeepQLearning
+from lit_modules.dsqn.reference import StepByStep
+
+_GAME = "breakout"
+_SMALL: dict[str, Any] = {"history": 4, "frame_size": 84, "convolutions": [[8, 8, 8], [8, 4, 2]], "hidden": 16}
+
+
+def run(quick: bool) -> Measurement:
+    """Measure everything at the paper's shapes. quick: tiny networks, few repetitions: figures without meaning."""
+    measured = Measurement()
+    layers: dict[str, Any] = _SMALL if quick else {}
+    batch, rounds, steps = (4, 2, (2, 4)) if quick else (32, 10, (8, 64))
+    measured.settings |= {"game": _GAME, "batch": batch, "time_steps": list(steps), "threads": torch.get_num_threads()}
+    parts: dict[str, Callable[[], None]] = {
+        "equality": lambda: check_equality(measured),
+        "environment": lambda: measure_environment(50 if quick else 500, rounds, measured),
+        "updates": lambda: measure_updates(layers, batch, steps, rounds, measured),
+        "end to end": lambda: measure_training(layers, batch, steps, 3 if quick else 30, measured),
+    }
+    for name, part in parts.items():
+        with Console(stderr=True).status(f"dsqn: {name}"):
+            part()
+    return measured
+
+
+def _update(network: nn.Module, optimizer: torch.optim.Optimizer, state: Tensor, target: Tensor) -> None:
+    """One gradient step towards `target` values, with the forward pass of the next states as Q-learning has it."""
+    with torch.no_grad():
+        network(state)
+    optimizer.zero_grad(set_to_none=True)
+    nn.functional.smooth_l1_loss(network(state), target).backward()
+    optimizer.step()
+
+
+def check_equality(measured: Measurement) -> None:
+    """Values and gradients of T separate calls and of one, in float64."""
+    torch.manual_seed(0)
+    network = DSQN(4, **_SMALL, time_steps=8, init_gain=6.0).double()
+    stepwise = StepByStep(network).double()
+    state, weight = torch.rand(3, 4, 84, 84, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    found = []
+    for each in (network, stepwise):
+        values = each(state)
+        (values * weight).sum().backward()
+        found.append([values, *(parameter.grad for parameter in each.parameters())])
+    same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
+    measured.checks["one call and T separate calls give the same values and gradients (float64)"] = same
+
+
+def measure_environment(decisions: int, rounds: int, measured: Measurement) -> None:
+    """A training game with its replay memory, beside the same wrapped emulator alone."""
+    bare = make_atari(_GAME, training=True)
+    bare.reset(seed=0)
+    generator = np.random.default_rng(0)
+
+    def play_bare() -> None:
+        for _ in range(decisions):
+            _, _, terminated, truncated, _ = bare.step(int(generator.integers(4)))
+            if terminated or truncated:
+                bare.reset()
+
+    with tempfile.TemporaryDirectory() as folder:
+        game = make_atari(_GAME, training=True)
+        training = TrainingGame(game, open_memory(Path(folder), game, capacity=20_000), Exploration(1.0, 1.0, 1), 0)
+        training.fill(10)
+
+        def play_training() -> None:
+            for _ in range(decisions):
+                training.decide()
+
+        seconds = interleave({"bare": play_bare, "training": play_training}, rounds)
+    for name, values in seconds.items():
+        frames = [4 * decisions / s for s in values]
+        measured.figures[f"environment/{name}"] = summarise(frames, "frames/s", "higher")
+    more = [100 * (ratio - 1) for ratio in ratios(seconds["training"], seconds["bare"])]
+    measured.figures["environment/more_than_bare"] = summarise(more, "%")
+    text = "a decision with exploration and replay memory takes at most 10 % more than the wrapped emulator alone"
+    measured.targets.append(Target("environment/more_than_bare", 10.0, text))
+
+
+def measure_updates(
+    layers: dict[str, Any], batch: int, steps: tuple[int, int], rounds: int, measured: Measurement
+) -> None:
+    """Seconds of an update: DQN, DSQN at two T, and the longer T in separate calls."""
+    torch.manual_seed(0)
+    state, target = torch.rand(batch, 4, 84, 84), torch.randn(batch, 4)
+    few, many = steps
+    spiking = functools.partial(DSQN, 4, **layers)
+    networks: dict[str, nn.Module] = {
+        "dqn": DQN(4, **layers),
+        f"dsqn_T{few}": spiking(time_steps=few),
+        f"dsqn_T{many}": spiking(time_steps=many),
+        "separate_calls": StepByStep(spiking(time_steps=many)),
+    }
+    calls = {
+        name: functools.partial(_update, network, torch.optim.Adam(network.parameters(), lr=1e-4), state, target)
+        for name, network in networks.items()
+    }
+    # Separate calls take tens of seconds a round on a small machine.
+    seconds = interleave(calls, min(rounds, 5), warmup=1)
+    for name, values in seconds.items():
+        measured.figures[f"update/{name}"] = summarise([1 / s for s in values], "updates/s", "higher")
+    times = ratios(seconds["separate_calls"], seconds[f"dsqn_T{many}"])
+    measured.figures["update/times_separate_calls"] = summarise(times, "x", "higher")
+    measured.targets.append(
+        Target("update/times_separate_calls", 2.0, f"an update at T = {many} is at least twice as fast as T calls")
+    )
+
+
+class _Watch(pl.Callback):
+    """Seconds of each batch: decisions, sampling, update, callbacks."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def measure_training(
+    layers: dict[str, Any], batch: int, steps: tuple[int, int], updates: int, measured: Measurement
+) -> None:
+    """Frames a second of training under Lightning: four decisions (each of a greedy agent) and one update a batch."""
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        "dqn": functools.partial(DQN, **layers),
+        f"dsqn_T{steps[0]}": functools.partial(DSQN, **layers, time_steps=steps[0]),
+    }
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    for name, make in makers.items():
+        watch = _Watch()
+        data = GameDataModule(_GAME, batch, replay_size=2000, replay_start=200, slack=2000, epsilon_start=0.1, seed=0)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = pl.Trainer(
+                max_steps=updates + 3, limit_val_batches=0, default_root_dir=folder, callbacks=[watch], **quiet
+            )
+            trainer.fit(DeepQLearning(make), datamodule=data)
+        frames = [16 / s for s in watch.seconds[2:]]
+        measured.figures[f"end_to_end/{name}"] = summarise(frames, "frames/s", "higher")

@@ -1,0 +1,102 @@
+"""`leanlight play`: let a trained agent play episodes; print the scores, write an animation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from leanlight.cli.arguments import Parser
+from leanlight.contracts.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Play with a run's last or best agent, or with one of a checkpoint file."""
+    parser = Parser(prog="leanlight play", description=__doc__)
+    parser.add_argument("source", type=Path, help="run folder or checkpoint file")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
+    parser.add_argument("--episodes", type=int, default=5, help="how many to play (default: %(default)s)")
+    parser.add_argument("--epsilon", type=float, help="probability of a random action (default: as in evaluation)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first episode; the others follow")
+    parser.add_argument("--pictures", type=int, default=1000, help="of the first episode (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="GIF to write; by default artifacts/play.gif in the run folder")
+    args = parser.parse_args(argv)
+    for name in ("episodes", "pictures"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.epsilon is not None and not 0 <= args.epsilon <= 1:
+        raise UserError(f"--epsilon: expected a number in [0, 1], got {args.epsilon}")
+    run, checkpoint = _locate(args.source, args.checkpoint)
+    data = _games(run, args.epsilon)
+
+    from leanlight.cli.export import load_module
+
+    agent = load_module(checkpoint)
+    if not hasattr(agent, "values"):
+        raise UserError(f"source: {checkpoint} holds a {type(agent).__name__}, which plays no games")
+    seeds = list(range(args.seed, args.seed + args.episodes))
+    episodes = data.play(seeds, agent.values, args.pictures)
+    _report(seeds, episodes, data)
+    print(_draw(episodes[0], args.output or run / "artifacts" / "play.gif"))
+    return 0
+
+
+def _locate(source: Path, which: str) -> tuple[Path, Path]:
+    """The run folder and the checkpoint file."""
+    checkpoint = source / "checkpoints" / f"{which}.ckpt" if source.is_dir() else source
+    if not checkpoint.is_file():
+        raise UserError(f"source: no checkpoint at {checkpoint}")
+    run = source if source.is_dir() else source.resolve().parent.parent
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"source: expected a checkpoint inside its run folder, whose config.yaml names the game; {run}")
+    return run, checkpoint
+
+
+def _games(run: Path, epsilon: float | None) -> Any:
+    """The DataModule of a run."""
+    import yaml
+
+    from leanlight.contracts import GameData
+
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    package, _, name = data["class_path"].rpartition(".")
+    arguments = dict(data.get("init_args") or {})
+    if epsilon is not None:
+        arguments["eval_epsilon"] = epsilon
+    module = getattr(import_module(package), name)(**arguments)
+    module.ensure_available()
+    module.setup("test")
+    if not isinstance(module, GameData):
+        raise UserError(f"source: {run} was trained on {name}, which is no game")
+    return module
+
+
+def _report(seeds: list[int], episodes: list[Any], data: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=data.meta.name, title_justify="left")
+    for column in ("seed", "score", "decisions", "largest Q"):
+        table.add_column(column, justify="right")
+    for seed, episode in zip(seeds, episodes, strict=True):
+        table.add_row(str(seed), f"{episode.score:g}", str(episode.decisions), f"{episode.max_q:.3f}")
+    console = Console(highlight=False)
+    console.print(table)
+    mean = sum(episode.score for episode in episodes) / len(episodes)
+    facts = data.meta.extra
+    known = {"random_score", "human_score"} <= set(facts)
+    note = f"; random {facts['random_score']:g}, human {facts['human_score']:g}" if known else ""
+    console.print(f"mean score {mean:g}{note}")
+
+
+def _draw(episode: Any, path: Path) -> Path:
+    """Write the pictures of an episode as a GIF."""
+    from callbacks.media import render
+    from leanlight.contracts import Animation
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path} ({error.strerror})") from error
+    frames = episode.frames.float() / 255
+    return render(Animation(frames, fps=15.0 if len(frames) > 60 else 5.0), path.with_suffix(""), "play")

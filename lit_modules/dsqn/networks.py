@@ -1,0 +1,170 @@
+"""Networks from the last frames to one value an action: the Nature DQN and its spiking counterparts.
+
+All have the same layers under the same names, so their parameter counts are equal (1,686,180 at 4 actions) and weights
+can be copied between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor, nn
+
+from leanlight.contracts import UserError
+from lit_modules.nn.checks import require_positive
+from lit_modules.nn.neurons import FusedIFNode, FusedLIFNode
+from lit_modules.nn.spiking import fold_time, repeat_time, reset, unfold_time
+
+Neuron = Literal["lif", "if"]
+Reset = Literal["hard", "soft"]
+Readout = Literal["rate", "spike_rate", "max_mem", "last_mem", "mean_mem"]
+Surrogate = Literal["atan", "sigmoid"]
+
+
+class DQN(nn.Module):
+    """Convolutions, one hidden layer, one value an action (Mnih et al. 2015).
+
+    (N, history, frame_size, frame_size) in [0, 1] → (N, num_actions). No padding, no norms, PyTorch's initialisation.
+
+    num_actions: A. convolutions: (channels, kernel, stride) of each. hidden: units of the hidden layer.
+    """
+
+    def __init__(
+        self,
+        num_actions: int,
+        history: int = 4,
+        frame_size: int = 84,
+        convolutions: Sequence[Sequence[int]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
+        hidden: int = 512,
+    ) -> None:
+        super().__init__()
+        require_positive(num_actions=num_actions, history=history, hidden=hidden)
+        self.convolutions = nn.ModuleList()
+        channels, size = history, frame_size
+        for number, layer in enumerate(convolutions):
+            if len(layer) != 3 or min(layer) < 1 or size < layer[1]:
+                raise UserError(
+                    f"convolutions[{number}]: expected [channels, kernel, stride] with a kernel of at most {size}, the "
+                    f"size of its input; got {list(layer)}"
+                )
+            self.convolutions.append(nn.Conv2d(channels, layer[0], layer[1], layer[2]))
+            channels, size = layer[0], (size - layer[1]) // layer[2] + 1
+        if not self.convolutions:
+            raise UserError("convolutions: expected at least one [channels, kernel, stride], got none")
+        self.hidden = nn.Linear(channels * size**2, hidden)
+        self.head = nn.Linear(hidden, num_actions)
+
+    def forward(self, state: Tensor) -> Tensor:
+        for layer in self.convolutions:
+            state = layer(state).relu()
+        return self.head(self.hidden(state.flatten(1)).relu())
+
+
+class DSQN(DQN):
+    """The directly trained deep spiking Q-network: every hidden unit is a spiking neuron (Liu et al. 2022).
+
+    The first convolution is the same at all T steps and is computed once; its output is the input current of the first
+    neurons. States of neurons start at rest in each forward and are dropped after it: the network remembers nothing.
+
+        u[t] = v[t-1] + (I[t] - v[t-1]) / tau,   s[t] = 1 if u[t] >= v_threshold,   v[t] = u[t] (1 - s[t])
+
+    time_steps: T. tau: membrane time constant (τ_m), above 1. v_threshold: V_th. neuron: ``if`` does not leak,
+    u = v + I. reset: ``soft`` subtracts V_th instead. surrogate_gradient, alpha: derivative of a spike; ``atan``:
+    (α/2) / (1 + (π/2 α x)²). detach_reset: no gradient through the reset.
+    readout: ``rate``: the head of the mean firing rates (the paper). ``spike_rate``: the head spikes, too, values are
+    its rates in [0, 1] (an ablation that cannot express other values). ``max_mem``, ``last_mem``, ``mean_mem``: the
+    head's currents enter a leaky integrator with time constant 2, of whose potential the largest, last or mean value
+    counts (Chen et al. 2022). init_gain: factor on the hidden layers' initial weights; 1 is the paper, with which the
+    network starts silent.
+    """
+
+    def __init__(
+        self,
+        num_actions: int,
+        history: int = 4,
+        frame_size: int = 84,
+        convolutions: Sequence[Sequence[int]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
+        hidden: int = 512,
+        time_steps: int = 64,
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        neuron: Neuron = "lif",
+        reset: Reset = "hard",
+        surrogate_gradient: Surrogate = "atan",
+        alpha: float = 2.0,
+        detach_reset: bool = False,
+        readout: Readout = "rate",
+        init_gain: float = 1.0,
+    ) -> None:
+        super().__init__(num_actions, history, frame_size, convolutions, hidden)
+        require_positive(time_steps=time_steps)
+        for name, value in (("v_threshold", v_threshold), ("alpha", alpha), ("init_gain", init_gain)):
+            if value <= 0:
+                raise UserError(f"{name}: expected a positive number, got {value}")
+        if tau <= 1:
+            raise UserError(f"tau: expected a time constant above 1 step, got {tau}")
+        self.time_steps, self.readout = time_steps, readout
+        self.share = 1 / tau if neuron == "lif" else 1.0
+        options = {
+            "v_threshold": float(v_threshold),
+            "v_reset": 0.0 if reset == "hard" else None,
+            "detach_reset": detach_reset,
+        }
+        self.neurons = nn.ModuleList(
+            _neuron(neuron, float(tau), surrogate_gradient, alpha, options) for _ in range(len(self.convolutions) + 1)
+        )
+        if readout == "spike_rate":
+            self.output: nn.Module = _neuron(neuron, float(tau), surrogate_gradient, alpha, options)
+        elif readout != "rate":
+            self.output = _Integrator()
+        with torch.no_grad():
+            for layer in (*self.convolutions, self.hidden):
+                layer.weight.mul_(init_gain)
+
+    def forward(self, state: Tensor) -> Tensor:
+        reset(self)
+        spikes = self.neurons[0](repeat_time(self._current(self.convolutions[0], state), self.time_steps))
+        for layer, fire in zip(self.convolutions[1:], self.neurons[1:-1], strict=True):
+            spikes = fire(unfold_time(self._current(layer, fold_time(spikes)), self.time_steps))
+        current = self._current(self.hidden, fold_time(spikes).flatten(1))
+        spikes = self.neurons[-1](unfold_time(current, self.time_steps))
+        values = self._read(spikes)
+        reset(self)
+        return values
+
+    def _current(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What of a layer's output enters its neurons: the share 1/τ, taken of the weights, which are few."""
+        scaled = {name: parameter * self.share for name, parameter in layer.named_parameters()}
+        return torch.func.functional_call(layer, scaled, (x,))
+
+    def _read(self, spikes: Tensor) -> Tensor:
+        """(T, N, hidden) → (N, num_actions)."""
+        if self.readout == "rate":
+            # The head is linear: the mean over time of its outputs is its output at the mean firing rate.
+            return self.head(spikes.mean(0))
+        x = fold_time(spikes)
+        current = self._current(self.head, x) if self.readout == "spike_rate" else self.head(x)
+        sequence = self.output(unfold_time(current, self.time_steps))
+        if self.readout == "max_mem":
+            return sequence.amax(0)
+        return sequence[-1] if self.readout == "last_mem" else sequence.mean(0)
+
+
+def _neuron(kind: Neuron, tau: float, name: Surrogate, alpha: float, options: dict[str, Any]) -> nn.Module:
+    function = surrogate.ATan(alpha=alpha) if name == "atan" else surrogate.Sigmoid(alpha=alpha)
+    if kind == "if":
+        return FusedIFNode(surrogate_function=function, step_mode="m", **options)
+    return FusedLIFNode(tau=tau, decay_input=False, surrogate_function=function, step_mode="m", **options)
+
+
+class _Integrator(nn.Module):
+    """Potential of a leaky integrator without threshold at every step: v[t] = (v[t-1] + x[t]) / 2. (T, …) → (T, …)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        potentials = [x[0] / 2]
+        for current in x[1:]:
+            potentials.append((potentials[-1] + current) / 2)
+        return torch.stack(potentials)

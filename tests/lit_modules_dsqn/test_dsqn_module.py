@@ -1,0 +1,175 @@
+"""The training glue on Catch: target network, evaluation, conversion, the play command."""
+
+import functools
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from callbacks import EnergyMeter
+from datamodules import GameDataModule
+from leanlight.contracts import Episode, Transition, UserError
+from lit_modules.dsqn import DQN, DSQN, Conversion, DeepQLearning
+from lit_modules.dsqn.evaluation import disturbed_weights, noisy, summary
+
+NETWORK = {"history": 1, "frame_size": 8, "convolutions": [[4, 3, 1]], "hidden": 16}
+DATA = {
+    "game": "catch",
+    "history": 1,
+    "replay_size": 500,
+    "replay_start": 50,
+    "slack": 200,
+    "decisions_per_epoch": 40,
+    "eval_episodes": 12,
+    "test_episodes": 12,
+}
+
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+QUIET["accelerator"] = "cpu"
+
+
+def fit(tmp_path, steps=10, callbacks=(), data=None, **options):
+    module = DeepQLearning(functools.partial(options.pop("kind", DQN), **NETWORK), **options)
+    limits = {"max_steps": steps, "num_sanity_val_steps": 0, "callbacks": list(callbacks)}
+    trainer = pl.Trainer(default_root_dir=tmp_path, **limits, **QUIET)
+    pl.seed_everything(0, verbose=False)
+    trainer.fit(module, datamodule=GameDataModule(**{**DATA, **(data or {})}))
+    return module, trainer
+
+
+class Watch(pl.Callback):
+    """Whether the target network equals the online network as it was before each update."""
+
+    def __init__(self):
+        self.equal, self.before = [], None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before = module.network.head.weight.clone()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.equal.append(torch.equal(module.target.head.weight, self.before))
+
+
+def test_the_target_network_is_a_copy_that_is_renewed_now_and_then(tmp_path):
+    watch = Watch()
+    fit(tmp_path, steps=9, callbacks=[watch], target_period=4)
+    assert watch.equal == [True, False, False, False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("rule", ["dqn", "double", "convergent"])
+def test_every_rule_trains(tmp_path, rule):
+    _, trainer = fit(tmp_path, rule=rule, kind=DSQN)
+    assert trainer.global_step == 10
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+def test_the_loss_is_that_of_the_batch_written_out(tmp_path):
+    module, _ = fit(tmp_path, steps=3)
+    torch.manual_seed(1)
+    state, next_state = (torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8) for _ in range(2))
+    action, reward, terminal = torch.randint(3, (6,)), torch.randn(6), torch.tensor([True, False] * 3)
+    batch = Transition(state, action, reward, next_state, terminal, torch.full((6,), 0.99))
+    with torch.no_grad():
+        value = module.network(state / 255.0).gather(1, action[:, None])[:, 0]
+        future = module.target(next_state / 255.0).max(1).values
+        expected = torch.nn.functional.smooth_l1_loss(value, reward + 0.99 * future * (~terminal))
+        torch.testing.assert_close(module._loss(batch, value).mean(), expected)
+
+
+def test_the_memory_is_removed_when_training_has_ended_and_kept_on_request(tmp_path):
+    fit(tmp_path / "a", steps=2)
+    assert not (tmp_path / "a" / "replay").exists()
+    fit(tmp_path / "b", steps=2, data={"keep_replay": True})
+    assert (tmp_path / "b" / "replay" / "frames.npy").is_file()
+
+
+def test_a_network_for_other_frames_is_found_before_training(tmp_path):
+    with pytest.raises(UserError, match="frame_size"):
+        fit(tmp_path, data={"history": 2})
+
+
+def test_data_that_are_no_games_are_refused(tmp_path):
+    from datamodules import ImageDataModule
+
+    trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match="GameDataModule"):
+        trainer.fit(DeepQLearning(functools.partial(DQN, **NETWORK)), datamodule=ImageDataModule("digits"))
+
+
+def test_a_checkpoint_rebuilds_the_agent_without_a_game(tmp_path):
+    module, trainer = fit(tmp_path, kind=DSQN)
+    trainer.save_checkpoint(tmp_path / "agent.ckpt")
+    again = DeepQLearning.load_from_checkpoint(tmp_path / "agent.ckpt", weights_only=True)
+    state = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    assert torch.equal(again.values(state), module.values(state))
+    assert again.actions == ("LEFT", "NOOP", "RIGHT")
+
+
+@pytest.fixture
+def source(tmp_path):
+    _, trainer = fit(tmp_path)
+    trainer.save_checkpoint(tmp_path / "source.ckpt")
+    return tmp_path / "source.ckpt"
+
+
+def measure(module, tmp_path):
+    trainer = pl.Trainer(default_root_dir=tmp_path, **QUIET)
+    (figures,) = trainer.test(module, datamodule=GameDataModule(**DATA), verbose=False)
+    return figures
+
+
+def test_a_converted_agent_is_measured(source, tmp_path):
+    figures = measure(Conversion(source, time_steps=200, states=200, input_noise=[0.1], weight_noise=[0.1]), tmp_path)
+    assert figures["test/agreement_robust"] > 0.8
+    assert {"test/score", "test/score_input_noise_0.1", "test/score_weight_noise_0.1"} <= set(figures)
+
+
+def test_energy_is_that_of_one_greedy_decision(source, tmp_path):
+    agent = DeepQLearning.load_from_checkpoint(source, weights_only=True)
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[EnergyMeter(batches=9)], **QUIET)
+    (figures,) = trainer.test(agent, datamodule=GameDataModule(**DATA), verbose=False)
+    # Catch's pixels are 0 or 1, so its first layer adds; the others multiply once for every weight.
+    assert figures["test/macs"] == 4 * 6 * 6 * 16 + 16 * 3
+    assert 0 < figures["test/acs"] <= 2 * 9 * 4
+
+
+def test_a_missing_source_names_the_pipeline(tmp_path):
+    with pytest.raises(UserError, match="leanlight run dsqn/pipelines"):
+        measure(Conversion(tmp_path / "none.ckpt"), tmp_path)
+
+
+def test_noise_leaves_the_weights_as_they_were():
+    network = DQN(3, **NETWORK)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with disturbed_weights(network, 0.5):
+        assert not torch.equal(network.head.weight, before["head.weight"])
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    state = torch.rand(2, 1, 8, 8)
+    assert 0 <= noisy(state, 2.0).min() <= noisy(state, 2.0).max() <= 1
+
+
+def test_scores_are_normalised_between_random_and_human():
+    episodes = [Episode(score, 10, 9, 1.0, 0.1) for score in (10.0, 20.0)]
+    values = summary(episodes, {"random_score": 5.0, "human_score": 25.0})
+    assert (values["score"], values["score_std"], values["score_max"]) == (15.0, 5.0, 20.0)
+    assert values["human_normalised"] == 0.5
+    assert "human_normalised" not in summary(episodes, {})
+
+
+def test_play_prints_scores_and_writes_an_animation(leanlight, tmp_path):
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--run.test=none", "--run.wandb=disabled"]
+    leanlight("fit", "--config", "dsqn/catch_small", "--run.id=a", *limits, check=True)
+    done = leanlight("play", "runs/dsqn/catch/a", "--episodes", 3, "--seed", 4)
+    assert done.returncode == 0, done.stderr
+    assert "mean score" in done.stdout
+    from PIL import Image
+
+    with Image.open(tmp_path / "runs/dsqn/catch/a/artifacts/play.gif") as picture:
+        assert picture.n_frames == 8
+    wrong = leanlight("play", "runs/dsqn/catch/a", "--episodes", 0)
+    assert wrong.returncode == 2
+    assert "--episodes" in wrong.stderr
+    summary_file = json.loads((tmp_path / "runs/dsqn/catch/a/summary.json").read_text())
+    assert summary_file["data"]["name"] == "catch"
