@@ -15,7 +15,16 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.loaders import rank_and_world
-from leanlight.contracts import DataMeta, Episode, EpisodeBatch, MissingExtraError, QFunction, Transition, UserError
+from leanlight.contracts import (
+    DataMeta,
+    Episode,
+    EpisodeBatch,
+    MissingExtraError,
+    QFunction,
+    Transition,
+    UserError,
+    derived_seed,
+)
 
 if TYPE_CHECKING:
     from datamodules.play import Game, TrainingGame
@@ -208,7 +217,7 @@ class GameDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> PlayLoader:
         """Open the replay memory in the run folder, fill it at random or go on with it, and play."""
-        from datamodules.play import Exploration, TrainingGame, derived_seed, open_memory
+        from datamodules.play import Exploration, TrainingGame, open_memory
 
         assert self.trainer is not None
         rank, world = rank_and_world()

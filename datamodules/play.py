@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from datamodules.replay import GOES_ON, TERMINAL, TRUNCATED, ReplayMemory
-from leanlight.contracts import Episode, QFunction
+from leanlight.contracts import Episode, QFunction, derived_seed
 
 Game = gymnasium.Env[np.ndarray, int]
 _RESET = -1  # in the log of actions
@@ -22,9 +22,9 @@ _SEEDED_EVERY = 5_000  # decisions between games that begin from a seed; seeding
 _RECENT = 100  # training games in the mean score
 
 
-def derived_seed(*parts: int) -> int:
-    """A seed that is a function of `parts` (each at least 0), in [0, 2**31)."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
+def _game_seed(*parts: object) -> int:
+    """A seed that emulators take, a function of `parts`."""
+    return derived_seed(*parts) % 2**31
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class TrainingGame:
 
     def _begin(self) -> None:
         """Start a game from a seed."""
-        frame, _ = self.game.reset(seed=derived_seed(self.seed, 2, self._seedings))
+        frame, _ = self.game.reset(seed=_game_seed(self.seed, "game", self._seedings))
         self._seedings += 1
         self._log = []
         self.memory.begin(frame)
@@ -162,7 +162,7 @@ class TrainingGame:
         self._block = -1
         self._log = state["log"].tolist()
         if self._seedings:
-            self.game.reset(seed=derived_seed(self.seed, 2, self._seedings - 1))
+            self.game.reset(seed=_game_seed(self.seed, "game", self._seedings - 1))
         for action in self._log:
             if action == _RESET:
                 self.game.reset()
