@@ -1,6 +1,7 @@
 """Settings of every test: one thread, W&B offline and silent, no colours or terminal width of the machine."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,8 @@ def leanlight(tmp_path):
         )
 
     return call
+
+
+# Shells start background jobs with Ctrl-C ignored, and children would inherit that; some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

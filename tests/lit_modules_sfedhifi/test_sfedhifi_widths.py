@@ -40,9 +40,10 @@ def test_draws_follow_from_seed_and_round_alone():
     assert len({tuple(draw(seed, 7).values()) for seed in range(20)}) > 10
 
 
-def test_too_few_clients_for_the_widths_are_refused():
-    with pytest.raises(UserError, match="FixedWidths"):
-        DynamicWidths().draw([0, 1, 2], 10, 0, 1)
+def test_fewer_clients_than_widths_all_get_different_ones():
+    for number in range(20):
+        drawn = DynamicWidths().draw([2, 5, 9], clients=10, seed=0, number=number)
+        assert len(set(drawn.values())) == 3
 
 
 def test_fixed_widths_belong_to_the_client():
