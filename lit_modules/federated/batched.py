@@ -65,13 +65,11 @@ def train_clients(
         counts = used.sum(1)
         share = used / counts.clamp(min=1).unsqueeze(1)
         gradients, losses = step(stacked, images[rows, chosen], labels[rows, chosen], share)
-        parameters = [nn.Parameter(value, requires_grad=False) for value in stacked]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        objective.correct(parameters, [value.expand_as(p) for value, p in zip(start, parameters, strict=True)], gaps)
-        moves = (counts > 0).to(images.dtype)
-        for value, parameter in zip(stacked, parameters, strict=True):
-            value.sub_(parameter.grad * (lr * moves).view(-1, *[1] * (value.ndim - 1)))
+        if type(objective) is not LocalObjective:
+            gradients = _corrected(objective, stacked, gradients, start, gaps)
+        rate = lr * (counts > 0).to(images.dtype)
+        for value, gradient in zip(stacked, gradients, strict=True):
+            value.addcmul_(gradient, rate.view(-1, *[1] * (value.ndim - 1)), value=-1)
         totals += losses * counts
     passes, steps = weight.sum((0, 2)), (weight.sum(2) > 0).sum(0)
     reports = [
@@ -86,6 +84,21 @@ def train_clients(
         for k in range(clients)
     ]
     return reports, states
+
+
+def _corrected(
+    objective: LocalObjective,
+    stacked: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    start: Sequence[Tensor],
+    gaps: list[Tensor],
+) -> list[Tensor]:
+    """Gradients with the objective's own term."""
+    parameters = [nn.Parameter(value, requires_grad=False) for value in stacked]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    objective.correct(parameters, [value.expand_as(p) for value, p in zip(start, parameters, strict=True)], gaps)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _plan(

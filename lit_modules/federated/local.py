@@ -113,12 +113,12 @@ def train_client(
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in parameters]
     limit = round(work * local.epochs * -(-len(data) // local.batch_size))
-    steps = passes = 0
-    total = torch.zeros((), device=data.image.device)
+    losses: list[Tensor] = []
+    counts: list[int] = []
     network.train()
     for _ in range(local.epochs):
         for index in torch.randperm(len(data), generator=generator).split(local.batch_size):
-            if steps == limit:
+            if len(losses) == limit:
                 break
             index = index.to(data.image.device)
             image, label = data.image[index], data.label[index]
@@ -127,6 +127,8 @@ def train_client(
             loss.backward()
             objective.correct(parameters, start, control)
             optimizer.step()
-            total += loss.detach() * len(index)
-            steps, passes = steps + 1, passes + len(index)
-    return steps, passes, total / max(passes, 1)
+            losses.append(loss.detach())
+            counts.append(len(index))
+    weights = torch.tensor(counts, dtype=torch.float32, device=data.image.device)
+    mean = (torch.stack(losses) * weights).sum() / weights.sum() if losses else weights.sum()
+    return len(losses), sum(counts), mean

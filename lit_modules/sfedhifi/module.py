@@ -151,7 +151,12 @@ class WidthFederation(FederatedClassifier):
         self._round = round_number
 
     def network_of(self, client: int) -> nn.Module:
-        """The global network of the client's width in this round."""
+        """The global network of the client's width in this round; UserError for a client that has not joined it."""
+        if client not in self.width_of:
+            raise UserError(
+                "FederatedRounds: selector: a client's width is drawn when it joins a round, so candidates cannot be "
+                "scored before; use one that scores after training or not at all"
+            )
         return self.models[self.width_of[client]]
 
     def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:

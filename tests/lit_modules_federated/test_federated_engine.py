@@ -13,7 +13,7 @@ from torch import nn
 
 from callbacks import FederatedRounds
 from datamodules import ClassesPerClient, Dirichlet, FederatedDataModule
-from leanlight.benchmarks.federated import mlp, simulate, simulate_plainly
+from leanlight.benchmarks.federated import mlp, simulate
 from leanlight.contracts import ClientUpdate, ImageBatch, UserError
 from lit_modules.federated import (
     FedAvg,
@@ -77,10 +77,9 @@ def weights(module):
     [(mlp, 3), (functools.partial(ConvNet, in_channels=1, width=4, depth=2, norm="batch", image_size=28), 1)],
 )
 def test_rounds_equal_a_plain_loop_over_state_dicts(network, rounds):
-    model, data, _ = simulate(40, rounds, network=network)
-    plain, _ = simulate_plainly(data, rounds, network=network)
+    model, clock = simulate(40, rounds, network=network)
     for name, value in model.network.state_dict().items():
-        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(value, clock.plain.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_clients_trained_together_equal_clients_trained_one_by_one():
