@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from leanlight.contracts import (
     Table,
     UserError,
     derived_seed,
+    run_seed,
 )
 
 _BACKWARD = 3  # operations of a training step over those of an inference: forward, and twice as many backward
@@ -99,7 +99,7 @@ class FederatedRounds(Callback):
         self.selector, self.participants, self.candidates = selector, participants, drawn
         self.dropout, self.stragglers, self.straggler_work = dropout, stragglers, straggler_work
         self.target, self.probe, self.every_n_epochs = target, probe, every_n_epochs
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = run_seed(seed)
         self.round = _Round()
         self.history: list[dict[str, Any]] = []
         self._totals: dict[str, float] = {}
@@ -223,8 +223,8 @@ class FederatedRounds(Callback):
             return
         assert update.before is not None
         current.scores[update.client] = self.selector.score(update.before, update.after, update)
-        keep = set(self.selector.may_win(current.scores, self.participants)) if any(current.scores.values()) else None
-        if keep is not None:
+        if any(current.scores.values()):
+            keep = set(self.selector.may_win(current.scores, self.participants))
             current.updates = {client: kept for client, kept in current.updates.items() if client in keep}
 
     def _end_round(self, trainer: Trainer, pl_module: LightningModule) -> list[ClientUpdate]:
@@ -246,7 +246,7 @@ class FederatedRounds(Callback):
         own = {client: current.updates[client] for client in able if client in current.updates}
         current.updates = {}
         if trainer.world_size > 1:
-            parts = gather_objects({client: _on_cpu(update) for client, update in own.items()})
+            parts = gather_objects({client: update.to("cpu") for client, update in own.items()})
             own = {client: update for part in parts for client, update in part.items()}
         return [own[client] for client in able]
 
@@ -264,7 +264,7 @@ class FederatedRounds(Callback):
         labels = data.class_matrix[current.chosen].sum(0) if current.chosen else torch.zeros(data.class_matrix.shape[1])
         self._label_totals = (torch.tensor(self._label_totals or [0] * len(labels)) + labels).tolist()
         for name, value in {
-            "uplink_mb": (sum(report.sent_bytes for report in chosen) + 4 * self.selector.score_floats * asked) / 1e6,
+            "uplink_mb": (sum(report.sent_bytes for report in chosen) + 4 * asked) / 1e6,
             "downlink_mb": down / 1e6,
             "image_passes": float(sum(report.passes for report in trained)),
             "energy_mj": self._energy(trainer, pl_module) / 1e9,
@@ -428,12 +428,6 @@ class _Round:
 def _plain(update: ClientUpdate) -> dict[str, Any]:
     """Without the measurements, which are spent once there is a score."""
     return {**vars(update), "before": None, "after": None}
-
-
-def _on_cpu(update: ClientUpdate) -> ClientUpdate:
-    state = {name: value.cpu() for name, value in update.state.items()}
-    extras = {name: value.cpu() for name, value in update.extras.items()}
-    return dataclasses.replace(update, state=state, extras=extras)
 
 
 def _data(trainer: Trainer) -> FederatedData:

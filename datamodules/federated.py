@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from datamodules.images import ImageDataModule, scaled
 from datamodules.loaders import rank_and_world
 from datamodules.partition import IID, Partition, class_matrix
-from leanlight.contracts import ClientBatch, ImageBatch, UserError
+from leanlight.contracts import ClientBatch, ImageBatch, UserError, run_seed
 
 
 class FederatedDataModule(ImageDataModule):
@@ -48,7 +47,7 @@ class FederatedDataModule(ImageDataModule):
         if self.augment is not None:
             raise UserError("data.init_args.augment: local training augments; set model.init_args.local.augment")
         self.clients, self.partition = clients, partition or IID()
-        self.partition_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if partition_seed is None else partition_seed
+        self.partition_seed = run_seed(partition_seed)
         self.parts: list[np.ndarray] = []
         self.client_sizes: list[int] = []
         self._reserved = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from leanlight.contracts import (
     Transition,
     UserError,
     derived_seed,
+    run_seed,
 )
 
 if TYPE_CHECKING:
@@ -222,11 +222,10 @@ class GameDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         rank, world = rank_and_world()
         folder = Path(self.trainer.default_root_dir) / "replay" / (f"rank{rank}" if world > 1 else "")
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         game = self.make_game(training=True)
         memory = open_memory(folder, game, **self.memory_settings)
         exploration = Exploration(*self.exploration_settings)
-        seed = derived_seed(seed, rank)
+        seed = derived_seed(run_seed(self.seed), rank)
         self.training = TrainingGame(game, memory, exploration, seed, self.clip_rewards, self.bootstrap_on_truncation)
         self.training.values = self._values
         if self._resumed is not None and world == 1:

@@ -7,7 +7,6 @@ They are plain iterables: Lightning neither wraps them nor injects samplers into
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlight.contracts import ImageBatch, UserError, derived_seed
+from leanlight.contracts import ImageBatch, UserError, derived_seed, run_seed
 
 # From blocks of positions to batches: at once from memory, or through worker processes.
 Fetch = Callable[[Iterable[Tensor]], Iterable[ImageBatch]]
@@ -131,7 +130,7 @@ def train_loader(
     Not shuffled while Lightning overfits a few batches, so that every epoch has the same ones.
     """
     rank, world = rank_and_world()
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+    seed = run_seed(seed)
     shuffle = not getattr(datamodule.trainer, "overfit_batches", 0)
     order = TrainOrder(size, batch_size, seed, shuffle, drop_last, rank, world)
     if not len(order):

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         derived_seed,
         isolated_rng,
         restore_rng,
+        run_seed,
     )
 
 _HOME = {
@@ -117,6 +118,7 @@ _HOME = {
     "derived_seed": "rng",
     "isolated_rng": "rng",
     "restore_rng": "rng",
+    "run_seed": "rng",
 }
 
 __all__ = [
@@ -164,6 +166,7 @@ __all__ = [
     "isolated_rng",
     "nearest",
     "restore_rng",
+    "run_seed",
     "sha256_file",
 ]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ class ClientUpdate:
     sent_bytes: int = 0
     finite: bool = True
 
+    def to(self, device: torch.device | str) -> Self:
+        """With all that was sent on `device`."""
+        state = {name: value.to(device) for name, value in self.state.items()}
+        return replace(self, state=state, extras={name: value.to(device) for name, value in self.extras.items()})
+
 
 class Selector:
     """Chooses the clients of a round; a class of its own for each rule.
@@ -61,8 +66,6 @@ class Selector:
 
     #: When a score is taken: never, from the received weights, or from those before and after local training.
     scored: Literal["never", "before", "after"] = "never"
-    #: Numbers a candidate sends as its score.
-    score_floats: int = 1
 
     def candidates(self, sizes: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
         """Draw `count` different clients, ascending. sizes: items of every client; the empty ones are never drawn."""

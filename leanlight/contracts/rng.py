@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def run_seed(seed: int | None = None) -> int:
+    """`seed`, or without one that of Lightning's ``seed_everything``, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 def derived_seed(*parts: object) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +25,7 @@ from leanlight.contracts import (
     UserError,
     derived_seed,
     isolated_rng,
+    run_seed,
 )
 from leanlight.contracts.whitening import apply_zca, fit_zca
 from lit_modules.at_bptt.distillers import Distiller, FixedSet, Setting, TruncatedBPTT
@@ -102,7 +102,7 @@ class DatasetDistillation(LightningModule):
         self.evaluation = evaluation or Evaluation()
         self.architectures = dict(architectures or {})
         self.compare_with_random, self.full_recipe = compare_with_random, full_recipe
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = run_seed(seed)
         self.images = nn.Parameter(torch.zeros(num_classes * ipc, *self.image_shape))
         self.labels = nn.Parameter(one_hot_labels(num_classes, ipc), requires_grad=learn_labels)
         pixels = self.images[0].numel()

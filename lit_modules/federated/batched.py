@@ -76,11 +76,9 @@ def train_clients(
         (int(made), int(seen), total / max(float(seen), 1.0))
         for made, seen, total in zip(steps, passes, totals, strict=True)
     ]
+    trained = dict(zip(names, stacked, strict=True))
     states = [
-        {
-            name: (stacked[names.index(name)][k] if name in names else value).clone()
-            for name, value in network.state_dict().items()
-        }
+        {name: (trained[name][k] if name in trained else value).clone() for name, value in network.state_dict().items()}
         for k in range(clients)
     ]
     return reports, states
@@ -109,14 +107,10 @@ def _plan(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Positions (steps, clients, batch_size) that each client takes in each step, and 1 where they count, else 0."""
-    plans = []
-    for part, generator, work in zip(data, generators, works, strict=True):
-        batches = [
-            index
-            for _ in range(local.epochs)
-            for index in torch.randperm(len(part), generator=generator).split(local.batch_size)
-        ]
-        plans.append(batches[: round(work * local.epochs * -(-len(part) // local.batch_size))])
+    plans = [
+        list(local.batches(len(part), generator, work))
+        for part, generator, work in zip(data, generators, works, strict=True)
+    ]
     shape = max(map(len, plans)), len(data), local.batch_size
     index, weight = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     for client, batches in enumerate(plans):

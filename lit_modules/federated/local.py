@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,12 @@ class LocalTraining:
         if self.batch_size < 1:
             raise UserError(f"model.init_args.local.batch_size: expected at least 1, got {self.batch_size}")
         find_augmentation(self.augment, "model.init_args.local.augment")
+
+    def batches(self, items: int, generator: torch.Generator, work: float = 1.0) -> Iterator[Tensor]:
+        """Positions (up to `batch_size`,) of each local step: every pass in a new order, the share `work` of all."""
+        passes = (torch.randperm(items, generator=generator).split(self.batch_size) for _ in range(self.epochs))
+        steps = round(work * self.epochs * -(-items // self.batch_size))
+        return itertools.islice(itertools.chain.from_iterable(passes), steps)
 
 
 class LocalObjective:
@@ -112,23 +119,19 @@ def train_client(
     augment = find_augmentation(local.augment, "model.init_args.local.augment")
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in parameters]
-    limit = round(work * local.epochs * -(-len(data) // local.batch_size))
     losses: list[Tensor] = []
     counts: list[int] = []
     network.train()
-    for _ in range(local.epochs):
-        for index in torch.randperm(len(data), generator=generator).split(local.batch_size):
-            if len(losses) == limit:
-                break
-            index = index.to(data.image.device)
-            image, label = data.image[index], data.label[index]
-            loss = loss_of(network, augment(image, None) if augment else image, label)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            objective.correct(parameters, start, control)
-            optimizer.step()
-            losses.append(loss.detach())
-            counts.append(len(index))
+    for index in local.batches(len(data), generator, work):
+        index = index.to(data.image.device)
+        image, label = data.image[index], data.label[index]
+        loss = loss_of(network, augment(image, None) if augment else image, label)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        objective.correct(parameters, start, control)
+        optimizer.step()
+        losses.append(loss.detach())
+        counts.append(len(index))
     weights = torch.tensor(counts, dtype=torch.float32, device=data.image.device)
     mean = (torch.stack(losses) * weights).sum() / weights.sum() if losses else weights.sum()
     return len(losses), sum(counts), mean

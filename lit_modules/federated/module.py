@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from leanlight.contracts import (
     UserError,
     derived_seed,
     isolated_rng,
+    run_seed,
 )
 from leanlight.contracts.federated import State
 from lit_modules.classifier import ImageClassifier
@@ -74,7 +73,7 @@ class FederatedClassifier(ImageClassifier):
         self.aggregator = aggregator or FedAvg()
         self.make_server_optimizer = server_optimizer
         self.buffers_rule, self.rate_reduce = buffers, rate_reduce
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = run_seed(seed)
         if clients_at_once < 1:
             raise UserError(f"model.init_args.clients_at_once: expected at least 1, got {clients_at_once}")
         self.clients_at_once = clients_at_once
@@ -84,7 +83,7 @@ class FederatedClassifier(ImageClassifier):
         self._waiting: list[ClientBatch] = []  # clients of a group that is not complete yet
         self._to_train = 0  # clients of this process that are still to come in this round
         self._copies: dict[int, nn.Module] = {}  # in a dict, hidden from nn.Module: they are scratch
-        self._lr: tuple[int, list[float]] = (-1, [])  # round, learning rate of each parameter group
+        self._lr: list[float] = []  # of this round, by parameter group
         self._server_control: State = {}
         self._client_controls: dict[int, State] = {}
 
@@ -136,7 +135,7 @@ class FederatedClassifier(ImageClassifier):
                 scheduler = self.make_scheduler(optimizer)
                 for _ in range(round_number):
                     scheduler.step()
-        self._lr = round_number, [group["lr"] for group in optimizer.param_groups]
+        self._lr = [group["lr"] for group in optimizer.param_groups]
 
     def training_step(self, batch: ClientBatch, batch_idx: int) -> None:  # type: ignore[override]
         if batch.last:
@@ -162,7 +161,7 @@ class FederatedClassifier(ImageClassifier):
         before = self.measure(batch.data, *where) if self.measures_clients else None
         worker = self._worker(self.network_of(batch.client))
         optimizer = self.make_optimizer(worker.parameters())
-        for group, lr in zip(optimizer.param_groups, self._lr[1], strict=False):
+        for group, lr in zip(optimizer.param_groups, self._lr, strict=False):
             group["lr"] = lr
         control = self._control_gap(batch.client)
         with isolated_rng(derived_seed(self.seed, "client", *where)):
@@ -186,7 +185,7 @@ class FederatedClassifier(ImageClassifier):
             self.network,
             [batch.data for batch in group],
             self.local,
-            self._lr[1][0],
+            self._lr[0],
             self.objective,
             [self._control_gap(batch.client) for batch in group],
             [self._order(batch) for batch in group],
@@ -261,7 +260,7 @@ class FederatedClassifier(ImageClassifier):
 
     def _control_change(self, trained: State, steps: int) -> State:
         """``c_k' - c_k = (w_r - w_k) / (K lr) - c``."""
-        factor = 1.0 / (max(steps, 1) * self._lr[1][0])
+        factor = 1.0 / (max(steps, 1) * self._lr[0])
         return {
             name: ((start.detach() - trained[name]) * factor) - self._server_control[name].to(self.device)
             for name, start in self.network.named_parameters()
@@ -273,13 +272,15 @@ class FederatedClassifier(ImageClassifier):
             own = self._client_controls.setdefault(update.client, {})
             for name, change in update.extras.items():
                 own[name] = own[name] + change.cpu() if name in own else change.cpu()
-                self._server_control[name] = self._server_control[name].to(change.device) + change / clients
+                # A process that has trained nobody yet has no control of the server's either.
+                server = self._server_control.get(name, torch.zeros_like(change)).to(change.device)
+                self._server_control[name] = server + change / clients
 
     # ---- the server ----
 
     @torch.no_grad()
     def _server_step(self) -> None:
-        updates = [_moved(update, self.device) for update in self.chosen]
+        updates = [update.to(self.device) for update in self.chosen]
         self.chosen = []
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -350,9 +351,3 @@ def _load(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _bytes(state: Mapping[str, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
-
-
-def _moved(update: ClientUpdate, device: torch.device) -> ClientUpdate:
-    state = {name: value.to(device) for name, value in update.state.items()}
-    extras = {name: value.to(device) for name, value in update.extras.items()}
-    return dataclasses.replace(update, state=state, extras=extras)

@@ -297,7 +297,7 @@ class RateRecorder(FederatedClassifier):
 
     def start_round(self, round_number, joined, mine):
         super().start_round(round_number, joined, mine)
-        self.seen.append(self._lr[1][0])
+        self.seen.append(self._lr[0])
 
 
 # ---- who takes part
