@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
 from leanlight import runs
+from leanlight.cli.allocator import tune_allocator
 from leanlight.cli.messages import one_line
 from leanlight.configs_path import config_root, find_config
 from leanlight.contracts import UserError
@@ -412,24 +412,9 @@ def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
         return LeanlightCLI(arguments, run_dir, parse_only=True).resolved
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep the pages of freed tensors instead of giving them back to the system after each operation.
-
-    Steps of networks with tensors of some 100 kB are up to 1.5 times as fast on a CPU (docs/decisions.md). Systems
-    with another C library are left alone.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3)
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    libc.mallopt(mmap_threshold, 32 << 20)
-    libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
 def main(argv: list[str]) -> int:
     """Run a subcommand; 0 done, 130 interrupted. Raises UserError for bad input."""
-    _keep_freed_memory()
+    tune_allocator()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

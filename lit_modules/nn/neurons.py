@@ -22,6 +22,7 @@ SurrogateName = Literal["rect", "rect_zero", "atan", "sigmoid"]
 # Derivative of a spike by the potential before reset: 1 in an open interval and 0 elsewhere, or a function.
 Slope = tuple[float, float] | Callable[[Tensor], Tensor]
 
+_LARGE_STEP = 2**17  # neurons
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
 
 
@@ -269,9 +270,10 @@ def _gate(slope: Slope, h: Tensor) -> Callable[[Tensor, int, Tensor], None]:
             _hardtanh_backward(gradient, h[t], *slope, grad_input=out)
 
         return window
-    slopes = slope(h)  # all steps at once
+    # All steps at once where kernel launches dominate; one by one where memory does.
+    slopes = slope(h) if h[0].numel() < _LARGE_STEP else None
 
     def product(gradient: Tensor, t: int, out: Tensor) -> None:
-        torch.mul(gradient, slopes[t], out=out)
+        torch.mul(gradient, slope(h[t]) if slopes is None else slopes[t], out=out)
 
     return product

@@ -65,6 +65,17 @@ def test_memory_layout_of_a_step_is_kept_and_does_not_change_values():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("surrogate", ["atan", "sigmoid"])
+def test_steps_too_large_to_be_taken_together_have_the_same_gradient(surrogate, monkeypatch):
+    torch.manual_seed(0)
+    current, upstream = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    _, fast = pair(0.25, 0.2, surrogate)
+    together = run(fast, current, upstream)
+    monkeypatch.setattr("lit_modules.nn.neurons._LARGE_STEP", 1)
+    for got, expected in zip(run(fast, current, upstream), together, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_view_repeated_over_time_equals_copies():
     step = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     upstream = torch.randn(5, 3, 4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
