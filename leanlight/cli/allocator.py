@@ -11,7 +11,7 @@ def tune_allocator() -> None:
 
     glibc would give them back to the system after each operation, and the next would fault them in again. Tensors above
     32 MB are always given back; on huge pages (PyTorch's THP_MEM_ALLOC_ENABLE, where the kernel allows it) that costs
-    little. Steps of spiking networks are up to 1.5 times as fast on a CPU. Systems with another C library are left alone.
+    little. Steps of spiking networks are up to 1.5 times as fast on a CPU. Other C libraries are left alone.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3)

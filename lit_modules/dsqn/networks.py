@@ -126,6 +126,7 @@ class DSQN(DQN):
 
     def forward(self, state: Tensor) -> Tensor:
         reset(self)
+        state = state.contiguous(memory_format=torch.channels_last)  # spares the convolutions copies
         spikes = self.neurons[0](repeat_time(self._current(self.convolutions[0], state), self.time_steps))
         for layer, fire in zip(self.convolutions[1:], self.neurons[1:-1], strict=True):
             spikes = fire(unfold_time(self._current(layer, fold_time(spikes)), self.time_steps))
