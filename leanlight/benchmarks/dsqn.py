@@ -117,8 +117,7 @@ def measure_updates(
         name: functools.partial(_update, network, torch.optim.Adam(network.parameters(), lr=1e-4), state, target)
         for name, network in networks.items()
     }
-    # Separate calls take tens of seconds a round on a small machine.
-    seconds = interleave(calls, min(rounds, 5), warmup=1)
+    seconds = interleave(calls, rounds)
     for name, values in seconds.items():
         measured.figures[f"update/{name}"] = summarise([1 / s for s in values], "updates/s", "higher")
     times = ratios(seconds["separate_calls"], seconds[f"dsqn_T{many}"])
