@@ -49,9 +49,9 @@ def _measure(name: str, output: Path | None, quick: bool, console: Console) -> i
             f"method {name!r}: has no benchmark; these have: {', '.join(m for m in METHODS if METHODS[m].benchmark)}"
         )
     from leanlight.benchmarks.core import document, markdown, print_document
-    from leanlight.cli.allocator import tune_allocator
+    from leanlight.cli.allocator import keep_freed_memory
 
-    tune_allocator()  # as `leanlight fit` does
+    keep_freed_memory()  # as `leanlight fit` does
     module, function = entry.split(":")
     console.print(f"benchmark of {name}: a few minutes; other work on this machine disturbs it", highlight=False)
     content = document(name, getattr(import_module(module), function)(quick), quick)

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
 from leanlight import runs
-from leanlight.cli.allocator import tune_allocator
+from leanlight.cli.allocator import keep_freed_memory
 from leanlight.cli.messages import one_line
 from leanlight.configs_path import config_root, find_config
 from leanlight.contracts import UserError
@@ -414,7 +414,7 @@ def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Run a subcommand; 0 done, 130 interrupted. Raises UserError for bad input."""
-    tune_allocator()
+    keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

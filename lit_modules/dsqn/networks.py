@@ -23,6 +23,8 @@ Reset = Literal["hard", "soft"]
 Readout = Literal["rate", "spike_rate", "max_mem", "last_mem", "mean_mem"]
 Surrogate = Literal["atan", "sigmoid"]
 
+_TOGETHER = 2**22  # numbers in the first layer's currents of the time steps that are computed at once: 16 MB
+
 
 class DQN(nn.Module):
     """Convolutions, one hidden layer, one value an action (Mnih et al. 2015).
@@ -126,15 +128,22 @@ class DSQN(DQN):
 
     def forward(self, state: Tensor) -> Tensor:
         reset(self)
-        state = state.contiguous(memory_format=torch.channels_last)  # spares the convolutions copies
-        spikes = self.neurons[0](repeat_time(self._current(self.convolutions[0], state), self.time_steps))
-        for layer, fire in zip(self.convolutions[1:], self.neurons[1:-1], strict=True):
-            spikes = fire(unfold_time(self._current(layer, fold_time(spikes)), self.time_steps))
-        current = self._current(self.hidden, fold_time(spikes).flatten(1))
-        spikes = self.neurons[-1](unfold_time(current, self.time_steps))
+        # This memory format spares the convolutions copies.
+        current = self._current(self.convolutions[0], state.contiguous(memory_format=torch.channels_last))
+        together = max(1, _TOGETHER // current.numel())
+        spikes = torch.cat([self._hidden(repeat_time(current, n)) for n in _pieces(self.time_steps, together)])
         values = self._read(spikes)
         reset(self)
         return values
+
+    def _hidden(self, current: Tensor) -> Tensor:
+        """Spikes (n, N, hidden) of the next n time steps from the first layer's current (n, N, C, H, W)."""
+        steps = len(current)
+        spikes = self.neurons[0](current)
+        for layer, fire in zip(self.convolutions[1:], self.neurons[1:-1], strict=True):
+            spikes = fire(unfold_time(self._current(layer, fold_time(spikes)), steps))
+        current = self._current(self.hidden, fold_time(spikes).flatten(1))
+        return self.neurons[-1](unfold_time(current, steps))
 
     def _current(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What of a layer's output enters its neurons: the share 1/τ, taken of the weights, which are few."""
@@ -152,6 +161,11 @@ class DSQN(DQN):
         if self.readout == "max_mem":
             return sequence.amax(0)
         return sequence[-1] if self.readout == "last_mem" else sequence.mean(0)
+
+
+def _pieces(total: int, most: int) -> list[int]:
+    """`total` in parts of `most`, the last one smaller."""
+    return [min(most, total - start) for start in range(0, total, most)]
 
 
 def _neuron(kind: Neuron, tau: float, name: Surrogate, alpha: float, options: dict[str, Any]) -> nn.Module:

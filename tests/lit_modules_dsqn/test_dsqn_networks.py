@@ -58,8 +58,11 @@ def looped(network, state, kind="lif", reset="hard", readout="rate"):
     ],
     ids=str,
 )
-def test_values_and_gradients_equal_a_loop_over_time(options):
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_values_and_gradients_equal_a_loop_over_time(options, pieces, monkeypatch):
     torch.manual_seed(0)
+    if pieces == 3:  # of 4, 4 and 1 of the 9 time steps; a step of the first layer has 5·6·5·5 numbers
+        monkeypatch.setattr("lit_modules.dsqn.networks._TOGETHER", 4 * 750 + 1)
     network = DSQN(3, **SMALL, time_steps=9, init_gain=8.0, **options).double()
     state = torch.rand(5, 2, 12, 12, dtype=torch.float64)
     weight = torch.randn(5, 3, dtype=torch.float64)
