@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any, Literal
 
 from leanlight.results.expression import Expression, Reference
@@ -38,15 +39,19 @@ def paired(expression: Expression, seeds: Sequence[int], values: Values) -> tupl
     """Evaluate `expression` for every seed at which all its rows have values; also say why seeds are left out."""
     found: dict[int, float] = {}
     problems: list[str] = []
+    complete: list[int] = []
     for seed in seeds:
         missing = [
             f"{row}/{metric}" for row, metric in expression.references if seed not in values.get((row, metric), {})
         ]
         if missing:
             problems.append(f"seed {seed}: no {', '.join(missing)}")
-            continue
+        else:
+            complete.append(seed)
+    medians = {ref: median(values[ref][seed] for seed in complete) for ref in expression.references if complete}
+    for seed in complete:
         try:
-            found[seed] = expression.evaluate({ref: values[ref][seed] for ref in expression.references})
+            found[seed] = expression.evaluate({ref: values[ref][seed] for ref in expression.references}, medians)
         except (ArithmeticError, ValueError) as error:
             problems.append(f"seed {seed}: {error}")
     return found, "; ".join(problems)

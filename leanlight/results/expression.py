@@ -27,6 +27,7 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
     "log": math.log,
 }
 _ONE_ARGUMENT = ("abs", "log")
+_DEVIATION = "deviation"
 _LONGEST = 1000  # characters; more would only serve to exhaust the parser
 
 
@@ -38,9 +39,12 @@ class Expression:
     references: tuple[Reference, ...]
     _tree: ast.expr
 
-    def evaluate(self, values: Mapping[Reference, float]) -> float:
-        """Return its value; ArithmeticError or ValueError where it has none (division by zero, log of 0)."""
-        result = _evaluate(self._tree, values)
+    def evaluate(self, values: Mapping[Reference, float], medians: Mapping[Reference, float] | None = None) -> float:
+        """Return its value for one seed; ArithmeticError or ValueError where it has none (division by zero, log of 0).
+
+        medians: over the seeds, from which `deviation` measures.
+        """
+        result = _evaluate(self._tree, values, medians or {})
         if not math.isfinite(result):
             raise ArithmeticError(f"the result is {result}")
         return result
@@ -49,7 +53,9 @@ class Expression:
 def parse_expression(text: str, rows: Collection[str], metrics: Collection[str], where: str) -> Expression:
     """Check `text` against the names of rows and metrics; nothing of it is ever run as Python.
 
-    Allowed: numbers, parentheses, ``+ - * /``, ``row['metric']`` and mean, min, max, abs, log (natural).
+    Allowed: numbers, parentheses, ``+ - * /``, ``row['metric']`` and mean, min, max, abs, log (natural), and
+    ``deviation(row['metric'])``: how far the value lies from its median over the seeds. With it a claim compares
+    spreads over seeds, in the manner of Brown and Forsythe (1974).
     """
     try:
         if len(text) > _LONGEST:
@@ -72,6 +78,8 @@ def _check(node: ast.expr, rows: Collection[str], metrics: Collection[str], wher
             children = [left, right]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
             children = [operand]
+        case ast.Call(func=ast.Name(id=name), args=[ast.Subscript() as value], keywords=[]) if name == _DEVIATION:
+            children = [value]
         case ast.Call(func=ast.Name(id=name), args=[_, *more] as arguments, keywords=[]) if name in _FUNCTIONS:
             if more and name in _ONE_ARGUMENT:
                 raise UserError(f"{where}: {name}() takes one value")
@@ -84,22 +92,28 @@ def _check(node: ast.expr, rows: Collection[str], metrics: Collection[str], wher
             found.append((row, metric))
             return
         case _:
-            allowed = f"row['metric'], numbers, + - * / and {', '.join(_FUNCTIONS)}"
+            names = ", ".join(_FUNCTIONS)
+            allowed = f"row['metric'], numbers, + - * /, {names} and {_DEVIATION}(row['metric'])"
             raise UserError(f"{where}: {ast.unparse(node)!r} is not allowed; expected {allowed}")
     for child in children:
         _check(child, rows, metrics, where, found)
 
 
-def _evaluate(node: Any, values: Mapping[Reference, float]) -> float:
+def _evaluate(node: Any, values: Mapping[Reference, float], medians: Mapping[Reference, float]) -> float:
+    def of(child: Any) -> float:
+        return _evaluate(child, values, medians)
+
     match node:
         case ast.Constant(value=int() | float() as value):
             return float(value)
         case ast.BinOp(left=left, op=op, right=right):
-            return _BINARY[type(op)](_evaluate(left, values), _evaluate(right, values))
+            return _BINARY[type(op)](of(left), of(right))
         case ast.UnaryOp(op=op, operand=operand):
-            return _UNARY[type(op)](_evaluate(operand, values))
+            return _UNARY[type(op)](of(operand))
+        case ast.Call(func=ast.Name(id=name), args=[argument]) if name == _DEVIATION:
+            return abs(of(argument) - _evaluate(argument, medians, medians))
         case ast.Call(func=ast.Name(id=name), args=arguments):
-            return float(_FUNCTIONS[name](*(_evaluate(argument, values) for argument in arguments)))
+            return float(_FUNCTIONS[name](*(of(argument) for argument in arguments)))
         case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=str() as metric)):
             return values[row, metric]
     raise AssertionError(f"unchecked expression node {node!r}")

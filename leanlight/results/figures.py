@@ -58,7 +58,7 @@ def draw_bars(document: Mapping[str, Any], metrics: Sequence[str], theme: Theme 
 def _bar_panel(
     axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, shown: Mapping[str, Any], theme: Theme
 ) -> None:
-    scale, widest = shown["scale"], 0.0
+    scale, lowest, widest = shown["scale"], 0.0, 0.0
     for height, row in enumerate(rows):
         measured = row["metrics"].get(name)
         if measured is None:
@@ -69,16 +69,16 @@ def _bar_panel(
         axes.barh(height, mean, height=0.62, color=color, alpha=0.75)
         axes.errorbar(mean, height, xerr=std, color=theme.text, capsize=2.5, linewidth=1.1)
         axes.plot(seeds, [height] * len(seeds), ".", color=theme.text, markersize=3.5, alpha=0.7)
-        end = max(mean + std, *seeds)
-        widest = max(widest, end)
+        end = max(0.0, mean + std, *seeds)
+        lowest, widest = min(lowest, mean - std, *seeds), max(widest, end)
         label = show_number(mean, shown["digits"])
         axes.annotate(
             label, (end, height), xytext=(6, 0), textcoords="offset points", va="center", color=theme.text, fontsize=8.5
         )
     axes.set_yticks(range(len(rows)), [_plain(row["label"], 28) for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    if widest > 0:
-        axes.set_xlim(0, widest * 1.16)
+    if lowest < widest:
+        axes.set_xlim(lowest, widest + 0.16 * (widest - lowest))  # room for the last label
     unit = f" ({shown['unit']})" if shown["unit"] else ""
     better = "higher" if shown["higher_is_better"] else "lower"
     axes.set_title(_plain(f"{shown['label']}{unit}, {better} is better"), loc="left", color=theme.text, fontsize=9.5)

@@ -113,8 +113,8 @@ def data_sources(document: Document) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def document_markdown(document: Document, figure: str = "") -> str:
-    """The page of one table. figure: name of the picture file beside it."""
+def document_markdown(document: Document, figures: Mapping[str, str]) -> str:
+    """The page of one table. figures: picture files beside it, with what they show."""
     parts = [f"# {escape(document['title'])}", escape(document["note"])]
     parts += [f"> {escape(line)}" for line in warnings_of(document)]
     parts.append(result_table(document))
@@ -122,8 +122,7 @@ def document_markdown(document: Document, figure: str = "") -> str:
         f"Mean ± sample standard deviation over n seeds; checkpoint: {document['checkpoint_rule']}. "
         "↑ higher is better, ↓ lower is better."
     )
-    if figure:
-        parts.append(f"![Each metric as bars over rows]({figure})")
+    parts += [f"![{text}]({name})" for name, text in figures.items()]
     if document["claims"]:
         parts += ["## Claims", claims_table(document)]
     commit = f"`{str(document['commit'] or 'unknown')[:12]}`" + (" (dirty)" if document["dirty"] else "")

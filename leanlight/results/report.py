@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,26 @@ def find_documents(results: Path = RESULTS) -> list[Path]:
 
 
 def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
-    """Write Markdown and a figure beside each results JSON, and ``output/index.html``; return the page's path."""
+    """Write Markdown and figures beside each results JSON, and ``output/index.html``; return the page's path.
+
+    Learning curves need the run folders: where they are missing, those drawn before are kept.
+    """
     documents = {path: read_document(path) for path in paths}
     views, room = [], _PAGE_BYTES
     for path, document in documents.items():
-        figure, measured = path.with_suffix(".png"), _measured(document)
-        if measured:
+        shown = {}
+        if measured := _measured(document):
+            figure = path.with_suffix(".png")
             atomic_write(figure, draw_bars(document, measured, columns=2))
-        atomic_write(path.with_suffix(".md"), document_markdown(document, figure.name if measured else ""))
+            shown[figure.name] = "Each metric as bars over rows"
+        figure, curves = path.with_name(f"{path.stem}_curves.png"), _learning_curves(document, runs_root)
+        if curves:
+            atomic_write(figure, curves.draw(LIGHT))
+        if figure.is_file():
+            shown[figure.name] = "Learning curves, a line for each seed"
+        atomic_write(path.with_suffix(".md"), document_markdown(document, shown))
         pictures, room = _pictures(document, runs_root, room)
-        views.append(TableView(document, _figures(document, runs_root), pictures))
+        views.append(TableView(document, _figures(document, measured, curves), pictures))
     page = output / "index.html"
     try:
         atomic_write(page, render_page(views))
@@ -98,16 +110,32 @@ def _measured(document: Mapping[str, Any]) -> list[str]:
     return [name for name in document["metrics"] if any(name in row["metrics"] for row in document["rows"])]
 
 
-def _figures(document: Mapping[str, Any], runs_root: Path) -> list[FigureView]:
-    figures = []
-    for name in _measured(document):
-        drawn = {theme: png_uri(draw_bars(document, [name], theme)) for theme in (LIGHT, DARK)}
-        figures.append(FigureView(f"{document['metrics'][name]['label']} of each row", drawn[LIGHT], drawn[DARK]))
-    curves = _learning_curves(document, runs_root)
-    return figures + ([curves] if curves else [])
+@dataclass(frozen=True)
+class _Curves:
+    """Learning curves of a table's rows."""
+
+    rows: Sequence[Curve]
+    unit: str
+    title: str
+
+    def draw(self, theme: Theme) -> bytes:
+        return draw_curves(self.rows, self.unit, self.title, theme)
 
 
-def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> FigureView | None:
+def _figures(document: Mapping[str, Any], measured: Sequence[str], curves: _Curves | None) -> list[FigureView]:
+    drawn: dict[str, Callable[[Theme], bytes]] = {
+        f"{document['metrics'][name]['label']} of each row": partial(_bars, document, name) for name in measured
+    }
+    if curves:
+        drawn[curves.title] = curves.draw
+    return [FigureView(title, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for title, draw in drawn.items()]
+
+
+def _bars(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:
+    return draw_bars(document, [name], theme)
+
+
+def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> _Curves | None:
     """Validation curve of the table's first metric that the runs logged, where their folders are found."""
     for name, metric in document["metrics"].items():
         validated = "val/" + name.partition("/")[2]
@@ -121,12 +149,5 @@ def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> FigureView
                 scaled = [(x, [value * metric["scale"] for value in y]) for _, x, y in found]
                 curves.append(Curve(row["label"], scaled, position))
         if curves:
-            return _curve_figure(curves, "/".join(sorted(units)), f"{show_metric(metric)[:-2]} on validation data")
+            return _Curves(curves, "/".join(sorted(units)), f"{show_metric(metric)[:-2]} on validation data")
     return None
-
-
-def _curve_figure(curves: Sequence[Curve], unit: str, title: str) -> FigureView:
-    def drawn(theme: Theme) -> str:
-        return png_uri(draw_curves(curves, unit, title, theme))
-
-    return FigureView(title, drawn(LIGHT), drawn(DARK))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import levene, ttest_1samp, ttest_ind
 
 from leanlight.results.claims import interval, judge
 from leanlight.results.expression import parse_expression
@@ -90,6 +91,21 @@ def test_a_seed_without_a_value_is_named_and_left_out(expr: str) -> None:
     judged = judge(_claim(expr=expr, min_seeds=2), _spec(), _values({0: 1, 1: 2, 2: 4}, {0: 0, 1: 1, 2: 1}))
     assert list(judged["evidence"]["by_seed"]) == ["1", "2"]
     assert "seed 0:" in judged["evidence"]["why"]
+
+
+def test_deviations_compare_spreads_as_brown_and_forsythe_do() -> None:
+    draw = random.Random(0)
+    seeds = tuple(range(12))
+    wide, narrow = {s: draw.gauss(5, 4.0) for s in seeds}, {s: draw.gauss(-3, 0.5) for s in seeds}
+    judged = judge(_claim(expr="deviation(a['m']) - deviation(b['m'])"), _spec(seeds=seeds), _values(wide, narrow))
+    # SciPy's statistic is the square of the t of unpaired deviations; its means are ours.
+    first, second = (np.abs(np.array(list(v.values())) - np.median(list(v.values()))) for v in (wide, narrow))
+    expected = ttest_1samp(first - second, 0.0).confidence_interval(0.95)
+    assert judged["evidence"]["interval"] == pytest.approx([expected.low, expected.high], rel=1e-9)
+    assert ttest_ind(first, second).statistic ** 2 == pytest.approx(
+        levene(list(wide.values()), list(narrow.values()), center="median").statistic
+    )
+    assert judged["verdict"] == "reproduced"
 
 
 def test_no_values_at_all_is_not_tested() -> None:

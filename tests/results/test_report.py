@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from leanlight.cli.report import main
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.contracts import UserError
 from leanlight.results import pictures
+from leanlight.results.figures import LIGHT, _bar_panel
 from leanlight.results.format import paper_delta, show_measured, show_seconds
 from leanlight.results.markdown import BEGIN, END
 from leanlight.results.pictures import load_picture
@@ -143,11 +145,22 @@ def test_incomplete_stale_and_dirty_are_said(suite: Any, rewrite: Any) -> None:
         assert expected in text
 
 
+def test_bars_below_zero_are_inside_the_figure() -> None:
+    metric = {"label": "Score", "higher_is_better": True, "unit": "", "scale": 1, "digits": 1}
+    measured = {"m": {"mean": -0.7, "std": 0.1, "by_seed": {"0": -0.8, "1": -0.6}}}
+    axes = Figure().add_subplot()
+    _bar_panel(axes, [{"label": "r", "metrics": measured}], "m", metric, LIGHT)
+    low, high = axes.get_xlim()
+    assert low <= -0.8
+    assert high >= 0
+
+
 def test_learning_curves_and_pictures_of_run_folders_are_shown(suite: Any) -> None:
     suite.reproduced()
     main(["--all", "--output", "out"])
     without = Path("out/index.html").read_text()
     assert "on validation data" not in without
+    assert not (RESULTS / "two_curves.png").exists()
     folder = _add_media("good", (3000, 500))
     run_dir = folder.parents[2]
     (run_dir / "metrics.csv").write_text("step,progress/step,val/accuracy\n1,1,0.1\n2,2,\n3,3,0.5\n4,4,nan\n5,5,0.7\n")
@@ -155,6 +168,11 @@ def test_learning_curves_and_pictures_of_run_folders_are_shown(suite: Any) -> No
     page = Page(Path("out/index.html").read_text())
     images = [a for tag, a in page.tags if tag == "img"]
     assert "Accuracy (%) on validation data" in [a["alt"] for a in images]
+    with Image.open(RESULTS / "two_curves.png") as figure:
+        assert min(figure.size) > 100
+    assert "two_curves.png" in (RESULTS / "two.md").read_text()
+    main(["--all", "--output", "out", "--runs-root", "elsewhere"])  # where there are no runs, those drawn are kept
+    assert "two_curves.png" in (RESULTS / "two.md").read_text()
     (picture,) = [a for a in images if a["alt"] == "confusion (test)"]
     with Image.open(io.BytesIO(base64.b64decode(str(picture["src"]).partition(",")[2]))) as decoded:
         assert decoded.size == (pictures.MAX_SIDE, 167) == (int(str(picture["width"])), int(str(picture["height"])))
