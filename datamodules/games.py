@@ -27,37 +27,44 @@ from leanlight.contracts import (
 )
 
 if TYPE_CHECKING:
-    from datamodules.play import Game, TrainingGame
+    from datamodules.play import Game, TrainingGame, TrainingGames
 
 _CATCH_RANDOM, _CATCH_BEST = -0.75, 1.0
 _SPLITS = {"val": 0, "test": 1}
 _WRAPPERS = ("frame_skip", "noop_max", "screen_size", "max_decisions", "sticky", "episodic_life", "fire_reset")
 _COUNTS = (
     *("batch_size", "decisions_per_update", "decisions_per_epoch", "replay_size", "replay_start", "slack", "n_step"),
-    *("eval_episodes", "test_episodes", "eval_together", "history", "frame_skip", "screen_size", "max_decisions"),
+    *(
+        "training_games",
+        "eval_episodes",
+        "test_episodes",
+        "eval_together",
+        "history",
+        "frame_skip",
+        "screen_size",
+        "max_decisions",
+    ),
 )
 _SHARES = ("gamma", "epsilon_start", "epsilon_end", "eval_epsilon", "sticky")
 
 
 class PlayLoader:
-    """Training batches: `decisions` decisions in the training game, then `batch_size` transitions of its memory.
+    """Training batches: `rounds` decisions in each training game, then `batch_size` transitions of their memories.
 
-    batches: of an epoch; the Trainer counts them. Iteration has no state: the game has, and the DataModule keeps it.
+    batches: of an epoch; the Trainer counts them. Iteration has no state: the games have, and the DataModule keeps it.
     """
 
-    def __init__(self, training: TrainingGame, batches: int, batch_size: int, decisions: int) -> None:
-        self.training, self.batches, self.batch_size, self.decisions = training, batches, batch_size, decisions
+    def __init__(self, training: TrainingGames, batches: int, batch_size: int, rounds: int) -> None:
+        self.training, self.batches, self.batch_size, self.rounds = training, batches, batch_size, rounds
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Transition]:
         while True:
-            for _ in range(self.decisions):
+            for _ in range(self.rounds):
                 self.training.decide()
-            # A function of how far the game is: nothing to keep in a checkpoint.
-            generator = np.random.default_rng([self.training.seed, 4, self.training.total])
-            yield self.training.memory.sample(self.batch_size, generator)
+            yield self.training.sample(self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing; that it is there tells Lightning that the middle of an epoch can be resumed."""
@@ -94,6 +101,8 @@ class GameDataModule(pl.LightningDataModule):
         batch_size: transitions of an update.
         decisions_per_update: decisions between two updates.
         decisions_per_epoch: decisions of an epoch, that is, between two evaluations.
+        training_games: games played side by side, whose greedy decisions are made together; they share the decisions of
+            an update, the replay memory and the schedule of exploration.
         replay_size: rows of the replay memory. replay_start: of them, rows filled at random before training.
         slack: rows that may be written between two checkpoints.
         keep_replay: keep the memory's files when training has ended, so that it can be made longer.
@@ -117,6 +126,7 @@ class GameDataModule(pl.LightningDataModule):
         batch_size: int = 32,
         decisions_per_update: int = 4,
         decisions_per_epoch: int = 250_000,
+        training_games: int = 1,
         replay_size: int = 1_000_000,
         replay_start: int = 50_000,
         slack: int = 20_000,
@@ -148,9 +158,10 @@ class GameDataModule(pl.LightningDataModule):
         _check(given)
         self.game, self.batch_size, self.decisions_per_update = game, batch_size, decisions_per_update
         self.decisions_per_epoch, self.replay_start, self.keep_replay = decisions_per_epoch, replay_start, keep_replay
-        self.memory_settings = {"capacity": replay_size, "history": history, "n_step": n_step, "gamma": gamma}
-        self.memory_settings["slack"] = slack
-        self.exploration_settings = (epsilon_start, epsilon_end, epsilon_decisions)
+        self.training_games = training_games
+        self.memory_settings = {"history": history, "n_step": n_step, "gamma": gamma}
+        self.memory_settings |= {"capacity": replay_size // training_games, "slack": -(-slack // training_games)}
+        self.exploration_settings = (epsilon_start, epsilon_end, epsilon_decisions // training_games)
         self.eval_epsilon, self.eval_together, self.history = eval_epsilon, eval_together, history
         self.episodes = {"val": eval_episodes, "test": test_episodes}
         self.frame_skip = 1 if game == "catch" else frame_skip
@@ -158,7 +169,7 @@ class GameDataModule(pl.LightningDataModule):
         self.wrapper_settings: dict[str, Any] = {name: given[name] for name in wrappers}
         self.clip_rewards, self.bootstrap_on_truncation = clip_rewards, bootstrap_on_truncation
         self.seed, self.split_seed = seed, split_seed
-        self.training: TrainingGame | None = None
+        self.training: TrainingGames | None = None
         self._values: QFunction | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._pool: list[Game] = []
@@ -216,27 +227,37 @@ class GameDataModule(pl.LightningDataModule):
             self.training.values = values
 
     def train_dataloader(self) -> PlayLoader:
-        """Open the replay memory in the run folder, fill it at random or go on with it, and play."""
-        from datamodules.play import Exploration, TrainingGame, open_memory
+        """Open the replay memories in the run folder, fill them at random or go on with them, and play."""
+        from datamodules.play import TrainingGames
 
         assert self.trainer is not None
         rank, world = rank_and_world()
         folder = Path(self.trainer.default_root_dir) / "replay" / (f"rank{rank}" if world > 1 else "")
-        game = self.make_game(training=True)
-        memory = open_memory(folder, game, **self.memory_settings)
-        exploration = Exploration(*self.exploration_settings)
-        seed = derived_seed(run_seed(self.seed), rank)
-        self.training = TrainingGame(game, memory, exploration, seed, self.clip_rewards, self.bootstrap_on_truncation)
+        numbers = range(self.training_games)
+        games = [self._training_game(folder, rank * self.training_games + number) for number in numbers]
+        self.training = TrainingGames(games)
         self.training.values = self._values
         if self._resumed is not None and world == 1:
             self.training.load_state_dict(self._resumed)
-        elif self._resumed is not None:  # the checkpoint has rank zero's game only: go on with fresh memories
-            self.training.decisions = self._resumed["decisions"]
+        elif self._resumed is not None:  # the checkpoint has rank zero's games only: go on with fresh memories
+            for game in games:
+                game.decisions = self._resumed["games"][0]["decisions"]
         self._resumed = None
-        if memory.head < self.replay_start:
+        if self.training.rows < self.replay_start:
             self._fill()
         batches = max(1, self.decisions_per_epoch // self.decisions_per_update)
-        return PlayLoader(self.training, batches, self.batch_size, self.decisions_per_update)
+        rounds = self.decisions_per_update // self.training_games
+        return PlayLoader(self.training, batches, self.batch_size, rounds)
+
+    def _training_game(self, folder: Path, number: int) -> TrainingGame:
+        """The training game of this number, counted over all processes."""
+        from datamodules.play import Exploration, TrainingGame, open_memory
+
+        if self.training_games > 1:
+            folder = folder / f"game{number}"
+        game, seed = self.make_game(training=True), derived_seed(run_seed(self.seed), number)
+        memory, exploration = open_memory(folder, game, **self.memory_settings), Exploration(*self.exploration_settings)
+        return TrainingGame(game, memory, exploration, seed, self.clip_rewards, self.bootstrap_on_truncation)
 
     def _fill(self) -> None:
         from rich.progress import Progress
@@ -248,7 +269,7 @@ class GameDataModule(pl.LightningDataModule):
 
     @property
     def frames(self) -> int:
-        """See `GameData.frames`; with those that filled the memory."""
+        """See `GameData.frames`; with those that filled the memories."""
         return self.training.total * self.frame_skip * rank_and_world()[1] if self.training else 0
 
     @property
@@ -259,22 +280,21 @@ class GameDataModule(pl.LightningDataModule):
     @property
     def recent_score(self) -> float | None:
         """See `GameData.recent_score`."""
-        scores = self.training.scores if self.training else []
-        return float(np.mean(scores)) if scores else None
+        return self.training.recent_score if self.training else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The training game's state; empty before training."""
+        """The training games' state; empty before training."""
         return self.training.state_dict() if self.training else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the training game is made."""
+        """Keep the state until the training games are made."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = state_dict
 
     def teardown(self, stage: str) -> None:
-        """Training has ended well: remove the memory, unless it is to be kept."""
+        """Training has ended well: remove the memories, unless they are to be kept."""
         if stage == "fit" and self.training is not None and not self.keep_replay:
-            self.training.memory.delete()
+            self.training.delete()
 
     # ---- evaluation ----
 
@@ -320,6 +340,11 @@ def _check(given: Mapping[str, Any]) -> None:
     ):
         if given[small] > given[large]:
             raise UserError(f"data.init_args.{small}: expected at most {large} ({given[large]}), got {given[small]}")
+    if given["decisions_per_update"] % given["training_games"]:
+        raise UserError(
+            f"data.init_args.training_games: expected a divisor of decisions_per_update "
+            f"({given['decisions_per_update']}), got {given['training_games']}"
+        )
 
 
 def _scores(game: str) -> dict[str, float]:

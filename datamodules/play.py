@@ -1,10 +1,10 @@
-"""Making decisions in games: one game for training, several at once for evaluation."""
+"""Making decisions in games, several at once, for training and for evaluation."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from datamodules.replay import GOES_ON, TERMINAL, TRUNCATED, ReplayMemory
-from leanlight.contracts import Episode, QFunction, derived_seed
+from leanlight.contracts import Episode, QFunction, Transition, UserError, derived_seed
 
 Game = gymnasium.Env[np.ndarray, int]
 _RESET = -1  # in the log of actions
@@ -46,7 +46,7 @@ class TrainingGame:
     Everything random is a function of `seed` and of counters. So the whole state is: counters, the cursor of the
     memory, and the actions since the game last began from a seed; a resumed run takes these actions again.
 
-    values: makes the greedy decisions. clip: keep only the sign of rewards in the memory. bootstrap_on_truncation:
+    clip: keep only the sign of rewards in the memory. bootstrap_on_truncation:
     whether a transition that meets the time limit has a future.
     """
 
@@ -61,7 +61,6 @@ class TrainingGame:
     ) -> None:
         self.game, self.memory, self.exploration, self.seed = game, memory, exploration, seed
         self.clip, self.bootstrap_on_truncation = clip, bootstrap_on_truncation
-        self.values: QFunction | None = None
         self.decisions = 0  # without those that filled the memory
         self.total = 0
         self.scores: list[float] = []  # of the last games
@@ -85,13 +84,13 @@ class TrainingGame:
             ended = self._act(self._random(self.total)[1])
             progress(min(self.memory.head, rows))
 
-    def decide(self) -> None:
-        """Make one decision: at random with probability ε, else the action of the largest value."""
+    def explore(self) -> int | None:
+        """With probability ε the action that the next decision takes at random, else None."""
         chance, action = self._random(self.total)
-        if chance >= self.epsilon:
-            assert self.values is not None
-            state = torch.from_numpy(self.memory.newest()[None])
-            action = int(self.values(state)[0].argmax())
+        return action if chance < self.epsilon else None
+
+    def take(self, action: int) -> None:
+        """Make a decision."""
         self.decisions += 1
         self._act(action)
 
@@ -168,6 +167,87 @@ class TrainingGame:
                 self.game.reset()
             else:
                 self.game.step(action)
+
+
+class TrainingGames:
+    """Training games played side by side, each with a replay memory of its own; what the agent decides, it decides for
+    all at once.
+
+    Everything random is a function of seeds and of counters, so all of them together go on exactly, too.
+    """
+
+    def __init__(self, games: Sequence[TrainingGame]) -> None:
+        self.games = list(games)
+        self.values: QFunction | None = None  # makes the greedy decisions
+
+    @property
+    def total(self) -> int:
+        """Decisions made so far, also those that filled the memories."""
+        return sum(game.total for game in self.games)
+
+    @property
+    def epsilon(self) -> float:
+        """Present probability of a random action."""
+        return self.games[0].epsilon
+
+    @property
+    def recent_score(self) -> float | None:
+        """Mean score of the last finished games; none before the first."""
+        scores = [score for game in self.games for score in game.scores]
+        return float(np.mean(scores)) if scores else None
+
+    @property
+    def rows(self) -> int:
+        """Rows written into the memories so far."""
+        return sum(game.memory.head for game in self.games)
+
+    def fill(self, rows: int, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Play at random until the memories have `rows` rows in all, and the episodes to their ends."""
+        done = 0
+        for game in self.games:
+            game.fill(-(-rows // len(self.games)), lambda now, done=done: progress(done + now))  # type: ignore[misc]
+            done += game.memory.head
+
+    def decide(self) -> None:
+        """One decision of every game: at random with probability ε, else the action of the largest value."""
+        actions = [game.explore() for game in self.games]
+        greedy = [number for number, action in enumerate(actions) if action is None]
+        if greedy:
+            assert self.values is not None
+            states = torch.from_numpy(np.stack([self.games[number].memory.newest() for number in greedy]))
+            for number, action in zip(greedy, self.values(states).argmax(1).tolist(), strict=True):
+                actions[number] = action
+        for game, action in zip(self.games, actions, strict=True):
+            assert action is not None
+            game.take(action)
+
+    def sample(self, number: int) -> Transition:
+        """`number` transitions of all memories, a function of how far the games are."""
+        generator = np.random.default_rng([self.games[0].seed, 4, self.total])
+        memories = [game.memory for game in self.games]
+        if len(memories) == 1:
+            return memories[0].sample(number, generator)
+        sizes = np.array([len(memory) for memory in memories], float)
+        shares = generator.multinomial(number, sizes / sizes.sum())
+        parts = [memory.sample(int(n), generator) for memory, n in zip(memories, shares, strict=True)]
+        return Transition(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Transition)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs, in tensors, numbers and strings."""
+        return {"games": [game.state_dict() for game in self.games]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Bring all games to where `state_dict` was taken. UserError for another number of games."""
+        if len(state["games"]) != len(self.games):
+            asked, there = len(self.games), len(state["games"])
+            raise UserError(f"data.init_args.training_games: got {asked}, but the checkpoint is of {there}")
+        for game, own in zip(self.games, state["games"], strict=True):
+            game.load_state_dict(own)
+
+    def delete(self) -> None:
+        """Remove the memories."""
+        for game in self.games:
+            game.memory.delete()
 
 
 class _Evaluation:

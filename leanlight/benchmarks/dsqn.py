@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from datamodules import GameDataModule
 from datamodules.atari import make_atari
-from datamodules.play import Exploration, TrainingGame, open_memory
+from datamodules.play import Exploration, TrainingGame, TrainingGames, open_memory
 from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
 from lit_modules.dsqn import DQN, DSQN, DeepQLearning
 from lit_modules.dsqn.reference import StepByStep
@@ -82,7 +82,8 @@ def measure_environment(decisions: int, rounds: int, measured: Measurement) -> N
 
     with tempfile.TemporaryDirectory() as folder:
         game = make_atari(_GAME, training=True)
-        training = TrainingGame(game, open_memory(Path(folder), game, capacity=20_000), Exploration(1.0, 1.0, 1), 0)
+        memory = open_memory(Path(folder), game, capacity=20_000)
+        training = TrainingGames([TrainingGame(game, memory, Exploration(1.0, 1.0, 1), 0)])
         training.fill(10)
 
         def play_training() -> None:
@@ -145,16 +146,19 @@ def measure_training(
     layers: dict[str, Any], batch: int, steps: tuple[int, int], updates: int, measured: Measurement
 ) -> None:
     """Frames a second of training under Lightning: four decisions (each of a greedy agent) and one update a batch."""
-    makers: dict[str, Callable[[int], nn.Module]] = {
-        "dqn": functools.partial(DQN, **layers),
-        f"dsqn_T{steps[0]}": functools.partial(DSQN, **layers, time_steps=steps[0]),
+    spiking = functools.partial(DSQN, **layers, time_steps=steps[0])
+    makers: dict[str, tuple[Callable[[int], nn.Module], int]] = {
+        "dqn": (functools.partial(DQN, **layers), 1),
+        f"dsqn_T{steps[0]}": (spiking, 1),
+        f"dsqn_T{steps[0]}_4_games": (spiking, 4),
     }
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    for name, make in makers.items():
+    for name, (make, games) in makers.items():
         watch = _Watch()
-        data = GameDataModule(_GAME, batch, replay_size=2000, replay_start=200, slack=2000, epsilon_start=0.1, seed=0)
+        memory: dict[str, Any] = {"replay_size": 2000, "replay_start": 200, "slack": 2000}
+        data = GameDataModule(_GAME, batch, training_games=games, **memory, epsilon_start=0.1, seed=0)
         with tempfile.TemporaryDirectory() as folder:
             trainer = pl.Trainer(
                 max_steps=updates + 3, limit_val_batches=0, default_root_dir=folder, callbacks=[watch], **quiet

@@ -10,7 +10,7 @@ import torch
 from datamodules import GameDataModule
 from datamodules.atari import SCORES, EpisodicLife, FireReset, atari_games, make_atari
 from datamodules.catch import Catch
-from datamodules.play import Exploration, TrainingGame, play
+from datamodules.play import Exploration, TrainingGame, TrainingGames, play
 from datamodules.replay import ReplayMemory
 from leanlight.contracts import GameData, UserError
 
@@ -179,33 +179,88 @@ def test_a_game_that_ends_in_the_step_after_a_lost_life_begins_anew():
 def training_game(folder, make, seed=0, start=1.0, end=0.3):
     game = make()
     memory = ReplayMemory(folder, 400, game.observation_space.shape, history=4, slack=300)
-    training = TrainingGame(game, memory, Exploration(start, end, 100), seed)
-    training.values = values_of(int(game.action_space.n))
-    return training
+    return TrainingGame(game, memory, Exploration(start, end, 100), seed)
+
+
+def side_by_side(folder, make, seeds):
+    games = [training_game(folder / str(number), make, seed) for number, seed in enumerate(seeds)]
+    together = TrainingGames(games)
+    together.values = values_of(int(games[0].game.action_space.n))
+    return together
+
+
+def heads(training):
+    return [game.memory.head for game in training.games]
+
+
+def written(training, since):
+    """Everything that was written into the memories after `since`."""
+    return [
+        game.memory.transitions(np.arange(head, game.memory.head - 1))
+        for game, head in zip(training.games, since, strict=True)
+    ]
+
+
+def same(a, b):
+    return torch.equal(a.state, b.state) and torch.equal(a.action, b.action) and torch.equal(a.reward, b.reward)
 
 
 @pytest.mark.parametrize("make", [Catch, lambda: make_atari("breakout", training=True)], ids=["catch", "breakout"])
-def test_a_training_game_goes_on_exactly_after_a_kill(tmp_path, make):
-    first = training_game(tmp_path / "a", make)
-    first.fill(50)
+@pytest.mark.parametrize("number", [1, 3])
+def test_training_games_go_on_exactly_after_a_kill(tmp_path, make, number):
+    first = side_by_side(tmp_path, make, range(number))
+    first.fill(50 * number)
     for _ in range(150):
         first.decide()
-    state = first.state_dict()
-    head = first.memory.head
+    state, since = first.state_dict(), heads(first)
     for _ in range(120):
         first.decide()
-    written = first.memory.transitions(np.arange(head, first.memory.head - 1))
+    before = written(first, since)
 
-    again = training_game(tmp_path / "a", make, seed=99)  # the state brings its seed
+    again = side_by_side(tmp_path, make, range(90, 90 + number))  # the state brings its seeds
     again.load_state_dict(state)
     for _ in range(120):
         again.decide()
-    replayed = again.memory.transitions(np.arange(head, again.memory.head - 1))
-    assert again.memory.head == first.memory.head
-    assert torch.equal(written.state, replayed.state)
-    assert torch.equal(written.action, replayed.action)
-    assert again.scores == first.scores
+    assert heads(again) == heads(first)
+    assert all(same(a, b) for a, b in zip(written(again, since), before, strict=True))
+    assert again.recent_score == first.recent_score
     assert again.epsilon == first.epsilon
+    assert same(again.sample(20), first.sample(20))
+
+
+def test_games_side_by_side_are_those_of_games_alone(tmp_path):
+    together, calls = side_by_side(tmp_path / "together", Catch, [5, 6]), []
+    values = together.values
+    together.values = lambda state: calls.append(len(state)) or values(state)
+    together.fill(60)
+    for _ in range(200):
+        together.decide()
+    assert max(calls) == 2
+    assert len(calls) <= 200
+    assert together.total >= 400
+    for number, seed in enumerate([5, 6]):
+        alone = side_by_side(tmp_path / f"alone{number}", Catch, [seed])
+        alone.fill(30)
+        for _ in range(200):
+            alone.decide()
+        assert heads(alone) == [heads(together)[number]]
+        assert same(written(alone, [0])[0], written(together, [0, 0])[number])
+
+
+def test_a_sample_takes_from_all_memories_by_their_size(tmp_path):
+    together = side_by_side(tmp_path, Catch, [0, 1])
+    together.games[0].fill(100)
+    together.games[1].fill(300)
+    for game, reward in zip(together.games, (2.0, 3.0), strict=True):
+        game.memory.rewards[:] = reward
+    rewards = together.sample(4000).reward
+    assert (rewards == 3.0).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_checkpoint_of_another_number_of_games_is_refused(tmp_path):
+    state = side_by_side(tmp_path / "a", Catch, [0, 1]).state_dict()
+    with pytest.raises(UserError, match="training_games"):
+        side_by_side(tmp_path / "b", Catch, [0]).load_state_dict(state)
 
 
 def test_rewards_are_clipped_to_their_sign_in_the_memory_only(tmp_path):
@@ -283,6 +338,7 @@ def test_the_fingerprint_knows_the_protocol():
         ({"n_step": 0}, "n_step"),
         ({"replay_start": 10, "replay_size": 5}, "replay_start"),
         ({"decisions_per_update": 10, "decisions_per_epoch": 5}, "decisions_per_update"),
+        ({"decisions_per_update": 4, "training_games": 3}, "training_games"),
     ],
 )
 def test_wrong_settings_are_named(options, words):
