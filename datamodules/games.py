@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,11 +231,9 @@ class GameDataModule(pl.LightningDataModule):
         """Open the replay memories in the run folder, fill them at random or go on with them, and play."""
         from datamodules.play import TrainingGames
 
-        assert self.trainer is not None
         rank, world = rank_and_world()
-        folder = Path(self.trainer.default_root_dir) / "replay" / (f"rank{rank}" if world > 1 else "")
-        numbers = range(self.training_games)
-        games = [self._training_game(folder, rank * self.training_games + number) for number in numbers]
+        numbers = range(rank * self.training_games, (rank + 1) * self.training_games)
+        games = [self._training_game(number, len(numbers) * world) for number in numbers]
         self.training = TrainingGames(games)
         self.training.values = self._values
         if self._resumed is not None and world == 1:
@@ -249,12 +248,17 @@ class GameDataModule(pl.LightningDataModule):
         rounds = self.decisions_per_update // self.training_games
         return PlayLoader(self.training, batches, self.batch_size, rounds)
 
-    def _training_game(self, folder: Path, number: int) -> TrainingGame:
+    @property
+    def _memories(self) -> Path:
+        """The folder of all replay memories."""
+        assert self.trainer is not None
+        return Path(self.trainer.default_root_dir) / "replay"
+
+    def _training_game(self, number: int, total: int) -> TrainingGame:
         """The training game of this number, counted over all processes."""
         from datamodules.play import Exploration, TrainingGame, open_memory
 
-        if self.training_games > 1:
-            folder = folder / f"game{number}"
+        folder = self._memories / (f"game{number}" if total > 1 else "")
         game, seed = self.make_game(training=True), derived_seed(run_seed(self.seed), number)
         memory, exploration = open_memory(folder, game, **self.memory_settings), Exploration(*self.exploration_settings)
         return TrainingGame(game, memory, exploration, seed, self.clip_rewards, self.bootstrap_on_truncation)
@@ -295,6 +299,8 @@ class GameDataModule(pl.LightningDataModule):
         """Training has ended well: remove the memories, unless they are to be kept."""
         if stage == "fit" and self.training is not None and not self.keep_replay:
             self.training.delete()
+            with suppress(OSError):  # not empty while other processes keep theirs, or gone
+                self._memories.rmdir()
 
     # ---- evaluation ----
 

@@ -21,6 +21,14 @@ COMMON = [
     "--trainer.enable_progress_bar=false",
 ]
 
+CASES = {name: ["--config", method.smallest] for name, method in METHODS.items()}
+ATARI = {"decisions_per_epoch": 200, "replay_start": 200, "max_decisions": 60, "training_games": 2}
+ATARI |= dict.fromkeys(("eval_episodes", "test_episodes"), 2)
+CASES["dsqn on two Atari games side by side"] = [
+    "--config=dsqn/road_runner_small",
+    *(f"--data.init_args.{name}={value}" for name, value in ATARI.items()),
+]
+
 
 def launch(folder, *arguments):
     command = [sys.executable, "-m", "leanlight", "fit", *map(str, arguments)]
@@ -44,9 +52,9 @@ def rows(folder):
     return found[0].read_bytes().count(b"\n") if found else 0
 
 
-def kill_when_written(folder, method, count):
+def kill_when_written(folder, case, count):
     """Start a run, kill it without warning once metrics.csv has `count` lines and a checkpoint is there."""
-    process = launch(folder, "--config", METHODS[method].smallest, *COMMON)
+    process = launch(folder, *CASES[case], *COMMON)
     while process.poll() is None:
         if rows(folder) >= count and list(folder.glob("runs/*/*/a/checkpoints/last.ckpt")):
             os.killpg(process.pid, signal.SIGKILL)
@@ -59,24 +67,24 @@ def kill_when_written(folder, method, count):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Weights and metrics.csv of an undisturbed run, one a method."""
+    """Weights and metrics.csv of an undisturbed run, one a case."""
     done = {}
 
-    def get(method):
-        if method not in done:
+    def get(case):
+        if case not in done:
             folder = tmp_path_factory.mktemp("undisturbed")
-            finish(launch(folder, "--config", METHODS[method].smallest, *COMMON))
+            finish(launch(folder, *CASES[case], *COMMON))
             found = run_dir(folder)
             checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
-            done[method] = checkpoint, (found / "metrics.csv").read_bytes()
-        return done[method]
+            done[case] = checkpoint, (found / "metrics.csv").read_bytes()
+        return done[case]
 
     return get
 
 
-def check(folder, method, undisturbed, lines):
-    expected, metrics = undisturbed(method)
-    kill_when_written(folder, method, lines)
+def check(folder, case, undisturbed, lines):
+    expected, metrics = undisturbed(case)
+    kill_when_written(folder, case, lines)
     finish(launch(folder, "--resume", run_dir(folder)))
     found = run_dir(folder)
     resumed = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
@@ -93,17 +101,17 @@ def test_a_killed_classifier_resumes_exactly(tmp_path, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(5))
-@pytest.mark.parametrize("method", list(METHODS))
-def test_a_method_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, method, moment):
-    lines = undisturbed(method)[1].count(b"\n")
-    check(tmp_path, method, undisturbed, random.Random(f"{method} {moment}").randint(6, lines - 2))
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_run_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, case, moment):
+    lines = undisturbed(case)[1].count(b"\n")
+    check(tmp_path, case, undisturbed, random.Random(f"{case} {moment}").randint(6, lines - 2))
 
 
-@pytest.mark.parametrize("method", ["classifier", pytest.param("sfedca", marks=pytest.mark.slow)])
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, undisturbed, method):
+@pytest.mark.parametrize("case", ["classifier", pytest.param("sfedca", marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, undisturbed, case):
     """Of the federation: inside a round, some of whose clients have trained."""
-    expected, metrics = undisturbed(method)
-    process = launch(tmp_path, "--config", METHODS[method].smallest, *COMMON)
+    expected, metrics = undisturbed(case)
+    process = launch(tmp_path, *CASES[case], *COMMON)
     while rows(tmp_path) < metrics.count(b"\n") // 2:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

@@ -13,10 +13,16 @@ OTHERS = [
     "--trainer.callbacks.init_args.participants=5",
     "--model.init_args.objective=lit_modules.federated.Scaffold",
 ]
+# One process trains nobody in a round.
+ALONE = [argument.replace("participants=5", "participants=1") for argument in OTHERS]
 WIDTHS = ["--config=sfedhifi/digits_small", "--trainer.max_epochs=3"]
 
 
-@pytest.mark.parametrize("config", [CREDIT, OTHERS, WIDTHS], ids=["credit", "power of choice with scaffold", "widths"])
+@pytest.mark.parametrize(
+    "config",
+    [CREDIT, OTHERS, ALONE, WIDTHS],
+    ids=["credit", "power of choice with scaffold", "one client a round with scaffold", "widths"],
+)
 def test_a_federation_on_two_processes_equals_one_process(tmp_path, config):
     one, one_metrics = run(tmp_path / "one", *config)
     two, two_metrics = run(tmp_path / "two", *config, "--config=trainer/ddp", "--trainer.devices=2")
