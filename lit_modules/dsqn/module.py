@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlight.contracts import (
     Animation,
@@ -420,7 +421,8 @@ class Conversion(Player):
         network = cast(ConvertedDQN, self.network)
         state = _scaled(state.to(self.device))
         spikes, potential = network.simulate(state)
-        expected = self._source[0](state).argmax(1)
+        with _disable_current_modes():  # EnergyMeter counts what a decision executes; the DQN is no part of it
+            expected = self._source[0](state).argmax(1)
         for name, values in (("robust", spikes + potential), ("spikes", spikes)):
             self._agreement[name] += (values.argmax(1) == expected).int().tolist()
         return (spikes + potential if self.decoding == "robust" else spikes) / self.time_steps

@@ -134,6 +134,15 @@ def test_energy_is_that_of_one_greedy_decision(source, tmp_path):
     assert 0 < figures["test/acs"] <= 2 * 9 * 4
 
 
+def test_energy_of_a_converted_agent_leaves_the_dqn_out(source, tmp_path):
+    conversion = Conversion(source, time_steps=3, states=200)
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[EnergyMeter(batches=9)], **QUIET)
+    (figures,) = trainer.test(conversion, datamodule=GameDataModule(**DATA), verbose=False)
+    assert figures["test/macs"] == 0  # binary pixels, then spikes: nothing multiplies
+    assert figures["test/acs"] > 0
+    assert 0 < figures["test/agreement_robust"] <= 1
+
+
 def test_a_missing_source_names_the_pipeline(tmp_path):
     with pytest.raises(UserError, match="leanlight run dsqn/pipelines"):
         measure(Conversion(tmp_path / "none.ckpt"), tmp_path)
