@@ -105,6 +105,7 @@ def build_document(
             judge(claim, spec, values, stale=any(row in stale_rows for row, _ in claim.expr.references))
             for claim in spec.claims
         ],
+        "profile": asdict(spec.profile) if spec.profile else None,
     }
 
 

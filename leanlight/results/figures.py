@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from leanlight.results.format import show_number
+from leanlight.results.profile import confidence_band, shares_above
 
 # Distinguishable with the common colour deficiencies, readable on light and dark ground.
 PALETTE = ("#4c7fc0", "#d98032", "#479c72", "#b9609a", "#8a7fce", "#9a8a45", "#4fa8ba", "#b95d5d")
@@ -98,6 +100,25 @@ def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, theme: Theme 
             axes.plot(x, y, color=color, linewidth=1.3, alpha=0.8, label=label, marker="." if len(x) < 15 else None)
     axes.set_xlabel(_plain(xlabel), color=theme.text, fontsize=8.5)
     axes.set_title(_plain(ylabel), loc="left", color=theme.text, fontsize=9.5)
+    _calm(axes, theme)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=theme.text)
+    return _png(figure)
+
+
+def draw_profile(groups: Mapping[str, Sequence[Sequence[float]]], xlabel: str, theme: Theme = LIGHT) -> bytes:
+    """PNG of performance profiles with bands. groups: label → of each task, the values of its seeds."""
+    figure = Figure(figsize=(4.4, 2.9), facecolor=theme.ground, dpi=144)
+    axes = figure.add_subplot()
+    values = np.concatenate([task for tasks in groups.values() for task in tasks])
+    low, high = min(0.0, float(values.min())), float(values.max())
+    thresholds = np.linspace(low, high + 0.05 * ((high - low) or 1.0), 300)
+    for position, (label, tasks) in enumerate(groups.items()):
+        color = PALETTE[position % len(PALETTE)]
+        axes.plot(thresholds, shares_above(tasks, thresholds), color=color, linewidth=1.5, label=_plain(label, 28))
+        axes.fill_between(thresholds, *confidence_band(tasks, thresholds), color=color, alpha=0.18, linewidth=0)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(_plain(f"{xlabel} τ"), color=theme.text, fontsize=8.5)
+    axes.set_title("Share of runs above τ, with 95 % band", loc="left", color=theme.text, fontsize=9.5)
     _calm(axes, theme)
     axes.legend(fontsize=7.5, frameon=False, labelcolor=theme.text)
     return _png(figure)

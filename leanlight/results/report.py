@@ -11,7 +11,7 @@ from typing import Any
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
 from leanlight.results.document import read_document
-from leanlight.results.figures import DARK, LIGHT, Curve, Theme, draw_bars, draw_curves, read_curve
+from leanlight.results.figures import DARK, LIGHT, Curve, Theme, draw_bars, draw_curves, draw_profile, read_curve
 from leanlight.results.format import show_metric
 from leanlight.results.markdown import (
     check_markers,
@@ -24,6 +24,12 @@ from leanlight.results.page import FigureView, TableView, render_page
 from leanlight.results.pictures import Picture, png_uri, run_folder, run_pictures
 
 RESULTS = Path("docs/results")
+Draw = Callable[[Theme], bytes]
+_CAPTIONS = {
+    "": "Each metric as bars over rows",
+    "_profile": "Performance profile over tasks and seeds",
+    "_curves": "Learning curves, a line for each seed",
+}
 _PICTURES_A_ROW = 6
 _PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
 
@@ -44,25 +50,29 @@ def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     documents = {path: read_document(path) for path in paths}
     views, room = [], _PAGE_BYTES
     for path, document in documents.items():
-        shown = {}
-        if measured := _measured(document):
-            figure = path.with_suffix(".png")
-            atomic_write(figure, draw_bars(document, measured, columns=2))
-            shown[figure.name] = "Each metric as bars over rows"
-        figure, curves = path.with_name(f"{path.stem}_curves.png"), _learning_curves(document, runs_root)
-        if curves:
-            atomic_write(figure, curves.draw(LIGHT))
-        if figure.is_file():
-            shown[figure.name] = "Learning curves, a line for each seed"
-        atomic_write(path.with_suffix(".md"), document_markdown(document, shown))
+        measured, curves, profile = _measured(document), _learning_curves(document, runs_root), _profile(document)
+        bars = partial(draw_bars, document, measured, columns=2) if measured else None
+        _write_markdown(path, document, {"": bars, "_profile": profile, "_curves": curves.draw if curves else None})
         pictures, room = _pictures(document, runs_root, room)
-        views.append(TableView(document, _figures(document, measured, curves), pictures))
+        views.append(TableView(document, _figures(document, measured, profile, curves), pictures))
     page = output / "index.html"
     try:
         atomic_write(page, render_page(views))
     except OSError as error:
         raise UserError(f"--output: cannot write {page} ({error.strerror})") from error
     return page
+
+
+def _write_markdown(path: Path, document: Mapping[str, Any], drawings: Mapping[str, Draw | None]) -> None:
+    """Write figures and the page that shows them beside the results JSON `path`. drawings: by the end of their name."""
+    shown = {}
+    for ending, draw in drawings.items():
+        figure = path.with_name(f"{path.stem}{ending}.png")
+        if draw:
+            atomic_write(figure, draw(LIGHT))
+        if draw or (ending == "_curves" and figure.is_file()):
+            shown[figure.name] = _CAPTIONS[ending]
+    atomic_write(path.with_suffix(".md"), document_markdown(document, shown))
 
 
 def write_benchmarks(results: Path = RESULTS) -> list[Path]:
@@ -122,13 +132,34 @@ class _Curves:
         return draw_curves(self.rows, self.unit, self.title, theme)
 
 
-def _figures(document: Mapping[str, Any], measured: Sequence[str], curves: _Curves | None) -> list[FigureView]:
-    drawn: dict[str, Callable[[Theme], bytes]] = {
+def _figures(
+    document: Mapping[str, Any],
+    measured: Sequence[str],
+    profile: Callable[[Theme], bytes] | None,
+    curves: _Curves | None,
+) -> list[FigureView]:
+    drawn: dict[str, Draw] = {
         f"{document['metrics'][name]['label']} of each row": partial(_bars, document, name) for name in measured
     }
+    if profile:
+        drawn[_CAPTIONS["_profile"]] = profile
     if curves:
         drawn[curves.title] = curves.draw
     return [FigureView(title, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for title, draw in drawn.items()]
+
+
+def _profile(document: Mapping[str, Any]) -> Draw | None:
+    """Draws the performance profile that the table asks for, once every row of it has values."""
+    if not (asked := document.get("profile")):
+        return None
+    metric = document["metrics"][asked["metric"]]
+    rows = {row["name"]: row["metrics"].get(asked["metric"]) for row in document["rows"]}
+    groups = {
+        label: [[value * metric["scale"] for value in rows[name]["by_seed"].values()] for name in names]
+        for label, names in asked["groups"].items()
+        if all(rows.get(name) for name in names)
+    }
+    return partial(draw_profile, groups, show_metric(metric)[:-2]) if groups else None
 
 
 def _bars(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:

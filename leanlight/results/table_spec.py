@@ -70,6 +70,17 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """A performance profile: of each group of rows, the share of runs whose `metric` is above a threshold.
+
+    groups: label → names of rows, one a task (a game, a data set), so that groups can be compared over all tasks.
+    """
+
+    metric: str
+    groups: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class TableSpec:
     """A whole table. name: as on the command line, for the published command. stem: its file name without suffix."""
 
@@ -85,12 +96,13 @@ class TableSpec:
     metrics: dict[str, Metric]
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = field(default=())
+    profile: Profile | None = None
 
 
 def load_table(name: str) -> TableSpec:
     """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
-    keys = "method dataset scale title note seeds checkpoint metrics rows claims"
+    keys = "method dataset scale title note seeds checkpoint metrics rows claims profile"
     top = Reader(read_mapping(path), path.name, keys)
     metrics = {
         str(key): _metric(value, f"{path.name}: metrics {key}") for key, value in top.get("metrics", dict).items()
@@ -121,6 +133,9 @@ def load_table(name: str) -> TableSpec:
         metrics=metrics,
         rows=rows,
         claims=claims,
+        profile=_profile(top.content["profile"], f"{path.name}: profile", names, metrics)
+        if "profile" in top.content
+        else None,
     )
 
 
@@ -233,3 +248,19 @@ def _claim(content: Any, where: str, rows: Collection[str], metrics: Collection[
         margin=reader.number("margin", 0.0),
         min_seeds=min_seeds,
     )
+
+
+def _profile(content: Any, where: str, rows: Collection[str], metrics: Collection[str]) -> Profile:
+    reader = Reader(content, where, "metric groups")
+    metric = reader.choice("metric", metrics)
+    groups: dict[str, tuple[str, ...]] = {}
+    for label, names in reader.get("groups", dict).items():
+        if not isinstance(names, list) or not names:
+            raise UserError(f"{where}: groups {label!r} must be a list of rows, got {names!r}")
+        for name in names:
+            if name not in rows:
+                raise UserError(f"{where}: groups {label!r}: no row {name!r}{nearest(str(name), rows)}")
+        groups[str(label)] = tuple(names)
+    if not groups:
+        raise UserError(f"{where}: groups is empty; name at least one")
+    return Profile(metric, groups)

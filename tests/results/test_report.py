@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ from leanlight.results.figures import LIGHT, _bar_panel
 from leanlight.results.format import paper_delta, show_measured, show_seconds
 from leanlight.results.markdown import BEGIN, END
 from leanlight.results.pictures import load_picture
+from leanlight.results.profile import confidence_band, shares_above
 
 EVIL = (
     "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\" onload='x' $x^2$ | [a](javascript:1)"
@@ -153,6 +155,28 @@ def test_bars_below_zero_are_inside_the_figure() -> None:
     low, high = axes.get_xlim()
     assert low <= -0.8
     assert high >= 0
+
+
+def test_a_performance_profile_is_drawn_where_a_table_asks_for_it(suite: Any) -> None:
+    groups = {"ours": ["good"], "theirs": ["bad"]}
+    reproduce([str(suite.table(profile={"metric": "test/accuracy", "groups": groups}))])
+    main(["--all", "--output", "out"])
+    images = [a for tag, a in Page(Path("out/index.html").read_text()).tags if tag == "img"]
+    assert "Performance profile over tasks and seeds" in [a["alt"] for a in images]
+    with Image.open(RESULTS / "two_profile.png") as figure:
+        assert min(figure.size) > 100
+
+
+def test_shares_of_runs_above_a_threshold_weigh_tasks_alike() -> None:
+    scores, thresholds = [[1.0, 3.0], [2.0, 2.0, 5.0, 5.0]], np.array([0.0, 1.0, 2.0, 4.0, 5.0])
+    assert shares_above(scores, thresholds).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    low, high = confidence_band(scores, thresholds)
+    assert (low <= shares_above(scores, thresholds)).all()
+    assert (high >= shares_above(scores, thresholds)).all()
+    assert (low[0], high[0], low[-1], high[-1]) == (1.0, 1.0, 0.0, 0.0)
+    # Task one has 0, 1 or 2 of 2 above 2 with chances 1/4, 1/2, 1/4; task two 0 to 4 of 4 by a fair coin.
+    assert low[2] <= 0.25
+    assert high[2] >= 0.75
 
 
 def test_learning_curves_and_pictures_of_run_folders_are_shown(suite: Any) -> None:

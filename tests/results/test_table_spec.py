@@ -50,6 +50,19 @@ def _set(path: str, value: Any) -> Any:
 MISTAKES = [
     (_set("sedes", [0]), "two.yaml: key 'sedes' is unknown (did you mean 'seeds'?)"),
     (_set("title", None), "two.yaml: key 'title' is missing"),
+    (
+        _set("profile", {"metric": "test/acuracy", "groups": {"a": ["good"]}}),
+        "two.yaml: profile: metric must be one of",
+    ),
+    (_set("profile", {"metric": "test/accuracy", "groups": {}}), "two.yaml: profile: groups is empty"),
+    (
+        _set("profile", {"metric": "test/accuracy", "groups": {"a": ["god"]}}),
+        "two.yaml: profile: groups 'a': no row 'god' (did you mean 'good'?)",
+    ),
+    (
+        _set("profile", {"metric": "test/accuracy", "groups": {"a": "good"}}),
+        "two.yaml: profile: groups 'a' must be a list of rows, got 'good'",
+    ),
     (_set("scale", "tiny"), "two.yaml: scale must be one of small, paper, got 'tiny'"),
     (_set("method", "../x"), "two.yaml: method '../x' is not a folder name"),
     (_set("seeds", [0, 0]), "names a seed twice"),
