@@ -90,18 +90,30 @@ def _bar_panel(
 
 
 def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, theme: Theme = LIGHT) -> bytes:
-    """PNG of learning curves: one colour a row, one line a seed."""
-    figure = Figure(figsize=(4.4, 2.9), facecolor=theme.ground, dpi=144)
+    """PNG of learning curves: a row's mean over seeds, or its lines where they differ in length.
+
+    With few rows also the range of the seeds.
+    """
+    figure = Figure(figsize=(7.0, max(2.9, 0.19 * len(curves) + 0.6)), facecolor=theme.ground, dpi=144)
     axes = figure.add_subplot()
     for curve in curves:
         color = PALETTE[curve.position % len(PALETTE)]
-        for order, (x, y) in enumerate(curve.lines):
-            label = _plain(curve.label, 28) if order == 0 else None
-            axes.plot(x, y, color=color, linewidth=1.3, alpha=0.8, label=label, marker="." if len(x) < 15 else None)
+        style = ("-", "--", ":")[curve.position // len(PALETTE) % 3]
+        lines = curve.lines
+        if all(list(x) == list(lines[0][0]) for x, _ in lines):
+            values = np.array([y for _, y in lines])
+            if len(curves) <= len(PALETTE):
+                axes.fill_between(lines[0][0], values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
+            lines = [(lines[0][0], list(values.mean(0)))]
+        for order, (x, y) in enumerate(lines):
+            label = _plain(curve.label, 40) if order == 0 else None
+            marker = "." if len(x) < 15 else None
+            axes.plot(x, y, color=color, linestyle=style, linewidth=1.3, alpha=0.9, label=label, marker=marker)
     axes.set_xlabel(_plain(xlabel), color=theme.text, fontsize=8.5)
     axes.set_title(_plain(ylabel), loc="left", color=theme.text, fontsize=9.5)
     _calm(axes, theme)
-    axes.legend(fontsize=7.5, frameon=False, labelcolor=theme.text)
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, labelcolor=theme.text)
+    legend.set_frame_on(False)
     return _png(figure)
 
 

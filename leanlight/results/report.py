@@ -28,7 +28,7 @@ Draw = Callable[[Theme], bytes]
 _CAPTIONS = {
     "": "Each metric as bars over rows",
     "_profile": "Performance profile over tasks and seeds",
-    "_curves": "Learning curves, a line for each seed",
+    "_curves": "Learning curves, means over seeds",
 }
 _PICTURES_A_ROW = 6
 _PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
