@@ -332,7 +332,9 @@ class DeepQLearning(Player):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["q_learning"]
         self.actions, self.shape = tuple(state["actions"]), tuple(state["shape"])
-        self._history = {name: list(values) for name, values in state["history"].items()}
+        if len(state["history"].get("frames", [])) >= len(self._history.get("frames", [])):
+            # Else: the best checkpoint is tested after a training that went on; its curves are kept whole.
+            self._history = {name: list(values) for name, values in state["history"].items()}
         if not hasattr(self, "network"):
             self._build(len(self.actions))
 

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.timeout(900)  # a dozen runs
 def test_the_page_builds_a_working_method(tmp_path):
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
