@@ -143,6 +143,19 @@ def test_energy_of_a_converted_agent_leaves_the_dqn_out(source, tmp_path):
     assert 0 < figures["test/agreement_robust"] <= 1
 
 
+def test_curves_of_a_training_stay_whole_when_an_earlier_checkpoint_is_tested(tmp_path):
+    module, _ = fit(tmp_path)
+    module._history = {"frames": [1.0, 2.0]}
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    module._history = {"frames": [1.0, 2.0, 3.0]}
+    module.on_load_checkpoint(checkpoint)
+    assert module._history == {"frames": [1.0, 2.0, 3.0]}
+    another = DeepQLearning(functools.partial(DQN, **NETWORK))
+    another.on_load_checkpoint(checkpoint)
+    assert another._history == {"frames": [1.0, 2.0]}
+
+
 def test_a_missing_source_names_the_pipeline(tmp_path):
     with pytest.raises(UserError, match="leanlight run dsqn/pipelines"):
         measure(Conversion(tmp_path / "none.ckpt"), tmp_path)
