@@ -34,17 +34,9 @@ _CATCH_RANDOM, _CATCH_BEST = -0.75, 1.0
 _SPLITS = {"val": 0, "test": 1}
 _WRAPPERS = ("frame_skip", "noop_max", "screen_size", "max_decisions", "sticky", "episodic_life", "fire_reset")
 _COUNTS = (
-    *("batch_size", "decisions_per_update", "decisions_per_epoch", "replay_size", "replay_start", "slack", "n_step"),
-    *(
-        "training_games",
-        "eval_episodes",
-        "test_episodes",
-        "eval_together",
-        "history",
-        "frame_skip",
-        "screen_size",
-        "max_decisions",
-    ),
+    *("batch_size", "decisions_per_update", "decisions_per_epoch", "training_games"),
+    *("replay_size", "replay_start", "slack", "n_step", "eval_episodes", "test_episodes", "eval_together"),
+    *("history", "frame_skip", "screen_size", "max_decisions"),
 )
 _SHARES = ("gamma", "epsilon_start", "epsilon_end", "eval_epsilon", "sticky")
 

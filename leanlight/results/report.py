@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from leanlight.results.page import FigureView, TableView, render_page
 from leanlight.results.pictures import Picture, png_uri, run_folder, run_pictures
 
 RESULTS = Path("docs/results")
-Draw = Callable[[Theme], bytes]
+Draw = Callable[[Theme], bytes]  # a PNG
 _CAPTIONS = {
     "": "Each metric as bars over rows",
     "_profile": "Performance profile over tasks and seeds",
@@ -52,7 +51,7 @@ def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     for path, document in documents.items():
         measured, curves, profile = _measured(document), _learning_curves(document, runs_root), _profile(document)
         bars = partial(draw_bars, document, measured, columns=2) if measured else None
-        _write_markdown(path, document, {"": bars, "_profile": profile, "_curves": curves.draw if curves else None})
+        _write_markdown(path, document, {"": bars, "_profile": profile, "_curves": curves and curves[1]})
         pictures, room = _pictures(document, runs_root, room)
         views.append(TableView(document, _figures(document, measured, profile, curves), pictures))
     page = output / "index.html"
@@ -120,23 +119,11 @@ def _measured(document: Mapping[str, Any]) -> list[str]:
     return [name for name in document["metrics"] if any(name in row["metrics"] for row in document["rows"])]
 
 
-@dataclass(frozen=True)
-class _Curves:
-    """Learning curves of a table's rows."""
-
-    rows: Sequence[Curve]
-    unit: str
-    title: str
-
-    def draw(self, theme: Theme) -> bytes:
-        return draw_curves(self.rows, self.unit, self.title, theme)
-
-
 def _figures(
     document: Mapping[str, Any],
     measured: Sequence[str],
-    profile: Callable[[Theme], bytes] | None,
-    curves: _Curves | None,
+    profile: Draw | None,
+    curves: tuple[str, Draw] | None,
 ) -> list[FigureView]:
     drawn: dict[str, Draw] = {
         f"{document['metrics'][name]['label']} of each row": partial(_bars, document, name) for name in measured
@@ -144,7 +131,7 @@ def _figures(
     if profile:
         drawn[_CAPTIONS["_profile"]] = profile
     if curves:
-        drawn[curves.title] = curves.draw
+        drawn |= [curves]
     return [FigureView(title, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for title, draw in drawn.items()]
 
 
@@ -159,15 +146,15 @@ def _profile(document: Mapping[str, Any]) -> Draw | None:
         for label, names in asked["groups"].items()
         if all(rows.get(name) for name in names)
     }
-    return partial(draw_profile, groups, show_metric(metric)[:-2]) if groups else None
+    return cache(partial(draw_profile, groups, show_metric(metric)[:-2])) if groups else None
 
 
 def _bars(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:
     return draw_bars(document, [name], theme)
 
 
-def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> _Curves | None:
-    """Validation curve of the table's first metric that the runs logged, where their folders are found."""
+def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> tuple[str, Draw] | None:
+    """Title and drawing of the validation curve of the table's first metric that runs logged, if they are found."""
     for name, metric in document["metrics"].items():
         validated = "val/" + name.partition("/")[2]
         curves, units = [], set()
@@ -180,5 +167,6 @@ def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> _Curves | 
                 scaled = [(x, [value * metric["scale"] for value in y]) for _, x, y in found]
                 curves.append(Curve(row["label"], scaled, position))
         if curves:
-            return _Curves(curves, "/".join(sorted(units)), f"{show_metric(metric)[:-2]} on validation data")
+            title = f"{show_metric(metric)[:-2]} on validation data"
+            return title, cache(partial(draw_curves, curves, "/".join(sorted(units)), title))
     return None

@@ -18,7 +18,7 @@ from spikingjelly.activation_based.ann2snn.modules import VoltageHook, VoltageSc
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from lit_modules.dsqn.networks import DQN
+from lit_modules.dsqn.networks import DQN, time_pieces
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.spiking import fold_time, repeat_time, reset, unfold_time
 
@@ -56,8 +56,7 @@ class ConvertedDQN(nn.Module):
         reset(self)
         current = self.layers[0](state)
         counts = current.new_zeros(())
-        for start in range(0, self.time_steps, _CHUNK):
-            steps = min(_CHUNK, self.time_steps - start)
+        for steps in time_pieces(self.time_steps, _CHUNK):
             spikes = self.neurons[0](repeat_time(current, steps))
             for layer, fire in zip(self.layers[1:], self.neurons[1:], strict=True):
                 x = fold_time(spikes)

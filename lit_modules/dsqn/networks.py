@@ -131,7 +131,7 @@ class DSQN(DQN):
         # This memory format spares the convolutions copies.
         current = self._current(self.convolutions[0], state.contiguous(memory_format=torch.channels_last))
         together = max(1, _TOGETHER // current.numel())
-        spikes = torch.cat([self._hidden(repeat_time(current, n)) for n in _pieces(self.time_steps, together)])
+        spikes = torch.cat([self._hidden(repeat_time(current, n)) for n in time_pieces(self.time_steps, together)])
         values = self._read(spikes)
         reset(self)
         return values
@@ -163,9 +163,9 @@ class DSQN(DQN):
         return sequence[-1] if self.readout == "last_mem" else sequence.mean(0)
 
 
-def _pieces(total: int, most: int) -> list[int]:
-    """`total` in parts of `most`, the last one smaller."""
-    return [min(most, total - start) for start in range(0, total, most)]
+def time_pieces(time_steps: int, most: int) -> list[int]:
+    """Numbers of time steps that are computed together: parts of `most`, the last one maybe smaller."""
+    return [min(most, time_steps - start) for start in range(0, time_steps, most)]
 
 
 def _neuron(kind: Neuron, tau: float, name: Surrogate, alpha: float, options: dict[str, Any]) -> nn.Module:
