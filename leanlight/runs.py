@@ -91,8 +91,13 @@ class RunSettings:
 def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
     """Identity of a run: what decides its numbers, and nothing else.
 
-    resolved: the configuration as `leanlight.cli.train.resolve` gives it. inputs: name → path of the stage inputs; each
-    counts by the sha256 of its content, wherever its path stands in the configuration. Returns 64 hex digits.
+    Args:
+        resolved: the configuration as `leanlight.experiment.resolve` gives it.
+        inputs: name → path of the stage inputs; each counts by the sha256 of its content, wherever its path stands in
+            the configuration.
+
+    Returns:
+        64 hex digits.
     """
     digests = {str(path): sha256_file(path) for path in (inputs or {}).values()}
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules import formats
-from datamodules.catalog import describe
-from datamodules.formats import Part
+from datamodules.images import formats
+from datamodules.images.catalog import describe
+from datamodules.images.formats import Part
 from leanlight.contracts import UserError
 
 TILE = 32

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.formats import read_idx
+from datamodules.images.formats import read_idx
 from leanlight.contracts import atomic_write, sha256_file
 
-TARGET = Path(__file__).parents[1] / "datamodules" / "resources" / "fashion_mnist_subset.npz.xz"
+TARGET = Path(__file__).parents[1] / "datamodules" / "images" / "resources" / "fashion_mnist_subset.npz.xz"
 PER_CLASS = {"train": 320, "test": 80}
 FILES = {"train": "train", "test": "t10k"}
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from leanlight.benchmarks.core import Measurement, Target, peak_memory_mb, summarise
-from leanlight.contracts.differentiable import find_augmentation
+from leanlight.ops.differentiable import find_augmentation
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine, Unrolled
 from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerOptimizer, InnerProblem, SyntheticData
 from lit_modules.at_bptt.lowrank import LowRankHessian

@@ -30,7 +30,7 @@ from leanlight import runs
 from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
 from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import ImageBatch, atomic_write
-from leanlight.contracts.augment import AUGMENTATIONS, Augmentation
+from leanlight.ops.augment import AUGMENTATIONS, Augmentation
 from lit_modules.classifier import ImageClassifier
 from lit_modules.nn import ConvNet, SpikingConvNet
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from datamodules import GameDataModule
-from datamodules.atari import make_atari
-from datamodules.play import Exploration, TrainingGame, TrainingGames, open_memory
+from datamodules.games.atari import make_atari
+from datamodules.games.play import Exploration, TrainingGame, TrainingGames, open_memory
 from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
 from lit_modules.dsqn import DQN, DSQN, DeepQLearning
 from lit_modules.dsqn.reference import StepByStep

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from datamodules.catalog import CATALOG, DatasetInfo, describe
+from datamodules.images.catalog import CATALOG, DatasetInfo, describe
 from leanlight.cli.arguments import Parser
 
 # Sets of many small picture files: `prepare` decodes them once into an npz that loads in seconds.
@@ -51,7 +51,7 @@ def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, Datas
 
 def prepare(argv: list[str]) -> int:
     """Find or download a data set and say where it is."""
-    from datamodules import formats, sources
+    from datamodules.images import formats, sources
 
     arguments, info = _arguments("prepare", argv)
     # The packaged subset is always there: whoever prepares Fashion-MNIST means the whole.
@@ -69,7 +69,7 @@ def prepare(argv: list[str]) -> int:
 
 def check(argv: list[str]) -> int:
     """Load a data set without downloading and print what it holds."""
-    from datamodules.images import ImageDataModule
+    from datamodules.images.module import ImageDataModule
 
     arguments, info = _arguments("check", argv)
     data = ImageDataModule(info.name, arguments.root, arguments.variant, path=arguments.path, download=False)

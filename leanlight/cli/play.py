@@ -83,9 +83,9 @@ def _report(seeds: list[int], episodes: list[Any], data: Any) -> None:
     console = Console(highlight=False)
     console.print(table)
     mean = sum(episode.score for episode in episodes) / len(episodes)
-    facts = data.meta.extra
-    known = {"random_score", "human_score"} <= set(facts)
-    note = f"; random {facts['random_score']:g}, human {facts['human_score']:g}" if known else ""
+    meta = data.meta
+    known = meta.random_score is not None and meta.human_score is not None
+    note = f"; random {meta.random_score:g}, human {meta.human_score:g}" if known else ""
     console.print(f"mean score {mean:g}{note}")
 
 

@@ -9,17 +9,39 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts.batches import ImageBatch
+from leanlight.contracts.batch import Batch
+from leanlight.contracts.images import ImageBatch, InMemoryImages
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ClientBatch(Batch):
+    """All data of one federated client for one round.
+
+    Args:
+        data: its images; empty at a batch without a client.
+        client: its id, or -1.
+        round_number: of the round, from 0.
+        work: share of its local steps that it manages, in (0, 1].
+        last: whether the server's step is due; such a batch has no client.
+    """
+
+    data: ImageBatch
+    client: int
+    round_number: int
+    work: float = 1.0
+    last: bool = False
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What given weights do on a client's data, without training.
 
-    loss: mean loss. rates: (L, T), mean firing rate (without spikes: mean absolute activation) of each layer and time
-    step. class_rates: (K,), mean over the samples of a class of their rate over layers and time; 0 for absent classes.
+    Args:
+        loss: mean loss.
+        rates: (L, T), mean firing rate (without spikes: mean absolute activation) of each layer and time step.
+        class_rates: (K,), mean over a class's samples of their rate over layers and time; 0 for absent classes.
     """
 
     loss: float
@@ -31,11 +53,20 @@ class Measurement:
 class ClientUpdate:
     """What a client has after its local training.
 
-    client: its id. items: size of its data. steps: local steps made. loss: mean loss over them. passes: images seen.
-    state: parameters and buffers. distance: Euclidean distance of its parameters from the received ones. extras:
-    whatever else it sends (SCAFFOLD: the change of its control variate). before, after: measurements with the received
-    and with its own weights, where the selector asks for them. received_bytes, sent_bytes: traffic with the server,
-    `sent_bytes` only if it is chosen. finite: no NaN or infinity.
+    Args:
+        client: its id.
+        items: size of its data.
+        steps: local steps made.
+        loss: mean loss over them.
+        passes: images seen.
+        state: parameters and buffers.
+        distance: Euclidean distance of its parameters from the received ones.
+        extras: whatever else it sends (SCAFFOLD: the change of its control variate).
+        before: measurement with the received weights, where the selector asks for it.
+        after: measurement with its own weights, where the selector asks for it.
+        received_bytes: traffic from the server.
+        sent_bytes: traffic to the server, if it is chosen.
+        finite: whether nothing of it is NaN or infinite.
     """
 
     client: int
@@ -86,8 +117,8 @@ class Selector:
 
 
 @runtime_checkable
-class FederatedData(Protocol):
-    """A DataModule that hands out clients instead of batches."""
+class FederatedData(InMemoryImages, Protocol):
+    """A DataModule of images that hands out clients instead of training batches."""
 
     #: Items of every client.
     client_sizes: Sequence[int]

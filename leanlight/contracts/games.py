@@ -1,4 +1,4 @@
-"""What an agent asks of a DataModule of games."""
+"""Games: their batches, their facts, and what an agent asks of a DataModule of games."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from leanlight.contracts.batch import Batch
 from leanlight.contracts.meta import DataMeta
 
 # States (N, K, H, W) uint8, the last K frames with the newest last → one value an action, (N, A), on any device.
@@ -15,12 +16,67 @@ QFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Transition(Batch):
+    """Reinforcement-learning transitions.
+
+    Args:
+        state: (N, K, H, W) uint8 stacked frames s.
+        action: (N,) int64 a.
+        reward: (N,) float32 r.
+        next_state: (N, K, H, W) uint8 stacked frames s'.
+        terminal: (N,) bool, true where no value is bootstrapped.
+        discount: (N,) float32, γ to the power of the steps between s and s'.
+    """
+
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+    next_state: Tensor
+    terminal: Tensor
+    discount: Tensor
+
+
+@dataclass(frozen=True)
+class EpisodeBatch(Batch):
+    """Evaluation episodes to play.
+
+    Args:
+        seed: (N,) int64, one an episode; it decides everything random in it.
+    """
+
+    seed: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameMeta(DataMeta):
+    """Facts of a game.
+
+    Args:
+        actions: names of the actions; index = action.
+        shape: (K, H, W) of a state: K stacked frames.
+        frame_skip: frames that one decision lasts.
+        random_score: mean score of random play, where it is known.
+        human_score: score of a human tester, where it is known.
+    """
+
+    actions: tuple[str, ...]
+    shape: tuple[int, int, int]
+    frame_skip: int
+    random_score: float | None = None
+    human_score: float | None = None
+
+
+@dataclass(frozen=True)
 class Episode:
     """One evaluation episode.
 
-    score: sum of unclipped rewards. decisions: actions taken. greedy: of them, decisions that asked the agent. max_q:
-    largest value of any action at any of these. q_spread: standard deviation over the actions there. Both are 0 in an
-    episode without greedy decisions. frames: (T, 3, H, W) uint8 pictures, where they were asked for.
+    Args:
+        score: sum of unclipped rewards.
+        decisions: actions taken.
+        greedy: of them, decisions that asked the agent.
+        max_q: largest value of any action at any greedy decision; 0 without one.
+        q_spread: standard deviation over the actions at greedy decisions; 0 without one.
+        frames: (T, 3, H, W) uint8 pictures, where they were asked for.
     """
 
     score: float
@@ -33,13 +89,9 @@ class Episode:
 
 @runtime_checkable
 class GameData(Protocol):
-    """A DataModule of games: training batches are `Transition`, evaluation batches `EpisodeBatch`.
+    """A DataModule of games: training batches are `Transition`, evaluation batches `EpisodeBatch`."""
 
-    meta: ``num_classes`` actions named ``classes``, states of ``shape`` (K, H, W); ``extra`` has ``frame_skip``, and
-    where they are known ``random_score`` and ``human_score``.
-    """
-
-    meta: DataMeta
+    meta: GameMeta
 
     def follow(self, values: QFunction) -> None:
         """Let training decisions be made by `values` from now on (with the exploration of this DataModule)."""

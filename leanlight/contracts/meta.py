@@ -1,28 +1,22 @@
-"""What a DataModule tells about its data once it is set up."""
+"""What a DataModule tells about its data once it is set up, whatever its kind."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataMeta:
-    """Facts about a data set.
+    """Facts that every kind of data has; each kind adds its own (`ImageMeta`, `GameMeta`).
 
-    name: catalogue name, e.g. ``fashion_mnist``. source: where it was found, in words a table can show.
-    num_classes: number of labels. shape: (C, H, W) of one item. classes: label names, index = label.
-    counts: items per split. class_counts: items per class of the training split.
-    fingerprint: sha256 over the items, labels and split, so that two runs can prove they saw the same data.
-    extra: further facts a kind of data has (items in a catalogue, category map, modality sizes, …).
+    Args:
+        name: name in the catalogue, e.g. ``fashion_mnist``.
+        source: where it was found, in words a table can show.
+        counts: items of each split.
+        fingerprint: sha256 over items, labels and split, so that two runs can prove they saw the same data.
     """
 
     name: str
     source: str
-    num_classes: int
-    shape: tuple[int, ...]
-    classes: tuple[str, ...]
     counts: dict[str, int]
-    class_counts: tuple[int, ...]
     fingerprint: str
-    extra: dict[str, Any] = field(default_factory=dict)

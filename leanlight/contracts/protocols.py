@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
+from leanlight.contracts.errors import UserError
 from leanlight.contracts.media import MediaItem
 from leanlight.contracts.meta import DataMeta
 
 NetworkFactory = Callable[[], nn.Module]
 Split = Literal["train", "val", "test"]
+Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
 class PrimaryMetric:
-    """The metric a method is judged by, logged on validation data. name: ``val/…``. mode: which way is better."""
+    """The metric a method is judged by, logged on validation data.
+
+    Args:
+        name: as it is logged, ``val/…``.
+        mode: whether ``min`` or ``max`` is better.
+    """
 
     name: str
     mode: Literal["min", "max"]
@@ -26,7 +33,12 @@ class PrimaryMetric:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is, in the method's own unit (``step``, ``round``, ``frames``, ``outer_step``, ``images``)."""
+    """How far training is.
+
+    Args:
+        unit: the method's own: ``step``, ``round``, ``frames``, ``outer_step``, ``images``, …
+        value: how many of them are done; it grows in every training batch, or nearly.
+    """
 
     unit: str
     value: int
@@ -34,7 +46,7 @@ class Progress:
 
 @runtime_checkable
 class MethodModule(Protocol):
-    """Every method's LightningModule."""
+    """Every method's LightningModule. One without some of these members trains all the same: see `progress_of`."""
 
     @property
     def primary_metric(self) -> PrimaryMetric:
@@ -42,9 +54,6 @@ class MethodModule(Protocol):
 
     def media(self, split: Split) -> Mapping[str, MediaItem]:
         """Pictures of the present state; called outside of gradients, at the end of an epoch of `split`."""
-
-    def example_input(self) -> tuple[Tensor, ...]:
-        """A small valid input of `forward`, on the module's device."""
 
     def export(self, directory: Path) -> list[Path]:
         """Write what works without this suite into the existing `directory`; return the files."""
@@ -90,4 +99,19 @@ class HasVariants(Protocol):
         """Name → network for images (N, C, H, W) in [0, 1], on the module's device."""
 
 
-Hyperparameters = Mapping[str, Any]
+def progress_of(module: Any) -> Progress:
+    """How far a LightningModule's training is: its own `progress`, or without one its optimiser steps."""
+    return module.progress() if hasattr(module, "progress") else Progress("step", module.global_step)
+
+
+def data_of(module: Any, kind: type[Data]) -> Data:
+    """The DataModule of a LightningModule's trainer, as one of a kind of this package, e.g. `InMemoryImages`.
+
+    To be called in the module's ``setup(stage)`` at the earliest. Raises UserError when it is of another kind.
+    """
+    data = module.trainer.datamodule
+    if isinstance(data, kind):
+        return data
+    what = (kind.__doc__ or kind.__name__).split(":")[0].split(".")[0].split(";")[0]
+    got = "loaders without a DataModule" if data is None else f"{type(data).__name__}, which is none"
+    raise UserError(f"data: {type(module).__name__} needs {what[0].lower()}{what[1:]} ({kind.__name__}); got {got}")

@@ -82,7 +82,7 @@ def _pipeline_overrides(spec: TableSpec, row: Row) -> dict[str, Any]:
 def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path) -> Cell:
     arguments = row_arguments(spec, row, seed)
     if row.pipeline is None:
-        from leanlight.cli.train import resolve  # loads torch and lightning
+        from leanlight.experiment import resolve  # loads torch and lightning
 
         arguments += (option("run.method", row.method), option("run.dataset", spec.dataset))
         try:

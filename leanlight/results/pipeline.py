@@ -179,7 +179,7 @@ class PipelineRunner:
         if stage.command == "export":
             content = {"command": "export", "inputs": sorted(sha256_file(path) for path in files.values())}
             return [], runs.config_hash({"model": content})
-        from leanlight.cli.train import resolve  # loads torch, so only when a stage needs it
+        from leanlight.experiment import resolve  # loads torch, so only when a stage needs it
 
         arguments = ["--config", stage.config]
         arguments += [option(key, value) for key, value in stage.overrides.items()]

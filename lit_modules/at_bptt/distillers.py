@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import MediaItem, NetworkFactory, UserError, isolated_rng
-from leanlight.contracts.differentiable import find_augmentation, siamese_dsa
+from leanlight.ops.differentiable import find_augmentation, siamese_dsa
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine
 from lit_modules.at_bptt.inner import (
     BatchSampler,

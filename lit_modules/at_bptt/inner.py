@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from leanlight.contracts import UserError
-from leanlight.contracts.augment import Augmentation
+from leanlight.ops.augment import Augmentation
 
 
 class FlatNetwork:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from leanlight.contracts import (
     Curve,
-    DataMeta,
     Heatmap,
     ImageBatch,
+    ImageData,
     ImageGrid,
     MediaItem,
     NetworkFactory,
@@ -23,11 +23,12 @@ from leanlight.contracts import (
     Progress,
     Split,
     UserError,
+    data_of,
     derived_seed,
     isolated_rng,
     run_seed,
 )
-from leanlight.contracts.whitening import apply_zca, fit_zca
+from leanlight.ops.whitening import apply_zca, fit_zca
 from lit_modules.at_bptt.distillers import Distiller, FixedSet, Setting, TruncatedBPTT
 from lit_modules.at_bptt.evaluation import Evaluation, hard_labels, label_robust_score, train_networks
 from lit_modules.at_bptt.export import drawable, export_set
@@ -130,12 +131,7 @@ class DatasetDistillation(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data; when fitting, fit the whitening and make the first images."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None:
-            raise UserError(
-                "datamodule: expected a DataModule with `meta`, e.g. datamodules.ImageDataModule; got loaders"
-            )
-        meta: DataMeta = data.meta
+        meta = data_of(self, ImageData).meta
         for name, expected, got in (
             ("image_shape", tuple(meta.shape), self.image_shape),
             ("num_classes", meta.num_classes, self.num_classes),
@@ -428,10 +424,6 @@ class DatasetDistillation(LightningModule):
             columns = self.classes if self.num_classes <= 20 else ()
             items["labels"] = Heatmap(self.labels.detach().cpu()[:50], "class", "image", columns=columns)
         return items
-
-    def example_input(self) -> tuple[Tensor, ...]:
-        """Two blank images."""
-        return (torch.zeros(2, *self.image_shape, device=self.device),)
 
     def export(self, directory: Path) -> list[Path]:
         """Write the set for plain PyTorch and for `datasets`: see `lit_modules.at_bptt.export`."""

@@ -16,15 +16,16 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from leanlight.contracts import (
     Bars,
-    DataMeta,
     Heatmap,
     ImageBatch,
+    ImageData,
     ImageGrid,
     MediaItem,
     PrimaryMetric,
     Progress,
     Split,
     UserError,
+    data_of,
     isolated_rng,
 )
 from lit_modules.classifier.export import export_network
@@ -97,12 +98,7 @@ class ImageClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the network against the data, make metrics for its classes, load the teacher."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None:
-            raise UserError(
-                "datamodule: expected a DataModule with `meta`, e.g. datamodules.ImageDataModule; got loaders"
-            )
-        meta: DataMeta = data.meta
+        meta = data_of(self, ImageData).meta
         self.input_shape, self.classes = tuple(meta.shape), tuple(meta.classes)
         check_classifier(self.network, self.input_shape, meta.num_classes, self.device)
         for split in ("val", "test"):

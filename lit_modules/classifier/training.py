@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import NetworkFactory, UserError, isolated_rng
-from leanlight.contracts.differentiable import find_augmentation
+from leanlight.ops.differentiable import find_augmentation
 from lit_modules.classifier.losses import class_index
 
 LabelledImages = tuple[Tensor, Tensor]
@@ -24,7 +24,7 @@ class Recipe:
     epochs: passes over the images. batch_size: the last batch of a pass may be smaller. lr: peak learning rate.
     optimizer: ``sgd`` (with `momentum`), ``adam`` or ``adamw``. schedule: ``constant``; ``cosine`` to zero, a step at
     a time; ``halfway`` divides by 10 after half of the epochs (Zhao et al. 2021). augment: a name in
-    `leanlight.contracts.differentiable.ALL_AUGMENTATIONS`. label_smoothing: in [0, 1).
+    `leanlight.ops.differentiable.ALL_AUGMENTATIONS`. label_smoothing: in [0, 1).
     """
 
     epochs: int = 20

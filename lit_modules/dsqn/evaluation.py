@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts import Episode
+from leanlight.contracts import Episode, GameMeta
 
 
-def summary(episodes: Sequence[Episode], facts: Mapping[str, Any]) -> dict[str, float]:
+def summary(episodes: Sequence[Episode], game: GameMeta) -> dict[str, float]:
     """Figures of at least one episode by name.
 
     ``score`` (mean), ``score_std`` (over episodes), ``score_max``, ``length`` (decisions), ``max_q`` and ``q_spread``
-    (means over episodes). facts: with ``random_score`` and ``human_score``, also ``human_normalised``,
+    (means over episodes); for a game whose random and human scores are known also ``human_normalised``,
     (score - random) / (human - random).
     """
     scores = [episode.score for episode in episodes]
@@ -29,8 +28,8 @@ def summary(episodes: Sequence[Episode], facts: Mapping[str, Any]) -> dict[str, 
         "max_q": statistics.fmean(episode.max_q for episode in episodes),
         "q_spread": statistics.fmean(episode.q_spread for episode in episodes),
     }
-    if {"random_score", "human_score"} <= set(facts):
-        low, high = facts["random_score"], facts["human_score"]
+    low, high = game.random_score, game.human_score
+    if low is not None and high is not None:
         values["human_normalised"] = (values["score"] - low) / (high - low)
     return values
 

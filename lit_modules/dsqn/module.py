@@ -27,6 +27,7 @@ from leanlight.contracts import (
     Split,
     Transition,
     UserError,
+    data_of,
     isolated_rng,
 )
 from lit_modules.dsqn.conversion import ConvertedDQN, Decoding, Node, convert
@@ -77,16 +78,12 @@ class Player(LightningModule):
     @property
     def games(self) -> GameData:
         """The DataModule."""
-        return cast(GameData, self.trainer.datamodule)  # type: ignore[attr-defined]
+        return data_of(self, GameData)
 
     def setup(self, stage: str) -> None:
         """Take shape and actions from the data."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, GameData):
-            raise UserError(
-                f"data: expected a DataModule of games, e.g. datamodules.GameDataModule; got {type(data).__name__}"
-            )
-        self.shape, self.actions = tuple(data.meta.shape), tuple(data.meta.classes)
+        meta = self.games.meta
+        self.shape, self.actions = meta.shape, meta.actions
 
     def forward(self, state: Tensor) -> Tensor:
         """States (N, K, H, W) in [0, 1] → values (N, A)."""
@@ -120,7 +117,7 @@ class Player(LightningModule):
         return {"inputs": sum(episode.greedy for episode in episodes)}
 
     def _publish(self, split: Split) -> None:
-        values = self._all(summary(self._episodes, self.games.meta.extra))
+        values = self._all(summary(self._episodes, self.games.meta))
         self.log_dict({f"{split}/{name}": value for name, value in values.items()})
         if split == "val" and not self.trainer.sanity_checking:
             for name, value in {"frames": float(self.games.frames), **values}.items():
@@ -138,7 +135,7 @@ class Player(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._publish("test")
-        clean = summary(self._episodes, {})["score"]
+        clean = sum(episode.score for episode in self._episodes) / len(self._episodes)
         self._disturbed = {"clean": [clean]}
         for kind, levels in (("input", self.input_noise), ("weight", self.weight_noise)):
             scores = [self._score_under(kind, level) for level in levels]
@@ -206,10 +203,6 @@ class Player(LightningModule):
         if len(history.get("train_score", [])) == len(frames):
             items["returns"] = Curve(frames, {"training games": history["train_score"]}, "frames", "score")
         return items
-
-    def example_input(self) -> tuple[Tensor, ...]:
-        """Two blank states."""
-        return (torch.zeros(2, *self.shape, device=self.device),)
 
     def export(self, directory: Path) -> list[Path]:
         """Write the agent for plain PyTorch: see `lit_modules.dsqn.export`."""

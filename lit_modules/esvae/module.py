@@ -14,16 +14,17 @@ from torch import Tensor
 
 from leanlight.contracts import (
     Curve,
-    DataMeta,
     Heatmap,
     Histogram,
     ImageBatch,
     ImageGrid,
+    InMemoryImages,
     MediaItem,
     PrimaryMetric,
     Progress,
     Split,
     UserError,
+    data_of,
     isolated_rng,
 )
 from lit_modules.esvae.evaluation import (
@@ -99,7 +100,7 @@ class ImageAutoencoder(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the network against the data; load the feature autoencoder."""
-        meta: DataMeta = self.trainer.datamodule.meta  # type: ignore[attr-defined]
+        meta = data_of(self, InMemoryImages).meta
         if tuple(meta.shape) != self.network.image_shape:
             channels, size = self.network.image_shape[0], self.network.image_shape[-1]
             raise UserError(
@@ -197,7 +198,7 @@ class ImageAutoencoder(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Measure on the whole test set what needs more than a reconstruction; the same on every process."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(self, InMemoryImages)
         train, test, network = data.train_split, data.test_split, self.network
         values = {
             "test/mse_mean_image": mean_image_error(train.images, test.images),
@@ -257,9 +258,6 @@ class ImageAutoencoder(LightningModule):
             rates["prior"] = self.network.prior_rates(1000).cpu()
         raster = Heatmap(code.z[:, 0].T.cpu(), "time step", "latent neuron")
         return {"latent_rates": Histogram(rates, "firing rate"), "raster": raster}
-
-    def example_input(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(2, *self.network.image_shape, device=self.device),)
 
     def export(self, directory: Path) -> list[Path]:
         """Write the decoder for plain PyTorch: see `lit_modules.esvae.export`."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import ImageBatch, UserError
-from leanlight.contracts.differentiable import find_augmentation
+from leanlight.ops.differentiable import find_augmentation
 
 Tensors = list[Tensor]
 LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ class LocalTraining:
     """How a client trains in a round.
 
     epochs: passes over its data (E). batch_size: the last batch of a pass may be smaller (B). augment: a name in
-    `leanlight.contracts.differentiable.ALL_AUGMENTATIONS`.
+    `leanlight.ops.differentiable.ALL_AUGMENTATIONS`.
     """
 
     epochs: int = 5

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from leanlight.contracts import (
     ClientBatch,
     ClientUpdate,
+    FederatedData,
     ImageBatch,
     Measurement,
     Progress,
     UserError,
+    data_of,
     derived_seed,
     isolated_rng,
     run_seed,
@@ -267,7 +269,7 @@ class FederatedClassifier(ImageClassifier):
         }
 
     def _update_controls(self, updates: Sequence[ClientUpdate]) -> None:
-        clients = len(self.trainer.datamodule.client_sizes)  # type: ignore[attr-defined]
+        clients = len(data_of(self, FederatedData).client_sizes)
         for update in updates:
             own = self._client_controls.setdefault(update.client, {})
             for name, change in update.extras.items():

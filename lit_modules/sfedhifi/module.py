@@ -12,7 +12,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from leanlight.contracts import Bars, ClientUpdate, Curve, ImageBatch, MediaItem, PrimaryMetric, Split, Table, UserError
+from leanlight.contracts import (
+    Bars,
+    ClientUpdate,
+    Curve,
+    FederatedData,
+    ImageBatch,
+    MediaItem,
+    PrimaryMetric,
+    Split,
+    Table,
+    UserError,
+    data_of,
+)
 from leanlight.contracts.federated import State
 from lit_modules.classifier.export import export_network
 from lit_modules.classifier.losses import class_index
@@ -146,7 +158,7 @@ class WidthFederation(FederatedClassifier):
     def start_round(self, round_number: int, joined: Sequence[int], mine: Sequence[int]) -> None:
         """Draw the widths of all clients that joined, drop-outs included."""
         super().start_round(round_number, joined, mine)
-        clients = len(self.trainer.datamodule.client_sizes)  # type: ignore[attr-defined]
+        clients = len(data_of(self, FederatedData).client_sizes)
         self.width_of = self.budgets.draw(joined, clients, self.seed, round_number)
         self._round = round_number
 
@@ -204,7 +216,7 @@ class WidthFederation(FederatedClassifier):
         return chosen
 
     def _rates(self) -> dict[float, InputRates]:
-        split = getattr(self.trainer.datamodule, "val_split", None)  # type: ignore[attr-defined]
+        split = data_of(self, FederatedData).val_split
         if split is None:
             raise UserError("model.init_args.layer: votes need validation images; set data.init_args.val_fraction")
         images = split.images[: self.vote_images].to(self.device).float() / 255

@@ -1,4 +1,3 @@
-import importlib.util
 import multiprocessing
 import random
 import shutil
@@ -8,15 +7,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import resume_run
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks import AtomicCheckpointIO, ExactResume, ProgressCheckpoint
 from leanlight.contracts import UserError
-
-spec = importlib.util.spec_from_file_location("resume_run", Path(__file__).parent / "resume_run.py")
-resume_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(resume_run)
 
 SHAPES = {
     "automatic": {},

@@ -1,17 +1,12 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+import resume_run
 import torch
 
 from callbacks import ThroughputMonitor
 from callbacks.common import items_in
 from leanlight.contracts import ImageBatch
-
-spec = importlib.util.spec_from_file_location("resume_run", Path(__file__).parent / "resume_run.py")
-resume_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(resume_run)
 
 ITEMS_AN_EPOCH = sum(3 + number % 2 for number in range(resume_run.BATCHES))
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from leanlight.cli.train import LeanlightCLI, expand
 from leanlight.configs_path import config_names
 from leanlight.contracts import MethodData, MethodModule
+from leanlight.experiment import LeanlightCLI, expand
 from leanlight.registry import METHODS
 
 RUNNABLE = [name for info in METHODS.values() for name in info.configs]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules import CATALOG, formats
+from datamodules import CATALOG
+from datamodules.images import formats
 from leanlight.cli import data
 from leanlight.contracts import UserError
 

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
-from leanlight.cli.train import resolve
 from leanlight.configs_path import config_root
+from leanlight.experiment import resolve
 from leanlight.runs import RunSettings
 
 TRAINER = sorted((config_root() / "trainer").glob("*.yaml"))

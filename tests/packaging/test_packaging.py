@@ -3,7 +3,9 @@
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,17 +52,16 @@ def test_the_extra_all_has_every_extra_of_the_methods():
     assert everything.extras == {*extras} - {"all", "dev"}
 
 
-def test_every_package_of_the_tree_is_installed():
-    tops = ("leanlight", "lit_modules", "datamodules", "callbacks")
-    folders = {path.parent for top in tops for path in (ROOT / top).rglob("__init__.py")}
-    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert names | {"leanlight.configs"} == set(PROJECT["tool"]["setuptools"]["packages"])
-
-
-def test_every_config_is_package_data():
-    configs = ROOT / PROJECT["tool"]["setuptools"]["package-dir"]["leanlight.configs"]
-    (pattern,) = PROJECT["tool"]["setuptools"]["package-data"]["leanlight.configs"]
-    assert {path for path in configs.rglob("*") if path.is_file()} == set(configs.glob(pattern))
+def test_the_wheel_has_every_module_config_and_data_file(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    tops = ("leanlight/", "lit_modules/", "datamodules/", "callbacks/")
+    expected = {name for name in tracked if name.startswith(tops)}
+    expected |= {f"leanlight/{name}" for name in tracked if name.startswith("configs/")}
+    assert expected - held == set()
 
 
 def test_changelog_and_citation_know_the_version():
@@ -70,7 +71,7 @@ def test_changelog_and_citation_know_the_version():
 
 
 def test_the_notice_names_the_licence_of_every_data_set_of_the_catalogue():
-    from datamodules.catalog import CATALOG
+    from datamodules.images.catalog import CATALOG
 
     notice = re.sub(r"[^a-z0-9]", "", (ROOT / "NOTICE").read_text().lower())
     for name in CATALOG:

@@ -1,0 +1,18 @@
+from .checkpoint import (
+    AtomicCheckpointIO as AtomicCheckpointIO,
+)
+from .checkpoint import (
+    ExactResume as ExactResume,
+)
+from .checkpoint import (
+    ProgressCheckpoint as ProgressCheckpoint,
+)
+from .energy import EnergyMeter as EnergyMeter
+from .export import ExportArtifact as ExportArtifact
+from .federated import FederatedRounds as FederatedRounds
+from .guards import DiskGuard as DiskGuard
+from .guards import NaNGuard as NaNGuard
+from .media import MediaLogger as MediaLogger
+from .prediction import PredictionWriter as PredictionWriter
+from .spikes import SpikeStatistics as SpikeStatistics
+from .throughput import ThroughputMonitor as ThroughputMonitor

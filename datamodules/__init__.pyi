@@ -1,0 +1,25 @@
+from .clients.module import FederatedDataModule as FederatedDataModule
+from .clients.partition import (
+    IID as IID,
+)
+from .clients.partition import (
+    ClassesPerClient as ClassesPerClient,
+)
+from .clients.partition import (
+    ClassImbalance as ClassImbalance,
+)
+from .clients.partition import (
+    Dirichlet as Dirichlet,
+)
+from .clients.partition import (
+    QuantitySkew as QuantitySkew,
+)
+from .clients.partition import (
+    Shards as Shards,
+)
+from .games.module import GameDataModule as GameDataModule
+from .images.catalog import CATALOG as CATALOG
+from .images.catalog import DatasetInfo as DatasetInfo
+from .images.module import ImageDataModule as ImageDataModule
+from .images.stream import ImageFolderStream as ImageFolderStream
+from .images.substitute import DistilledDataModule as DistilledDataModule

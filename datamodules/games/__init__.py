@@ -1,0 +1,1 @@
+"""Games: environments, replay, and the DataModule that plays them."""

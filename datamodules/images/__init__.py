@@ -1,0 +1,1 @@
+"""Labelled images: in memory, streamed from folders, or substituted by a synthetic training set."""

@@ -1,0 +1,230 @@
+"""Image sets that fit into memory: uint8 tensors, batches by one index, scaling and augmentation on the device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.images import sources
+from datamodules.images.catalog import describe
+from datamodules.images.sources import Raw, Variant
+from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
+from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, UserError, nearest
+from leanlight.ops.augment import AUGMENTATIONS
+
+
+def _share(counts: np.ndarray, fraction: float) -> np.ndarray:
+    """Split ``round(fraction * sum(counts))`` over the classes in proportion, by largest remainder."""
+    exact = counts * fraction
+    shares = np.floor(exact).astype(int)
+    missing = round(float(exact.sum())) - shares.sum()
+    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+    return shares
+
+
+def stratified_split(
+    labels: np.ndarray, val_fraction: float, train_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (train, val), each sorted, with the same fraction of every class; no position is in both.
+
+    Every class keeps one training item at least. Attributes (2-D labels) are not stratified.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    groups = np.zeros(len(labels), int) if labels.ndim > 1 else labels
+    classes, counts = np.unique(groups, return_counts=True)
+    held_out = np.minimum(_share(counts, val_fraction), counts - 1)
+    kept = np.maximum(1, _share(counts - held_out, train_fraction))
+    train, val = [], []
+    for label, first, count in zip(classes, held_out, kept, strict=True):
+        members = generator.permutation(np.flatnonzero(groups == label))
+        val.append(members[:first])
+        train.append(members[first : first + count])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize uint8 (N, C, H, W) to (N, C, size, size), bilinear with antialiasing, in pieces to bound memory."""
+    if images.shape[-2:] == (size, size):
+        return images
+    pieces = [
+        F.interpolate(piece.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
+        for piece in images.split(4096)
+    ]
+    return torch.cat(pieces)
+
+
+def scaled(batch: ImageBatch) -> ImageBatch:
+    """uint8 images as float32 in [0, 1]; float images as they are."""
+    return replace(batch, image=batch.image.float().div_(255)) if batch.image.dtype == torch.uint8 else batch
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """An image set of the catalogue, held in memory.
+
+    Batches are `ImageBatch`: uint8 until they are on the device, there float32 in [0, 1], in training also augmented.
+    The network owns mean and standard deviation.
+
+    Args:
+        dataset: name in ``leanlight data list``.
+        root: folder of data sets; default the environment variable ``LEANLIGHT_DATA``, else ``data``.
+        variant: ``full``, ``subset`` (packaged), or ``auto``: the best found.
+        batch_size: training items a step and process.
+        eval_batch_size: items a step and process elsewhere; default four times `batch_size`.
+        val_fraction: share of train held out for validation, in [0, 1), by class; ignored where the source has its own.
+        train_fraction: share of the remaining train that is used, in (0, 1], by class.
+        split_seed: makes the hold-out; kept apart from `seed`, so that runs of several seeds share their split.
+        seed: makes the order of training items; default the seed of ``seed_everything``, else 0.
+        augment: one of ``flip``, ``crop``, ``shift``, ``flip_crop``; none by default.
+        image_size: side of the square to which all images are resized once, at loading.
+        drop_last: leave out the last, shorter training batch of an epoch.
+        path: folder of data set ``image_folder``.
+        download: whether missing files may be downloaded.
+
+    Attributes (after `setup`): ``meta``; ``train_split``, ``val_split`` (None without one), ``test_split``.
+    """
+
+    meta: ImageMeta
+    train_split: ImageSplit
+    val_split: ImageSplit | None
+    test_split: ImageSplit
+
+    def __init__(
+        self,
+        dataset: str = "fashion_mnist",
+        root: str | Path | None = None,
+        variant: Variant = "auto",
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.1,
+        train_fraction: float = 1.0,
+        split_seed: int = 0,
+        seed: int | None = None,
+        augment: Literal["flip", "crop", "shift", "flip_crop"] | None = None,
+        image_size: int | None = None,
+        drop_last: bool = False,
+        path: str | Path | None = None,
+        download: bool = True,
+    ) -> None:
+        super().__init__()
+        describe(dataset)
+        if variant not in ("auto", "full", "subset"):
+            raise UserError(f"variant must be auto, full or subset, got {variant!r}")
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}")
+        if not 0 < train_fraction <= 1:
+            raise UserError(f"train_fraction must lie in (0, 1], got {train_fraction}")
+        if augment is not None and augment not in AUGMENTATIONS:
+            known = ", ".join(AUGMENTATIONS)
+            raise UserError(f"augment {augment!r} is unknown{nearest(augment, AUGMENTATIONS)}; there are {known}")
+        if (path is None) == (dataset == "image_folder"):
+            raise UserError(
+                f"`path` belongs to dataset image_folder and is needed there; got {path!r} with {dataset!r}"
+            )
+        self.dataset, self.variant, self.path, self.download = dataset, variant, path, download
+        self.root = Path(root or os.environ.get("LEANLIGHT_DATA") or "data")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 4 * batch_size
+        self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
+        self.seed, self.augment, self.image_size, self.drop_last = seed, augment, image_size, drop_last
+        self._raw: Raw | None = None
+
+    def ensure_available(self) -> None:
+        """Find and check the data, downloading if need be; UserError with every place tried. Starts no run."""
+        self._load(self.download)
+
+    def prepare_data(self) -> None:
+        """The same; Lightning calls this on one process a node, before `setup`."""
+        self.ensure_available()
+
+    def _load(self, download: bool) -> None:
+        if self._raw is None and not hasattr(self, "meta"):
+            self._raw = sources.load(self.dataset, self.root, self.variant, download, self.path, self.image_size)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the three splits and `meta`, once."""
+        if hasattr(self, "meta"):
+            return
+        self._load(self.download and rank_and_world()[1] == 1)  # of several processes only `prepare_data`'s downloads
+        raw, self._raw = self._raw, None
+        assert raw is not None
+        val_fraction = 0.0 if raw.val is not None else self.val_fraction
+        train, val = stratified_split(raw.train[1], val_fraction, self.train_fraction, self.split_seed)
+        if val_fraction and not len(val):
+            raise UserError(f"val_fraction={val_fraction} of {len(raw.train[0]):,} items leaves none for validation")
+        self.train_split = self._split(raw.train, train)
+        self.test_split = self._split(raw.test)
+        self.val_split = self._split(raw.train, val) if len(val) else None
+        if raw.val is not None:
+            self.val_split = self._split(raw.val)
+        self.meta = self._describe(raw)
+
+    def _split(self, part: sources.Part, index: np.ndarray | None = None) -> ImageSplit:
+        images, labels = (torch.from_numpy(np.require(array, requirements="W")) for array in part)
+        origin = torch.arange(len(images)) if index is None else torch.from_numpy(index)
+        if index is not None and len(index) < len(images):
+            images, labels = images[origin], labels[origin]
+        if labels.ndim > 1:
+            labels = labels.float()
+        return ImageSplit(resize(images, self.image_size) if self.image_size else images, labels, origin)
+
+    def _describe(self, raw: Raw) -> ImageMeta:
+        splits = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
+        digest = hashlib.sha256()
+        for name, split in splits.items():
+            if split is not None:
+                digest.update(f"{name} {tuple(split.images.shape)}".encode())
+                digest.update(split.images.numpy().data)
+                digest.update(split.labels.numpy().data)
+        labels = self.train_split.labels
+        channels, height, width = self.train_split.images.shape[1:]
+        counts = labels.sum(0).long() if labels.ndim > 1 else torch.bincount(labels, minlength=len(raw.classes))
+        return ImageMeta(
+            name=self.dataset,
+            source=raw.source,
+            num_classes=len(raw.classes),
+            shape=(channels, height, width),
+            classes=raw.classes,
+            counts={name: len(split) if split is not None else 0 for name, split in splits.items()},
+            class_counts=tuple(counts.tolist()),
+            fingerprint=digest.hexdigest(),
+        )
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled batches of train, stateful; in the set's own order when Lightning overfits a few batches."""
+        return train_loader(
+            self, len(self.train_split), self.train_split.batches, self.batch_size, self.seed, self.drop_last
+        )
+
+    def _eval_loader(self, split: ImageSplit) -> EvalLoader:
+        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world())
+
+    def val_dataloader(self) -> EvalLoader | list[Any]:
+        """Held-out validation items; no loader when there are none."""
+        return self._eval_loader(self.val_split) if self.val_split is not None else []
+
+    def test_dataloader(self) -> EvalLoader:
+        """The test part."""
+        return self._eval_loader(self.test_split)
+
+    def predict_dataloader(self) -> EvalLoader:
+        """The test part."""
+        return self._eval_loader(self.test_split)
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Scale to [0, 1] on the device; augment in training."""
+        batch = scaled(batch)
+        if self.augment is None or self.trainer is None or not self.trainer.training:
+            return batch
+        return replace(batch, image=AUGMENTATIONS[self.augment](batch.image, None))

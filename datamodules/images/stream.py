@@ -1,0 +1,166 @@
+"""Folders of pictures too large for memory: decoded and cropped by worker processes, as uint8 until on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from datamodules.images import formats
+from datamodules.images.module import scaled, stratified_split
+from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
+from leanlight.contracts import ImageBatch, ImageMeta, UserError, isolated_rng
+
+
+class PictureFiles(Dataset[ImageBatch]):
+    """Pictures by position; an item is a batch of one, uint8 (1, 3, S, S).
+
+    With a seed, the random crop and flip of an item are a pure function of (seed, item).
+    """
+
+    def __init__(self, paths: list[Path], labels: Tensor, transform: v2.Transform, seed: str | None) -> None:
+        self.paths, self.labels, self.transform, self.seed = paths, labels, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
+        with formats.open_picture(self.paths[index]) as picture, isolated_rng(int.from_bytes(digest[:4], "big")):
+            image = self.transform(picture)
+        return ImageBatch(image[None], self.labels[index : index + 1], torch.tensor([index]))
+
+
+def collate(items: list[ImageBatch]) -> ImageBatch:
+    """Join batches of one."""
+    return ImageBatch(*(torch.cat([getattr(item, name) for item in items]) for name in ("image", "label", "index")))
+
+
+class ImageFolderStream(pl.LightningDataModule):
+    """ImageNet-scale folders: ``path/train/<class>/…`` and ``path/val/<class>/…`` (or ``test``), read by workers.
+
+    The part beside train is the test part; validation is held out of train. The train order is stateful and, like the
+    random crops, a pure function of (seed, epoch).
+
+    Args:
+        path: the folder. image_size: side S of the crops; evaluation resizes the shorter side to S * 8 / 7 first.
+        batch_size, eval_batch_size: items a step and process. num_workers: processes that decode.
+        val_fraction, split_seed, seed, drop_last: as for `ImageDataModule`.
+        min_scale: smallest share of a picture's area that a training crop takes.
+    """
+
+    meta: ImageMeta
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_size: int = 224,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 4,
+        val_fraction: float = 0.01,
+        split_seed: int = 0,
+        seed: int | None = None,
+        drop_last: bool = True,
+        min_scale: float = 0.08,
+    ) -> None:
+        super().__init__()
+        if min(image_size, batch_size, eval_batch_size or 1) < 1 or num_workers < 0:
+            raise UserError("image_size, batch_size and eval_batch_size must be at least 1, num_workers at least 0")
+        if not 0 < val_fraction < 1 or not 0 < min_scale <= 1:
+            raise UserError(f"val_fraction must lie in (0, 1) and min_scale in (0, 1], got {val_fraction}, {min_scale}")
+        self.path, self.image_size, self.num_workers, self.min_scale = Path(path), image_size, num_workers, min_scale
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.val_fraction, self.split_seed, self.seed, self.drop_last = val_fraction, split_seed, seed, drop_last
+
+    def ensure_available(self) -> None:
+        """Raise UserError unless ``train`` and one of ``val``, ``test`` exist."""
+        if not (self.path / "train").is_dir() or not self._test_folder().is_dir():
+            raise UserError(f"{self.path} needs the folders train/<class>/ and val/<class>/ or test/<class>/")
+
+    def _test_folder(self) -> Path:
+        return self.path / ("test" if (self.path / "test").is_dir() else "val")
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the files, make the splits and `meta`, once. Pictures are not opened."""
+        if hasattr(self, "meta"):
+            return
+        self.ensure_available()
+        classes = formats.class_folders(self.path / "train")
+        paths, labels = formats.list_pictures(self.path / "train", classes)
+        test_paths, test_labels = formats.list_pictures(self._test_folder(), classes)
+        train, val = stratified_split(labels, self.val_fraction, 1.0, self.split_seed)
+        if not len(val):
+            raise UserError(f"val_fraction={self.val_fraction} of {len(paths):,} items leaves none for validation")
+        self._files: dict[str, tuple[list[Path], Tensor]] = {
+            "train": ([paths[i] for i in train], torch.from_numpy(labels[train])),
+            "val": ([paths[i] for i in val], torch.from_numpy(labels[val])),
+            "test": (test_paths, torch.from_numpy(test_labels)),
+        }
+        digest = hashlib.sha256()
+        for name, (files, _) in self._files.items():
+            digest.update(
+                "\n".join([name, *(f"{p.relative_to(self.path)} {p.stat().st_size}" for p in files)]).encode()
+            )
+        self.meta = ImageMeta(
+            name="image_folder",
+            source=str(self.path),
+            num_classes=len(classes),
+            shape=(3, self.image_size, self.image_size),
+            classes=classes,
+            counts={name: len(files) for name, (files, _) in self._files.items()},
+            class_counts=tuple(np.bincount(labels[train], minlength=len(classes)).tolist()),
+            fingerprint=digest.hexdigest(),
+        )
+
+    def _fetch(self, blocks: Iterable[Tensor], name: str, transform: v2.Transform, seed: str | None) -> Iterator[Any]:
+        loader = DataLoader(
+            PictureFiles(*self._files[name], transform, seed),
+            batch_sampler=[block.tolist() for block in blocks],
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Random crops and flips in shuffled order, stateful."""
+        crop = v2.RandomResizedCrop(self.image_size, (self.min_scale, 1.0), antialias=True)
+        transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        size = len(self._files["train"][0])
+
+        def fetch(blocks: Iterable[Tensor]) -> Iterator[Any]:
+            order = loader.sampler
+            return self._fetch(blocks, "train", transform, f"{order.seed}/{order.epoch}")
+
+        loader = train_loader(self, size, fetch, self.batch_size, self.seed, self.drop_last)
+        return loader
+
+    def _eval_loader(self, name: str) -> EvalLoader:
+        resize = v2.Resize(round(self.image_size * 8 / 7), antialias=True)
+        transform = v2.Compose([resize, v2.CenterCrop(self.image_size), v2.PILToTensor()])
+        fetch = partial(self._fetch, name=name, transform=transform, seed=None)
+        return EvalLoader(len(self._files[name][0]), self.eval_batch_size, fetch, *rank_and_world())
+
+    def val_dataloader(self) -> EvalLoader:
+        """Centre crops of the held-out items."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader:
+        """Centre crops of the test part."""
+        return self._eval_loader("test")
+
+    predict_dataloader = test_dataloader
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Scale to [0, 1] on the device."""
+        return scaled(batch)

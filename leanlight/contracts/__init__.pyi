@@ -1,0 +1,132 @@
+from .batch import Batch as Batch
+from .errors import DivergedError as DivergedError
+from .errors import MissingExtraError as MissingExtraError
+from .errors import UserError as UserError
+from .errors import nearest as nearest
+from .federated import (
+    ClientBatch as ClientBatch,
+)
+from .federated import (
+    ClientUpdate as ClientUpdate,
+)
+from .federated import (
+    FederatedData as FederatedData,
+)
+from .federated import (
+    FederatedModule as FederatedModule,
+)
+from .federated import (
+    Measurement as Measurement,
+)
+from .federated import (
+    Selector as Selector,
+)
+from .files import atomic_path as atomic_path
+from .files import atomic_write as atomic_write
+from .files import sha256_file as sha256_file
+from .games import (
+    Episode as Episode,
+)
+from .games import (
+    EpisodeBatch as EpisodeBatch,
+)
+from .games import (
+    GameData as GameData,
+)
+from .games import (
+    GameMeta as GameMeta,
+)
+from .games import (
+    QFunction as QFunction,
+)
+from .games import (
+    Transition as Transition,
+)
+from .images import (
+    ImageBatch as ImageBatch,
+)
+from .images import (
+    ImageData as ImageData,
+)
+from .images import (
+    ImageMeta as ImageMeta,
+)
+from .images import (
+    ImageSplit as ImageSplit,
+)
+from .images import (
+    InMemoryImages as InMemoryImages,
+)
+from .media import (
+    Animation as Animation,
+)
+from .media import (
+    Bars as Bars,
+)
+from .media import (
+    Curve as Curve,
+)
+from .media import (
+    Heatmap as Heatmap,
+)
+from .media import (
+    Histogram as Histogram,
+)
+from .media import (
+    ImageGrid as ImageGrid,
+)
+from .media import (
+    MediaItem as MediaItem,
+)
+from .media import (
+    Table as Table,
+)
+from .meta import DataMeta as DataMeta
+from .protocols import (
+    HasTerms as HasTerms,
+)
+from .protocols import (
+    HasVariants as HasVariants,
+)
+from .protocols import (
+    MethodData as MethodData,
+)
+from .protocols import (
+    MethodModule as MethodModule,
+)
+from .protocols import (
+    NetworkFactory as NetworkFactory,
+)
+from .protocols import (
+    PrimaryMetric as PrimaryMetric,
+)
+from .protocols import (
+    Progress as Progress,
+)
+from .protocols import (
+    ResumableLogger as ResumableLogger,
+)
+from .protocols import (
+    Split as Split,
+)
+from .protocols import (
+    data_of as data_of,
+)
+from .protocols import (
+    progress_of as progress_of,
+)
+from .rng import (
+    capture_rng as capture_rng,
+)
+from .rng import (
+    derived_seed as derived_seed,
+)
+from .rng import (
+    isolated_rng as isolated_rng,
+)
+from .rng import (
+    restore_rng as restore_rng,
+)
+from .rng import (
+    run_seed as run_seed,
+)

@@ -1,0 +1,1 @@
+"""Tensor operations that data and methods share: augmentation, whitening."""

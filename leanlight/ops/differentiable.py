@@ -1,0 +1,127 @@
+"""Augmentations that gradients pass through, of the dataset-distillation literature: one random operation a batch.
+
+Random numbers come from the generator, or from torch's own CPU state, and are drawn on the generator's device: with a
+CPU generator the same images follow on every device, and nothing waits for a GPU. Empty borders are 0, which is the
+mean in whitened or standardised space.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanlight.contracts.errors import UserError, nearest
+from leanlight.ops.augment import AUGMENTATIONS, Augmentation
+
+Operation = Callable[[Tensor, Callable[[], Tensor]], Tensor]
+
+
+def _flip(image: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    return torch.where(uniform() < 0.5, image.flip(-1), image)
+
+
+def _affine(image: Tensor, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Sample image (N, C, H, W) at the positions of a 2x3 matrix, of entries (N or 1, 1, 1, 1), with zero border."""
+    matrix = torch.stack([torch.stack([entry.reshape(-1) for entry in row], -1) for row in rows], -2)
+    matrix = matrix.expand(len(image), 2, 3).to(image.dtype)
+    grid = F.affine_grid(matrix, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _rotate(image: Tensor, uniform: Callable[[], Tensor], degrees: float = 15.0) -> Tensor:
+    angle = (2 * uniform() - 1) * math.radians(degrees)
+    zero = torch.zeros_like(angle)
+    return _affine(image, [[angle.cos(), -angle.sin(), zero], [angle.sin(), angle.cos(), zero]])
+
+
+def _scale(image: Tensor, uniform: Callable[[], Tensor], ratio: float = 1.2) -> Tensor:
+    x, y = (1 / ratio + uniform() * (ratio - 1 / ratio) for _ in range(2))
+    zero = torch.zeros_like(x)
+    return _affine(image, [[x, zero, zero], [zero, y, zero]])
+
+
+def _shift(image: Tensor, uniform: Callable[[], Tensor], share: float = 0.125) -> Tensor:
+    """Move by a whole number of pixels, up to a share of the side."""
+    height, width = image.shape[-2:]
+    down, right = (
+        torch.round((2 * uniform() - 1) * share * side).long().reshape(-1, 1, 1, 1) for side in (height, width)
+    )
+    row = torch.arange(height, device=image.device).view(1, 1, -1, 1) + down
+    column = torch.arange(width, device=image.device).view(1, 1, 1, -1) + right
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    flat = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    flat = flat.expand(len(image), image.shape[1], -1, -1).flatten(2)
+    return image.flatten(2).gather(2, flat).view_as(image) * inside
+
+
+def _cutout(image: Tensor, uniform: Callable[[], Tensor], share: float = 0.5) -> Tensor:
+    """Blank a square of `share` of the side around a random centre."""
+    height, width = image.shape[-2:]
+    top, left = (torch.floor(uniform() * side) - share * side / 2 for side in (height, width))
+    row = torch.arange(height, device=image.device).view(1, 1, -1, 1)
+    column = torch.arange(width, device=image.device).view(1, 1, 1, -1)
+    hole = (row >= top) & (row < top + share * height) & (column >= left) & (column < left + share * width)
+    return image * ~hole
+
+
+def _colour(image: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+    """Brightness 1, saturation 2, contrast 0.5, one after the other."""
+    image = image + (uniform() - 0.5)
+    grey = image.mean(1, keepdim=True)
+    image = (image - grey) * (uniform() * 2.0) + grey
+    mean = image.mean((1, 2, 3), keepdim=True)
+    return (image - mean) * (uniform() + 0.5) + mean
+
+
+def one_of(
+    image: Tensor, generator: torch.Generator | None = None, *, operations: Sequence[Operation], shared: bool = False
+) -> Tensor:
+    """Apply one operation, drawn once, to the whole batch. image: (N, C, H, W).
+
+    shared: every image gets the same parameters, so that two batches of different sizes are transformed alike when
+    their generators start alike (Siamese augmentation, Zhao & Bilen 2021). Otherwise each image has its own.
+    """
+    count = 1 if shared else len(image)
+    device = generator.device if generator is not None else "cpu"
+
+    def uniform() -> Tensor:
+        return torch.rand(count, 1, 1, 1, generator=generator, device=device).to(image.device, non_blocking=True)
+
+    choice = int(torch.randint(len(operations), (), generator=generator, device=device))
+    return operations[choice](image, uniform)
+
+
+def flip_then_rotate(image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirror each image with probability 1/2, then rotate it by up to 15 degrees: the "composed" variant."""
+    image = one_of(image, generator, operations=(_flip,))
+    return one_of(image, generator, operations=(_rotate,))
+
+
+_DSA = (_colour, _shift, _cutout, _flip, _scale, _rotate)
+
+flip_or_rotate: Augmentation = functools.partial(one_of, operations=(_flip, _rotate))
+rotate: Augmentation = functools.partial(one_of, operations=(_rotate,))
+dsa: Augmentation = functools.partial(one_of, operations=_DSA)
+siamese_dsa: Augmentation = functools.partial(one_of, operations=_DSA, shared=True)
+
+DIFFERENTIABLE: dict[str, Augmentation] = {
+    "flip_rotate": flip_or_rotate,
+    "flip_then_rotate": flip_then_rotate,
+    "rotate": rotate,
+    "dsa": dsa,
+}
+
+ALL_AUGMENTATIONS: dict[str, Augmentation] = {**AUGMENTATIONS, **DIFFERENTIABLE}
+
+
+def find_augmentation(name: str | None, key: str) -> Augmentation | None:
+    """Return the augmentation of that name, None for None; UserError naming `key` otherwise."""
+    if name is not None and name not in ALL_AUGMENTATIONS:
+        hint = nearest(name, ALL_AUGMENTATIONS)
+        raise UserError(f"{key}: expected one of {sorted(ALL_AUGMENTATIONS)}, got {name!r}{hint}")
+    return ALL_AUGMENTATIONS[name] if name else None

@@ -1,0 +1,30 @@
+from .distillers import (
+    DistributionMatching as DistributionMatching,
+)
+from .distillers import (
+    FixedSet as FixedSet,
+)
+from .distillers import (
+    TruncatedBPTT as TruncatedBPTT,
+)
+from .engines import Adjoint as Adjoint
+from .engines import Unrolled as Unrolled
+from .evaluation import Evaluation as Evaluation
+from .inner import InnerOptimizer as InnerOptimizer
+from .lowrank import LowRankHessian as LowRankHessian
+from .module import DatasetDistillation as DatasetDistillation
+from .windows import (
+    AdaptiveWindow as AdaptiveWindow,
+)
+from .windows import (
+    FullWindow as FullWindow,
+)
+from .windows import (
+    HalfWindow as HalfWindow,
+)
+from .windows import (
+    LastWindow as LastWindow,
+)
+from .windows import (
+    RandomWindow as RandomWindow,
+)

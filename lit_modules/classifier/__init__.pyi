@@ -1,0 +1,15 @@
+from .losses import class_index as class_index
+from .losses import distillation_loss as distillation_loss
+from .module import ImageClassifier as ImageClassifier
+from .training import (
+    Recipe as Recipe,
+)
+from .training import (
+    accuracy as accuracy,
+)
+from .training import (
+    train as train,
+)
+from .training import (
+    train_and_score as train_and_score,
+)

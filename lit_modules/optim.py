@@ -1,0 +1,37 @@
+"""One way to set up an optimiser and its schedule for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+Interval = Literal["epoch", "step"]
+
+
+def configure(
+    parameters: Any,
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    interval: Interval = "epoch",
+) -> Any:
+    """What a LightningModule's ``configure_optimizers`` returns.
+
+    Args:
+        parameters: tensors, or groups of them as torch's optimisers take them.
+        optimizer: makes the optimiser from them.
+        scheduler: makes the schedule from the optimiser; one on a plateau names its metric itself (``monitor``).
+        interval: what a step of the schedule follows.
+    """
+    made = optimizer(parameters)
+    return made if scheduler is None else {"optimizer": made, "lr_scheduler": schedule(scheduler(made), interval)}
+
+
+def schedule(made: Any, interval: Interval = "epoch") -> dict[str, Any]:
+    """A schedule as Lightning wants to be told of it."""
+    config: dict[str, Any] = {"scheduler": made, "interval": interval}
+    if isinstance(made, ReduceLROnPlateau):
+        config["monitor"] = made.monitor  # type: ignore[attr-defined]  # of Lightning's subclass, which configs name
+    return config

@@ -1,0 +1,233 @@
+"""Meta-gradients against finite differences, against each other, and against dense linear algebra."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from leanlight.contracts import UserError
+from leanlight.ops.differentiable import find_augmentation
+from lit_modules.at_bptt import Adjoint, InnerOptimizer, LowRankHessian, Unrolled
+from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerProblem, SyntheticData
+from lit_modules.at_bptt.lowrank import eigenpairs
+
+SHAPE = (1, 6, 6)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(4, 4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )
+
+
+class Case:
+    """A small bilevel problem in float64: 3 classes, 2 images each, a window of `length` steps after `warm_up` ones."""
+
+    def __init__(self, network=convnet, kind="adam", augment=None, hard=False, warm_up=2, length=5, lr=0.05, images=2):
+        torch.manual_seed(0)
+        optimizer = InnerOptimizer(kind, lr)
+        self.problem = InnerProblem(FlatNetwork(network().double()), optimizer, find_augmentation(augment, "augment"))
+        labels = torch.eye(3).repeat_interleave(2, 0).double()
+        self.data = SyntheticData(torch.randn(6, *SHAPE).double(), labels if hard else labels + 0.1 * torch.rand(6, 3))
+        real, target = torch.randn(20, *SHAPE).double(), torch.randint(3, (20,))
+        self.outer = lambda theta: F.cross_entropy(self.problem.network(theta, real), target)
+        batches = BatchSampler(3, 2, 2, images).draw(
+            warm_up + length, torch.Generator().manual_seed(1), torch.device("cpu")
+        )
+        start = optimizer.start(self.problem.network.parameters())
+        self.state = self.problem.trained(start, self.data, batches[:warm_up])
+        self.batches = batches[warm_up:]
+
+    def gradient(self, engine, weights=None):
+        return engine.meta_gradient(
+            self.problem, self.state, self.data, self.batches, self.outer, True, weights=weights
+        )
+
+    def loss(self, images, labels):
+        """The outer loss after plain training: what the meta-gradient is the derivative of."""
+        state = self.problem.trained(self.state, SyntheticData(images, labels), self.batches)
+        with torch.no_grad():
+            return float(self.outer(state.theta))
+
+
+def error(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("network", [mlp, convnet])
+def test_the_meta_gradient_is_the_derivative_of_the_outer_loss(kind, network):
+    # Smooth activations: a finite difference across a kink of ReLU is no derivative.
+    smooth = functools.partial(_smooth, network)
+    case = Case(smooth, kind, length=4)
+    result = case.gradient(Adjoint())
+    generator = torch.Generator().manual_seed(0)
+    for part, gradient in (("images", result.images), ("labels", result.labels)):
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        moved = []
+        for step in (1e-5, -1e-5):
+            values = {"images": case.data.images, "labels": case.data.labels}
+            values[part] = values[part] + step * direction
+            moved.append(case.loss(**values))
+        assert (gradient * direction).sum().item() == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-5)
+
+
+def _smooth(network):
+    made = network()
+    for i, layer in enumerate(made):
+        if isinstance(layer, nn.ReLU):
+            made[i] = nn.Softplus()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize(
+    ("network", "augment", "images", "warm_up"), [(mlp, None, 2, 0), (convnet, "flip_rotate", 1, 3)]
+)
+def test_the_adjoint_equals_autograd_through_the_unrolled_graph(kind, hard, network, augment, images, warm_up):
+    case = Case(network, kind, augment, hard, warm_up, images=images)
+    unrolled, adjoint = case.gradient(Unrolled()), case.gradient(Adjoint())
+    assert error(adjoint.images, unrolled.images) < 1e-10
+    assert error(adjoint.labels, unrolled.labels) < 1e-10
+    assert torch.allclose(adjoint.loss, unrolled.loss)
+    assert torch.allclose(adjoint.norms, unrolled.norms)
+
+
+def test_weights_of_steps_act_alike_in_both_engines():
+    case, weights = Case(), torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4]).double()
+    unrolled, adjoint = case.gradient(Unrolled(), weights), case.gradient(Adjoint(), weights)
+    assert error(adjoint.images, unrolled.images) < 1e-10
+    assert error(adjoint.images, case.gradient(Adjoint()).images) > 0.1
+
+
+def test_an_inner_step_equals_that_of_torch_optim():
+    for kind, make in (("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
+        optimizer = InnerOptimizer(kind, 0.03)
+        parameter = nn.Parameter(torch.randn(50).double())
+        state, reference = optimizer.start(parameter.detach().clone()), make([parameter], 0.03)
+        for _ in range(7):
+            parameter.grad = torch.randn(50).double()
+            state = optimizer.step(state, parameter.grad)
+            reference.step()
+        assert torch.allclose(state.theta, parameter.detach(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("engine", [Unrolled(), Adjoint()])
+def test_parameters_without_a_gradient_do_not_make_nan(engine):
+    case = Case(functools.partial(_with_dead_units, convnet))
+    result = case.gradient(engine)
+    assert result.images.isfinite().all()
+    assert result.images.abs().sum() > 0
+
+
+def _with_dead_units(network):
+    made = network()
+    with torch.no_grad():
+        made[1].bias[:2] = -100.0  # behind the norm, in front of ReLU: these channels never fire
+    return made
+
+
+def test_a_low_rank_hessian_of_full_rank_is_exact():
+    case = Case(mlp)
+    size = case.state.theta.numel()
+    full = LowRankHessian(size, min_rank=size, refresh="step")
+    assert error(case.gradient(Adjoint("lowrank", full)).images, case.gradient(Unrolled()).images) < 1e-8
+
+
+def test_a_higher_rank_is_nearer_to_the_exact_gradient_and_any_rank_nearer_than_none():
+    case = Case(length=6)
+    exact = case.gradient(Unrolled()).images
+    size = case.state.theta.numel()
+    errors = {rank: _error_at_rank(case, exact, rank) for rank in (1, size // 2)}
+    without = error(case.gradient(Adjoint("zero")).images, exact)
+    assert errors[size // 2] < errors[1] < without
+
+
+def _error_at_rank(case, exact, rank):
+    low_rank = LowRankHessian(rank, min_rank=rank, refresh="step")
+    return error(case.gradient(Adjoint("lowrank", low_rank)).images, exact)
+
+
+def test_randomised_eigenpairs_equal_the_leading_ones_of_a_dense_decomposition():
+    case = Case()
+    theta, gradient = case.problem.gradient(case.state.theta, case.data, case.batches[0], create_graph=True)
+    dense = torch.stack(
+        [torch.autograd.grad(gradient, theta, row, retain_graph=True)[0] for row in torch.eye(len(theta)).double()]
+    )
+    expected = torch.linalg.eigvalsh(dense)
+    expected = expected[expected.abs().argsort(descending=True)][:3]
+    _, values = eigenpairs(lambda x: dense @ x, len(theta), 6, 4, 2, theta.detach())
+    assert values[0].item() == pytest.approx(expected[0].item(), rel=0.01)
+    # The spectrum behind the first value is flat: more power iterations separate it.
+    vectors, values = eigenpairs(lambda x: dense @ x, len(theta), 6, 4, 12, theta.detach())
+    assert torch.allclose(values[:3], expected, rtol=0.01)
+    assert torch.allclose(dense @ vectors[:, :3], vectors[:, :3] * values[:3], atol=0.02 * float(expected[0].abs()))
+
+
+def test_a_cached_factor_is_refreshed_by_age_and_by_drift():
+    low_rank = LowRankHessian(refresh="cached", every=3, drift=0.5)
+    steady, jumping = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 9.0])
+    matrix = torch.eye(4).double()
+    low_rank.factorize = lambda *_: (setattr(low_rank, "_vectors", matrix), setattr(low_rank, "_age", 0))
+    due = []
+    for norms in (steady, steady, steady, steady, jumping, steady):
+        due.append(low_rank.due(norms))
+        if due[-1]:
+            low_rank.factorize()
+    assert due == [True, False, False, True, True, False]
+
+
+def test_ranks_follow_the_gradient_norm_over_its_running_maximum():
+    ranks = LowRankHessian(rank=8, min_rank=2).ranks(torch.tensor([1.0, 2.0, 1.0, 0.1, 4.0]))
+    assert ranks == [8, 8, 4, 2, 8]
+
+
+def test_the_unrolled_graph_grows_with_the_window_and_the_adjoint_hardly_does():
+    def saved(engine, length):
+        case, live, peak = Case(length=length), {}, [0]
+
+        def pack(tensor):
+            handle = _Handle(tensor, live)
+            peak[0] = max(peak[0], sum(live.values()))
+            return handle
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda handle: handle.tensor):
+            case.gradient(engine)
+        return peak[0]
+
+    unrolled = [saved(Unrolled(), length) for length in (5, 20)]
+    adjoint = [saved(Adjoint(), length) for length in (5, 20)]
+    assert unrolled[1] > 3 * unrolled[0]
+    assert adjoint[1] < 1.2 * adjoint[0]
+
+
+class _Handle:
+    """A saved tensor that counts its elements as long as the graph holds it."""
+
+    def __init__(self, tensor, live):
+        self.tensor, self.live = tensor, live
+        live[id(self)] = tensor.numel()
+
+    def __del__(self):
+        self.live.pop(id(self), None)
+
+
+def test_batch_norm_is_refused():
+    with pytest.raises(UserError, match="without batch norm"):
+        FlatNetwork(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+
+
+def test_mini_batches_hold_so_many_distinct_images_of_so_many_classes():
+    batches = BatchSampler(5, 4, 3, 2).draw(50, torch.Generator().manual_seed(0), torch.device("cpu"))
+    for batch in batches:
+        classes = (batch.index // 4).bincount(minlength=5)
+        assert sorted(classes.tolist()) == [0, 0, 2, 2, 2]
+        assert len(batch.index.unique()) == 6
+    assert torch.cat([batch.index for batch in batches]).unique().numel() == 20
