@@ -2,10 +2,10 @@ from .checkpoint import (
     AtomicCheckpointIO as AtomicCheckpointIO,
 )
 from .checkpoint import (
-    ExactResume as ExactResume,
+    BestCheckpoint as BestCheckpoint,
 )
 from .checkpoint import (
-    ProgressCheckpoint as ProgressCheckpoint,
+    ExactResume as ExactResume,
 )
 from .energy import EnergyMeter as EnergyMeter
 from .export import ExportArtifact as ExportArtifact

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from pathlib import Path
 from types import FrameType, MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -18,12 +19,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.common import gather_objects, is_trial
 from callbacks.epoch_state import capture_epoch, restore_epoch, restore_newest
-from leanlight.contracts import MethodModule, ResumableLogger, UserError, atomic_path, capture_rng, restore_rng
+from leanlight.contracts import ResumableLogger, UserError, atomic_path, capture_rng, progress_of, restore_rng
 
 
 def last_checkpoint(trainer: Trainer) -> Path:
-    """Where `ExactResume` and `ProgressCheckpoint` write; the file need not exist."""
+    """Where `ExactResume` writes; the file need not exist."""
     return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+
+def best_checkpoint(trainer: Trainer) -> Path:
+    """Where `BestCheckpoint` writes; the file need not exist."""
+    return last_checkpoint(trainer).with_name("best.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -48,7 +54,8 @@ class ExactResume(Checkpoint):
     processes, a training loader with ``state_dict`` whose order depends on seed and epoch alone).
 
     It saves *between* two training batches, just before the next is fetched: before the first one, then as soon as
-    `every_n_train_steps` optimiser steps were made since the last save, and once more when training ends. Lightning's
+    training got on by `every` since the last save, and once more when training ends. What counts is the module's own
+    `progress`, so a fit without an optimiser is saved like any other; a module without it counts its steps. Lightning's
     own moment, `on_train_batch_end`, comes too early: the module's hook of that name, the row of that step, a
     validation due at that batch, and the epoch's row and plateau schedulers are still to come and would be lost or
     repeated. Checkpoints wait while gradients are being accumulated, since gradients are not part of them.
@@ -68,14 +75,14 @@ class ExactResume(Checkpoint):
     A loader without length is read one batch ahead by Lightning, so its own state is saved one batch ahead, too.
 
     Args:
-        every_n_train_steps: optimiser steps (``trainer.global_step``) between two saves, at least 1.
+        every: progress between two saves, in the module's own unit (steps, rounds, frames, images, …), at least 1.
     """
 
-    def __init__(self, every_n_train_steps: int = 200) -> None:
+    def __init__(self, every: int = 200) -> None:
         super().__init__()
-        if every_n_train_steps < 1:
-            raise UserError(f"every_n_train_steps: expected at least 1, got {every_n_train_steps}")
-        self.every = every_n_train_steps
+        if every < 1:
+            raise UserError(f"every: expected at least 1, got {every}")
+        self.every = every
         self._saved_at: int | None = None
         self._resumed: dict[str, Any] | None = None
         self._rng_before_validation: dict[str, Any] | None = None
@@ -86,10 +93,6 @@ class ExactResume(Checkpoint):
     def state_key(self) -> str:
         """The same for all settings, so that a resumed run may save more or less often."""
         return "ExactResume"
-
-    def amount(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        """How far training is, in the unit of `every`."""
-        return trainer.global_step
 
     # -- hooks, in the order in which they run
 
@@ -163,21 +166,21 @@ class ExactResume(Checkpoint):
         if self._saved_at is None:
             if self._resumed is not None:
                 self._restore(trainer, pl_module, self._resumed)
-                self._saved_at = self.amount(trainer, pl_module)
+                self._saved_at = progress_of(pl_module).value
             else:
                 self._save(trainer, pl_module)
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         # Ranks learn of signals at different batches, and saving is a joint action.
         told_to_stop = trainer.world_size == 1 and (self._interrupted or trainer.received_sigterm)
-        if told_to_stop or self.amount(trainer, pl_module) - (self._saved_at or 0) >= self.every:
+        if told_to_stop or progress_of(pl_module).value - (self._saved_at or 0) >= self.every:
             self._save(trainer, pl_module)
         self._stop_if_interrupted()
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_trial(trainer):
             trainer.save_checkpoint(last_checkpoint(trainer), weights_only=False)
-        self._saved_at = self.amount(trainer, pl_module)
+        self._saved_at = progress_of(pl_module).value
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         own = self._rank_state(trainer, state)
@@ -221,23 +224,49 @@ class ExactResume(Checkpoint):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class ProgressCheckpoint(ExactResume):
-    """`ExactResume` for modules whose ``global_step`` stands still or means something else than their progress.
+class BestCheckpoint(Checkpoint):
+    """Keeps ``<run folder>/checkpoints/best.ckpt``: the state after the best validation so far.
+
+    Lightning's own `ModelCheckpoint` saves nothing while no optimiser steps, and forgets its best when the run folder
+    has moved; this one does neither.
 
     Args:
-        every: how far ``module.progress().value`` advances between two saves, in the module's own unit, at least 1.
+        monitor: logged name of the metric.
+        mode: whether ``min`` or ``max`` is better.
     """
 
-    def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise UserError(f"every: expected at least 1, got {every}")
-        super().__init__(every)
+    def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
+        super().__init__()
+        self.monitor, self.mode = monitor, mode
+        self.best: float | None = None
+        self._trainer: Trainer | None = None
 
-    def amount(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        """The module's own progress."""
-        if not isinstance(pl_module, MethodModule):
-            raise UserError(f"ProgressCheckpoint: expected a module with progress(), got {type(pl_module).__name__}")
-        return pl_module.progress().value
+    @property
+    def state_key(self) -> str:
+        """The best of one metric says nothing about another."""
+        return f"BestCheckpoint {self.mode} {self.monitor}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._trainer is not None and best_checkpoint(self._trainer).is_file():
+            self.best = state_dict["best"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or is_trial(trainer):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise UserError(f"{type(pl_module).__name__}.primary_metric: {self.monitor!r} was not logged, but {logged}")
+        value = float(trainer.callback_metrics[self.monitor])
+        better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
+        if better and not math.isnan(value):
+            self.best = value
+            trainer.save_checkpoint(best_checkpoint(trainer), weights_only=False)
 
 
 def _resumable(trainer: Trainer) -> list[ResumableLogger]:

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import random
 import shutil
@@ -11,13 +12,13 @@ import resume_run
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from callbacks import AtomicCheckpointIO, ExactResume, ProgressCheckpoint
+from callbacks import AtomicCheckpointIO, BestCheckpoint, ExactResume
 from leanlight.contracts import UserError
 
 SHAPES = {
     "automatic": {},
     "manual": {"manual": True},
-    "steps Lightning does not count": {"manual": True, "use_optimizer": False, "by_progress": True},
+    "steps Lightning does not count": {"manual": True, "use_optimizer": False},
     "validation inside the epoch": {"val_check_interval": 3},
     "validation after each batch": {"val_check_interval": 1, "log_every_n_steps": 2},
     "validation across epochs": {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 18},
@@ -190,13 +191,13 @@ def test_validation_does_not_change_training(tmp_path):
 
 def test_checkpoints_load_without_trusting_them(tmp_path):
     resume_run.run(tmp_path, max_epochs=1)
-    for name in ("checkpoints/last.ckpt", "best.ckpt"):
-        torch.load(tmp_path / name, weights_only=True)
+    for name in ("last.ckpt", "best.ckpt"):
+        torch.load(tmp_path / "checkpoints" / name, weights_only=True)
 
 
 def test_a_checkpoint_of_another_writer_resumes_without_error(tmp_path):
     resume_run.run(tmp_path, max_epochs=2)
-    _, _, trainer = resume_run.run(tmp_path, str(tmp_path / "best.ckpt"), max_epochs=3)
+    _, _, trainer = resume_run.run(tmp_path, str(tmp_path / "checkpoints" / "best.ckpt"), max_epochs=3)
     assert trainer.current_epoch == 3
 
 
@@ -213,20 +214,33 @@ def test_saves_at_the_start_then_every_n_steps_then_at_the_end(every_state):
     assert steps == [0, 4, 8, 12, 14]
 
 
-def test_progress_checkpoint_saves_where_global_step_stands_still(every_state):
-    _, _, copies = every_state(manual=True, use_optimizer=False, by_progress=True, every=5, max_epochs=2)
+def test_progress_is_saved_where_global_step_stands_still(every_state):
+    _, _, copies = every_state(manual=True, use_optimizer=False, every=5, max_epochs=2)
     saved = [torch.load(copy / "checkpoints/last.ckpt", weights_only=True) for copy in copies]
     assert [int(state["state_dict"]["batches"]) for state in saved] == [0, 5, 10, 14]
     assert {state["global_step"] for state in saved} == {0}
 
 
-def test_best_checkpoint_of_another_callback_survives_a_kill(tmp_path):
-    resume_run.run(tmp_path / "whole")
-    train_in_a_process(tmp_path / "killed", -signal.SIGKILL, die=["on_train_batch_end", 17])
-    resume_run.run(tmp_path / "killed", checkpoint(tmp_path / "killed"))
-    whole, killed = (torch.load(tmp_path / run / "best.ckpt", weights_only=True) for run in ("whole", "killed"))
-    assert same(whole["state_dict"], killed["state_dict"])
-    assert not list((tmp_path / "killed").glob("best-v*"))
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_the_best_checkpoint_survives_a_kill_and_a_move_of_the_folder(tmp_path, optimizer):
+    options = {"manual": not optimizer, "use_optimizer": optimizer}
+    _, rows, _ = resume_run.run(tmp_path / "whole", **options)
+    train_in_a_process(tmp_path / "killed", -signal.SIGKILL, die=["on_train_batch_end", 17], **options)
+    shutil.move(tmp_path / "killed", tmp_path / "moved")
+    resume_run.run(tmp_path / "moved", checkpoint(tmp_path / "moved"), **options)
+    whole, moved = (
+        torch.load(tmp_path / run / "checkpoints" / "best.ckpt", weights_only=True) for run in ("whole", "moved")
+    )
+    assert same(whole["state_dict"], moved["state_dict"])
+    losses = [row["val/loss"] for row in map(json.loads, rows) if "val/loss" in row]
+    assert whole["callbacks"]["BestCheckpoint min val/loss"]["best"] == pytest.approx(min(losses))
+
+
+def test_a_metric_that_is_never_logged_is_named(tmp_path):
+    module, trainer = resume_run.build(tmp_path, max_epochs=1)
+    trainer.callbacks = [BestCheckpoint("val/misspelt", "min"), *trainer.callbacks]
+    with pytest.raises(UserError, match=r"primary_metric: 'val/misspelt' was not logged, but .*val/loss"):
+        trainer.fit(module, resume_run.Loader(), resume_run.val_loader())
 
 
 def test_resume_on_another_number_of_processes_warns(tmp_path):
@@ -238,10 +252,9 @@ def test_resume_on_another_number_of_processes_warns(tmp_path):
         resume_run.run(tmp_path, checkpoint(tmp_path), max_epochs=2)
 
 
-@pytest.mark.parametrize("make", [lambda: ExactResume(0), lambda: ProgressCheckpoint(0)])
-def test_interval_below_one_is_refused(make):
+def test_interval_below_one_is_refused():
     with pytest.raises(UserError, match="at least 1, got 0"):
-        make()
+        ExactResume(0)
 
 
 def test_fast_dev_run_writes_no_checkpoint(tmp_path):

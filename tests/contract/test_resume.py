@@ -15,7 +15,7 @@ from leanlight.registry import METHODS
 COMMON = [
     "--trainer.max_epochs=3",
     "--trainer.log_every_n_steps=1",
-    "--exact_resume.every_n_train_steps=3",
+    "--exact_resume.every=3",
     "--run.wandb=disabled",
     "--run.id=a",
     "--trainer.enable_progress_bar=false",

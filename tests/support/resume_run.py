@@ -7,14 +7,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Accuracy, MeanMetric, MetricCollection
 
-from callbacks import ExactResume, NaNGuard, ProgressCheckpoint
+from callbacks import BestCheckpoint, ExactResume, NaNGuard
 from leanlight.contracts import PrimaryMetric, Progress
 
 BATCHES = 7
@@ -104,9 +103,6 @@ class Module(pl.LightningModule):
     def media(self, split):
         return {}
 
-    def example_input(self):
-        return (torch.zeros(1, 4),)
-
     def export(self, directory):
         return []
 
@@ -192,18 +188,17 @@ class DieAt(pl.Callback):
             self.fsync(*args)
 
 
-def build(folder, manual=False, use_optimizer=True, every=1, by_progress=False, die=None, extra=(), **trainer):
+def build(folder, manual=False, use_optimizer=True, every=1, die=None, extra=(), **trainer):
     """Module, trainer and loaders of a run in `folder`."""
     pl.seed_everything(11)
     module = Module(manual, use_optimizer)
-    best = ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
-    resume = ProgressCheckpoint(every) if by_progress else ExactResume(every)
+    best = BestCheckpoint("val/loss", "min")
     settings = {"max_epochs": 3, "log_every_n_steps": 1, "num_sanity_val_steps": 1} | trainer
     return module, pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         logger=RowLogger(folder),
-        callbacks=[best, NaNGuard(), *extra, *([DieAt(*die)] if die else []), resume],
+        callbacks=[best, NaNGuard(), *extra, *([DieAt(*die)] if die else []), ExactResume(every)],
         enable_progress_bar=False,
         enable_model_summary=False,
         **settings,
