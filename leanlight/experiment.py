@@ -1,23 +1,21 @@
-"""`leanlight fit|validate|test|predict`: LightningCLI with configs by name, run folders and standard callbacks."""
+"""Experiments: a configuration becomes trainer, model and data, from the command line and from Python alike."""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import shutil
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 import lightning.pytorch as pl
 import torch
-import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,69 +23,53 @@ from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
 from leanlight import runs
-from leanlight.cli.allocator import keep_freed_memory
-from leanlight.cli.messages import one_line
-from leanlight.configs_path import config_root, find_config
+from leanlight.configs_path import config_root
 from leanlight.contracts import UserError
+from leanlight.invocation import TRUST, Invocation, expand, read_config, run_config, trusted_packages
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
-from leanlight.recorder import RunRecorder
+from leanlight.messages import one_line, with_prefix
+from leanlight.parser import LeanlightParser
+from leanlight.recorder import PythonRun, RunRecorder
+from leanlight.standard import STANDARD_CALLBACKS
+from lit_modules.admission import only_admitted
+from lit_modules.hparams import rebuild
 
-# Added to every run under these keys: configurable (`--nan_guard.check_every_n_steps=9`), but no YAML list drops them.
-# ExactResume stands last, so that what it saves is the state after all other callbacks have acted.
-STANDARD_CALLBACKS = {
-    "throughput": callbacks.ThroughputMonitor,
-    "spike_statistics": callbacks.SpikeStatistics,
-    "energy": callbacks.EnergyMeter,
-    "media": callbacks.MediaLogger,
-    "export_artifact": callbacks.ExportArtifact,
-    "disk_guard": callbacks.DiskGuard,
-    "nan_guard": callbacks.NaNGuard,
-    "exact_resume": callbacks.ExactResume,
-}
 _RUN_DIR = "LEANLIGHT_RUN_DIR"  # tells processes that a DDP launch starts where the run of rank zero lives
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-class LeanlightParser(LightningArgumentParser):
-    """Parser whose errors are UserErrors of one line."""
+class Experiment(NamedTuple):
+    """What `build` returns. The run folder is ``trainer.default_root_dir``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:  # inner parsers try alternatives of a type: their errors are not final
-            return super().error(message, ex)
-        raise UserError(one_line(message, self)) from ex
+    trainer: pl.Trainer
+    model: pl.LightningModule
+    data: pl.LightningDataModule
 
 
 class LeanlightCLI(LightningCLI):
-    """One subcommand of LightningCLI, wrapped in a run folder.
+    """One subcommand of LightningCLI: parses its configuration and builds trainer, model and data.
 
     Args:
-        args: subcommand and its options, configs already resolved to paths.
-        run_dir: an existing run folder to go on in, or None for a new one.
+        call: the command line.
         parse_only: stop after the configuration is complete and checked.
     """
 
-    def __init__(self, args: list[str], run_dir: Path | None = None, parse_only: bool = False) -> None:
-        self.only, self.given_run_dir, self.parse_only = args[0], run_dir, parse_only
-        own = " [--resume RUN_DIR]" if self.only == "fit" else " [--from RUN_DIR]"
-        options = {
-            "default_config_files": [str(config_root() / "defaults.yaml")],
-            "usage": f"leanlight {self.only} --config NAME [--config OVERLAY ...] [--KEY=VALUE ...]{own}",
-        }
+    def __init__(self, call: Invocation, parse_only: bool = False) -> None:
+        self.call, self.only, self.parse_only = call, call.arguments[0], parse_only
+        options = {"default_config_files": [str(config_root() / "defaults.yaml")]}
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        super().__init__(
-            args=args,
-            parser_class=LeanlightParser,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "leanlight", self.only: options},
-            save_config_callback=None,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            model_class=pl.LightningModule,
-            datamodule_class=pl.LightningDataModule,
-            auto_configure_optimizers=False,
-        )
+        with _as_user_errors(), only_admitted(call.trusted):
+            super().__init__(
+                args=call.arguments,
+                parser_class=LeanlightParser,
+                parser_kwargs={"parser_mode": "omegaconf+", "prog": "leanlight", self.only: options},
+                save_config_callback=None,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                model_class=pl.LightningModule,
+                datamodule_class=pl.LightningDataModule,
+                auto_configure_optimizers=False,
+            )
 
     # -- parsing
 
@@ -96,14 +78,15 @@ class LeanlightCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(runs.RunSettings, "run")
-        for key, callback in STANDARD_CALLBACKS.items():
-            parser.add_lightning_class_args(callback, key)
+        for key, name in STANDARD_CALLBACKS.items():
+            parser.add_lightning_class_args(getattr(callbacks, name), key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         self._dump_config()
         self.resolved: dict[str, Any] = self.config_dump
         check_monitors(self.resolved)
+        check_precision(self.resolved["trainer"]["precision"])
 
     def _parse_ckpt_path(self) -> None:
         """Check that a checkpoint fits the model; the configuration, not the checkpoint, says what to build."""
@@ -112,10 +95,7 @@ class LeanlightCLI(LightningCLI):
             return
         if not Path(path).is_file():
             raise UserError(f"ckpt_path: no file at {path}")
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-        except Exception as error:
-            raise UserError(f"ckpt_path: {path} is not a readable checkpoint ({type(error).__name__})") from error
+        saved = read_checkpoint(Path(path), "ckpt_path").get("hyper_parameters", {})
         expected, found = self.resolved["model"]["class_path"], saved.get("_class_path")
         if found and found.rsplit(".", 1)[-1] != expected.rsplit(".", 1)[-1]:
             raise UserError(f"ckpt_path: {path} holds a {found}, but model.class_path is {expected}")
@@ -129,21 +109,20 @@ class LeanlightCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if self.parse_only:
             return
-        with _construction_errors():
+        with construction_errors(self.resolved):
             super().instantiate_classes()
         self.model._log_hyperparams = self.datamodule._log_hyperparams = False  # W&B gets the whole config once
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        settings = self._get(self.config_init, "run")
-        identity = runs.config_hash(self.resolved, settings.inputs)
-        self.method = settings.method or method_of(self.resolved["model"]["class_path"])
-        self.dataset = settings.dataset or dataset_of(self.resolved["data"])
+        self.settings = self._get(self.config_init, "run")
+        identity = runs.config_hash(self.resolved, self.settings.inputs)
+        self.method = self.settings.method or method_of(self.resolved["model"]["class_path"])
+        self.dataset = self.settings.dataset or dataset_of(self.resolved["data"])
         root = Path(self.resolved["trainer"]["default_root_dir"] or "runs")
         inherited = os.environ.get(_RUN_DIR) if "LOCAL_RANK" in os.environ else None
-        chosen = self.given_run_dir or (Path(inherited) if inherited else None)
-        self.run_dir = (
-            chosen or root / self.method / self.dataset / (settings.id or runs.new_run_id(identity))
-        ).resolve()
+        chosen = self.call.run_dir or (Path(inherited) if inherited else None)
+        run_id = self.settings.id or runs.new_run_id(identity)
+        self.run_dir = (chosen or root / self.method / self.dataset / run_id).resolve()
         self.fresh = chosen is None
         self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)
         config = dict(self._get(self.config_init, "trainer"))
@@ -168,44 +147,109 @@ class LeanlightCLI(LightningCLI):
             "enable_model_summary": bool(config.get("enable_model_summary")),
         }
 
-    def _best(self, config: Mapping[str, Any]) -> list[ModelCheckpoint]:
-        if self.only != "fit" or config.get("limit_val_batches") == 0:
+    def _best(self, config: Mapping[str, Any]) -> list[callbacks.BestCheckpoint]:
+        """For a module that says what it is judged by."""
+        metric = getattr(self.model, "primary_metric", None)
+        if self.only != "fit" or config.get("limit_val_batches") == 0 or metric is None:
             return []
-        metric = self.model.primary_metric
-        return [
-            ModelCheckpoint(
-                dirpath=self.run_dir / "checkpoints",
-                filename="best",
-                monitor=metric.name,
-                mode=metric.mode,
-                save_on_train_epoch_end=False,
-                enable_version_counter=False,
-            )
-        ]
+        return [callbacks.BestCheckpoint(metric.name, metric.mode)]
 
     # -- running
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self.parse_only:
-            return
+        """Nothing yet: `Session` runs what was built."""
+
+    def start(self) -> None:
+        """What LightningCLI would have done by itself."""
+        super()._run_subcommand(self.only)
+
+    def save_config(self) -> None:
+        """Write config.yaml into the run folder, unless there is one."""
+        path = self.run_dir / "config.yaml"
+        if not path.exists():
+            saved = self.config[self.only].clone()
+            saved.pop("config", None)
+            self._parser(self.only).save(saved, str(path), skip_none=False, skip_validation=True, multifile=False)
+
+
+class Session:
+    """Runs what a `LeanlightCLI` built, in its run folder.
+
+    Args:
+        cli: trainer, model, data and configuration.
+    """
+
+    def __init__(self, cli: LeanlightCLI) -> None:
+        self.cli, self.trainer, self.run_dir = cli, cli.trainer, cli.run_dir
+        self._made: list[Path] = []  # parents of the run folder that were not there before
+        self._opened = False
+
+    def run(self) -> None:
+        """Run the subcommand, after a fit also the test."""
         with self._cleaned_up_on_bad_input():
-            ensure = getattr(self.datamodule, "ensure_available", None)
+            ensure = getattr(self.cli.datamodule, "ensure_available", None)
             if ensure is not None:
                 ensure()
-            self._open_run_dir()
-            with self.recorder.recording(self.trainer):
-                super()._run_subcommand(subcommand)
-                if subcommand == "fit":
-                    self._test_after_fit()
+            self._open()
+            with self.cli.recorder.recording(self.trainer):
+                self.cli.start()
+                if self.cli.only == "fit":
+                    self._test()
         self._say_where()
 
-    @rank_zero_only
-    def _say_where(self) -> None:
-        shown = {
-            k: v for k, v in self.recorder.metrics.items() if k.startswith(("val/", "test/")) and k.count("/") == 1
-        }
-        print(
-            "\n".join([*(f"{name:<24} {value:.4f}" for name, value in sorted(shown.items())), f"run: {self.run_dir}"])
+    def _open(self) -> None:
+        if self.trainer.is_global_zero:
+            if self.cli.fresh and self.run_dir.exists():
+                raise UserError(
+                    f"run.id: {self.run_dir} exists already; choose another --run.id, or go on with --resume"
+                )
+            self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
+            try:
+                (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._opened = True
+                self.cli.save_config()
+            except OSError as error:
+                where = f"trainer.default_root_dir: cannot write {self.run_dir}"
+                raise UserError(f"{where} ({error.strerror or error})") from error
+            os.environ[_RUN_DIR] = str(self.run_dir)
+        self._add_wandb()
+
+    def _add_wandb(self) -> None:
+        settings = self.cli.settings
+        if settings.wandb == "disabled" or any(isinstance(x, pl.loggers.WandbLogger) for x in self.trainer.loggers):
+            return
+        offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _wandb_key())
+        if offline:
+            os.environ.setdefault("WANDB_SILENT", "true")  # it has no page to point to
+        logger = RunWandbLogger(
+            name=self.run_dir.name,
+            id=f"{self.cli.method}-{self.cli.dataset}-{self.run_dir.name}"[-120:],
+            save_dir=self.run_dir,
+            project=settings.wandb_project,
+            offline=offline,
+            group=self.cli.method,
+            job_type=self.cli.only,
+            tags=[self.cli.dataset, *settings.tags],
+            notes=settings.notes or None,
+            resume="allow",
+        )
+        self.trainer.loggers = [*self.trainer.loggers, logger]
+
+    def _test(self) -> None:
+        which = self.cli.settings.test
+        if which == "none" or self.cli.resolved["trainer"]["fast_dev_run"] or self.trainer.interrupted:
+            return
+        if not has_test(self.cli.model):
+            return
+        best = self.run_dir / "checkpoints" / "best.ckpt"
+        if which == "best" and not best.is_file():
+            raise UserError("run.test: best, but there is no best.ckpt because no validation ran; use last")
+        self.trainer.test(
+            self.cli.model,
+            datamodule=self.cli.datamodule,
+            ckpt_path=str(best) if which == "best" else None,
+            weights_only=True,
+            verbose=False,
         )
 
     @contextmanager
@@ -214,89 +258,144 @@ class LeanlightCLI(LightningCLI):
         try:
             yield
         except (UserError, MisconfigurationException) as error:
-            if self._opened and self.fresh and not self.recorder.started:
+            if self._opened and self.cli.fresh and not self.cli.recorder.started:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
                 for parent in self._made:
                     parent.rmdir()
-            if isinstance(error, UserError):
-                raise
-            raise UserError(" ".join(str(error).split())) from error
+            raise with_prefix(error, self.cli.resolved) from error
 
-    _opened = False
-
-    def _open_run_dir(self) -> None:
-        if self.trainer.is_global_zero:
-            if self.fresh and self.run_dir.exists():
-                raise UserError(
-                    f"run.id: {self.run_dir} exists already; choose another --run.id, or go on with --resume"
-                )
-            self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
-            try:
-                (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-                self._opened = True
-                self._save_config()
-            except OSError as error:
-                where = f"trainer.default_root_dir: cannot write {self.run_dir}"
-                raise UserError(f"{where} ({error.strerror or error})") from error
-            os.environ[_RUN_DIR] = str(self.run_dir)
-        self._add_wandb()
-
-    def _save_config(self) -> None:
-        path = self.run_dir / "config.yaml"
-        if not path.exists():
-            saved = self.config[self.only].clone()
-            saved.pop("config", None)
-            self._parser(self.only).save(saved, str(path), skip_none=False, skip_validation=True, multifile=False)
-
-    def _add_wandb(self) -> None:
-        settings = self._get(self.config_init, "run")
-        if settings.wandb == "disabled" or any(isinstance(x, pl.loggers.WandbLogger) for x in self.trainer.loggers):
-            return
-        offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _wandb_key())
-        if offline:
-            os.environ.setdefault("WANDB_SILENT", "true")  # it has no page to point to
-        logger = RunWandbLogger(
-            name=self.run_dir.name,
-            id=f"{self.method}-{self.dataset}-{self.run_dir.name}"[-120:],
-            save_dir=self.run_dir,
-            project=settings.wandb_project,
-            offline=offline,
-            group=self.method,
-            job_type=self.only,
-            tags=[self.dataset, *settings.tags],
-            notes=settings.notes or None,
-            resume="allow",
-        )
-        self.trainer.loggers = [*self.trainer.loggers, logger]
-
-    def _test_after_fit(self) -> None:
-        which = self._get(self.config_init, "run").test
-        if which == "none" or self.resolved["trainer"]["fast_dev_run"] or self.trainer.interrupted:
-            return
-        best = self.run_dir / "checkpoints" / "best.ckpt"
-        if which == "best" and not best.is_file():
-            raise UserError("run.test: best, but there is no best.ckpt because no validation ran; use last")
-        self.trainer.test(
-            self.model,
-            datamodule=self.datamodule,
-            ckpt_path=str(best) if which == "best" else None,
-            weights_only=True,
-            verbose=False,
+    @rank_zero_only
+    def _say_where(self) -> None:
+        metrics = self.cli.recorder.metrics.items()
+        shown = {name: value for name, value in metrics if name.startswith(("val/", "test/")) and name.count("/") == 1}
+        print(
+            "\n".join([*(f"{name:<24} {value:.4f}" for name, value in sorted(shown.items())), f"run: {self.run_dir}"])
         )
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+# -- from Python
 
 
-def _wandb_key() -> bool:
-    """Whether W&B can log in without asking; WANDB_MODE stands above."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path.home() / ".netrc"
-    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+def build(config: str | Sequence[str], overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Trainer, model and data of a config, as ``leanlight fit --config`` makes them.
+
+    ``trainer.fit(model, data)`` then trains in a new run folder, ``trainer.default_root_dir``, with the suite's
+    callbacks; `load` and every command take that folder. W&B is left out.
+
+    Args:
+        config: name or path of a config, or several that are laid over one another.
+        overrides: dotted key → value, as on the command line, e.g. ``{"trainer.max_epochs": 1}``.
+
+    Raises:
+        UserError: an unknown config, key or value.
+    """
+    names = [config] if isinstance(config, str) else list(config)
+    options = [word for name in names for word in ("--config", name)]
+    cli = LeanlightCLI(expand(["fit", *options, *(option(*pair) for pair in (overrides or {}).items())]))
+    python_run = PythonRun(cli.recorder, cli.save_config)
+    cli.trainer.callbacks.insert(0, python_run)  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+    return Experiment(cli.trainer, cli.model, cli.datamodule)
+
+
+def load(run: Path | str, checkpoint: str = "last", trust: Sequence[str] = ()) -> pl.LightningModule:
+    """A finished run's model in evaluation mode on the CPU, or that of a checkpoint file.
+
+    Args:
+        run: run folder, or a checkpoint file.
+        checkpoint: ``last`` or ``best`` of a run folder.
+        trust: packages outside the suite that the run may name; what it names is imported and runs.
+
+    Raises:
+        UserError: no such checkpoint, or it names a class that is not admitted.
+    """
+    source = Path(run)
+    path = source / "checkpoints" / f"{checkpoint}.ckpt" if source.is_dir() else source
+    if not path.is_file():
+        raise UserError(f"source: no checkpoint at {path}")
+    saved = read_checkpoint(path, "source")
+    config = path.parent.parent / "config.yaml"
+    if config.is_file():
+        named = read_config(config).get("model")
+    else:
+        arguments = dict(saved.get("hyper_parameters") or {})
+        named = {"class_path": arguments.pop("_class_path", None), "init_args": arguments}
+        named["init_args"].pop("_instantiator", None)
+    if not isinstance(named, dict) or not isinstance(named.get("class_path"), str):
+        raise UserError(f"source: {path} does not say which module wrote it")
+    model = _instantiate(pl.LightningModule, named, path, trust)
+    model.on_load_checkpoint(saved)
+    try:
+        model.load_state_dict(saved["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"source: {path} does not fit {named['class_path']}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def load_data(run: Path | str, overrides: Mapping[str, Any] | None = None, trust: Sequence[str] = ()) -> Any:
+    """The DataModule of a run folder, not set up.
+
+    Args:
+        run: run folder.
+        overrides: arguments of the DataModule that shall differ.
+        trust: as in `load`.
+    """
+    path = run_config(Path(run), "source")
+    named = read_config(path).get("data")
+    if not isinstance(named, dict) or not isinstance(named.get("class_path"), str):
+        raise UserError(f"source: {path} names no data")
+    changed = {**(named.get("init_args") or {}), **(overrides or {})}
+    return _instantiate(pl.LightningDataModule, {**named, "init_args": changed}, path, trust)
+
+
+def _instantiate(kind: type, named: Mapping[str, Any], where: Path, trust: Sequence[str]) -> Any:
+    """The one way from a config that came with a run to an object: what it names must be admitted, and a `kind`."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "source", fail_untyped=False)
+    wanted = {"class_path": named["class_path"], "init_args": named.get("init_args") or {}}
+    try:
+        with only_admitted({*trusted_packages(), *trust}):
+            config = parser.parse_object({"source": wanted})
+            if kind is not pl.LightningModule:
+                return parser.instantiate_classes(config).source
+            package, _, name = config.source.class_path.rpartition(".")
+            return rebuild(getattr(import_module(package), name), wanted["init_args"])
+    except (jsonargparse.ArgumentError, ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{where}: {one_line(str(error), None)}") from error
+
+
+def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
+    """Content of a checkpoint, nothing of it executed; UserError naming `argument` when it is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of a file of any content
+        raise UserError(f"{argument}: {path} is not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{argument}: {path} is not a checkpoint but a {type(saved).__name__}")
+    return saved
+
+
+# -- what a configuration says
+
+
+def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
+    """Complete configuration of ``leanlight SUBCOMMAND ARGS`` without building anything. Raises UserError.
+
+    What it names is trusted from then on in child processes, too: they may have to go on with the runs it starts.
+    """
+    call = expand([subcommand, *args])
+    resolved = LeanlightCLI(call, parse_only=True).resolved
+    os.environ[TRUST] = ",".join(sorted(call.trusted))
+    return resolved
+
+
+def has_test(model: pl.LightningModule) -> bool:
+    """Whether a module measures itself on test data."""
+    return type(model).test_step is not pl.LightningModule.test_step
+
+
+def option(key: str, value: Any) -> str:
+    """Write one override as a command line option; anything but text goes as JSON, which is YAML too."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def method_of(class_path: str) -> str:
@@ -324,75 +423,39 @@ def check_monitors(config: Any, where: str = "") -> None:
             check_monitors(value, f"{where}[{index}]")
 
 
-def _take(args: list[str], *flags: str) -> tuple[str | None, list[str]]:
-    """Remove the first ``FLAG VALUE`` or ``FLAG=VALUE`` from `args`; return its value, or None, and the rest."""
-    for index, arg in enumerate(args):
-        flag, equals, value = arg.partition("=")
-        if flag not in flags:
-            continue
-        if equals:
-            return value, args[:index] + args[index + 1 :]
-        if index + 1 == len(args):
-            raise UserError(f"{flag}: expects a value")
-        return args[index + 1], args[:index] + args[index + 2 :]
-    return None, args
+def check_precision(precision: Any) -> None:
+    """Refuse a precision that the suite's float32 batches and buffers cannot follow."""
+    known = {None: "32-true", 32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed"}
+    if known.get(precision, precision) not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision: expected {', '.join(_PRECISIONS)}, got {precision!r}: batches and buffers are float32"
+        )
 
 
-def expand(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Resolve config names, `--resume` and `--from`; return arguments for LightningCLI and the folder to go on in."""
-    command, args = argv[0], list(argv[1:])
-    configs: list[str] = []  # first, in their order: a key on the command line stands above any config
-    name, args = _take(args, "--config", "-c")
-    while name is not None:
-        configs.append(f"--config={_readable_config(name)}")
-        name, args = _take(args, "--config", "-c")
-    resume, args = _take(args, "--resume")
-    source, args = _take(args, "--from")
-    if resume is not None:
-        if command != "fit":
-            raise UserError(f"--resume: goes with fit; {command} takes --from RUN_DIR")
-        return _from_run(command, resume, "--resume", [*configs, *args]), Path(resume)
-    if source is not None:
-        if command == "fit":
-            raise UserError("--from: goes with validate, test and predict; fit takes --resume RUN_DIR")
-        target = Path(source) / command
-        target = target if not target.exists() else target.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return _from_run(command, source, "--from", [*configs, *args]), target
-    return [command, *configs, *args], None
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _readable_config(name: str) -> str:
-    path = find_config(name)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"config {path}: expected keys such as model, data, trainer, got a {type(content).__name__}")
-    return str(path)
-
-
-def _from_run(command: str, folder: str, flag: str, args: list[str]) -> list[str]:
-    config, checkpoint = Path(folder) / "config.yaml", Path(folder) / "checkpoints" / "last.ckpt"
-    if not config.is_file():
-        raise UserError(f"{flag}: {folder} is not a run folder (no config.yaml)")
-    if any(arg.startswith("--ckpt_path") for arg in args):
-        return [command, "--config", str(config), *args]
-    if not checkpoint.is_file():
-        raise UserError(f"{flag}: no checkpoint at {checkpoint}; the run stopped before its first one, start it anew")
-    return [command, "--config", str(config), *args, f"--ckpt_path={checkpoint}", "--weights_only=true"]
+def _wandb_key() -> bool:
+    """Whether W&B can log in without asking; WANDB_MODE stands above."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path.home() / ".netrc"
+    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
 
 
 @contextmanager
-def _construction_errors() -> Iterator[None]:
+def construction_errors(resolved: Mapping[str, Any]) -> Iterator[None]:
     """Bad values that a class of the configuration refuses are the user's errors, however deep they were wrapped."""
     try:
         yield
-    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+    except (UserError, ValueError, TypeError, ImportError, MisconfigurationException) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
-        raise cause or UserError(f"config: {' '.join(str(error).split())}") from error
+        raise with_prefix(cause or UserError(f"config: {' '.join(str(error).split())}"), resolved) from error
 
 
 @contextmanager
@@ -403,30 +466,3 @@ def _as_user_errors() -> Iterator[None]:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
     except jsonargparse.ArgumentError as error:
         raise UserError(one_line(str(error), None)) from error
-
-
-def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
-    """Complete configuration of ``leanlight SUBCOMMAND ARGS`` without building anything. Raises UserError."""
-    arguments, run_dir = expand([subcommand, *args])
-    with _as_user_errors():
-        return LeanlightCLI(arguments, run_dir, parse_only=True).resolved
-
-
-def main(argv: list[str]) -> int:
-    """Run a subcommand; 0 done, 130 interrupted. Raises UserError for bad input."""
-    keep_freed_memory()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own module beside the config is importable
-    arguments, run_dir = expand(argv)
-    with _as_user_errors():
-        try:
-            LeanlightCLI(arguments, run_dir)
-        except SystemExit as error:  # Lightning ends an interrupted fit this way
-            if error.code in (0, None):
-                return 0
-            raise KeyboardInterrupt from error
-    return 0

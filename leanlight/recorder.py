@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from callbacks import ThroughputMonitor
 from leanlight import runs
-from leanlight.contracts import DivergedError
+from leanlight.contracts import DivergedError, progress_of
 from leanlight.loggers import RunWandbLogger
 
 
@@ -23,8 +24,12 @@ class RunRecorder(pl.Callback):
     """Writes summary.json at the start and at the end, whatever the end is, and tells W&B the configuration once.
 
     Args:
-        run_dir, command, method, dataset: what the run is.
-        resolved: the complete configuration. identity: its hash.
+        run_dir: the run folder.
+        command: subcommand of the run, such as ``fit``.
+        method: first folder of the run under the runs root.
+        dataset: second one.
+        resolved: the complete configuration.
+        identity: its hash.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class RunRecorder(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
             if hasattr(logger, "progress"):
-                logger.progress = pl_module.progress
+                logger.progress = partial(progress_of, pl_module)
             if isinstance(logger, RunWandbLogger) and trainer.is_global_zero:
                 logger.experiment.config.update(dict(self.resolved), allow_val_change=True)
                 logger.tie_metrics(logger.progress().unit)  # type: ignore[misc]
@@ -88,19 +93,20 @@ class RunRecorder(pl.Callback):
         try:
             yield
         except DivergedError as error:
-            self._finish(trainer, "diverged", str(error))
+            self.finish(trainer, "diverged", str(error))
             raise
         except (KeyboardInterrupt, SystemExit):
-            self._finish(trainer, "interrupted")
+            self.finish(trainer, "interrupted")
             if trainer.is_global_zero:
                 print(f"interrupted; go on with: leanlight fit --resume {self.run_dir}", file=sys.stderr)
             raise
         except BaseException as error:
-            self._finish(trainer, "failed", f"{type(error).__name__}: {error}")
+            self.finish(trainer, "failed", f"{type(error).__name__}: {error}")
             raise
-        self._finish(trainer, "interrupted" if trainer.interrupted else "finished")
+        self.finish(trainer, "interrupted" if trainer.interrupted else "finished")
 
-    def _finish(self, trainer: pl.Trainer, status: str, error: str | None = None) -> None:
+    def finish(self, trainer: pl.Trainer, status: str, error: str | None = None) -> None:
+        """Write how the run ended."""
         self.summary |= {"status": status, "error": error}
         if status == "finished":
             self.summary["artifacts"] = runs.list_artifacts(self.run_dir)
@@ -128,3 +134,27 @@ class RunRecorder(pl.Callback):
             "machine": runs.machine(),
         }
         runs.write_summary(self.run_dir, self.summary)
+
+
+class PythonRun(pl.Callback):
+    """Keeps a run folder for a trainer that is driven from Python: config.yaml before, summary.json after each call.
+
+    Args:
+        recorder: of the run.
+        save_config: writes config.yaml into the existing run folder.
+    """
+
+    def __init__(self, recorder: RunRecorder, save_config: Callable[[], None]) -> None:
+        self.recorder, self.save_config = recorder, save_config
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            self.recorder.run_dir.mkdir(parents=True, exist_ok=True)
+            self.save_config()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.recorder.finish(trainer, "interrupted" if trainer.interrupted else "finished")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        status = "diverged" if isinstance(exception, DivergedError) else "failed"
+        self.recorder.finish(trainer, status, f"{type(exception).__name__}: {exception}")

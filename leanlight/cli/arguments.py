@@ -9,6 +9,17 @@ from typing import Any, NoReturn
 from leanlight.contracts.errors import UserError, nearest
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option that lets a run folder name classes outside of the suite."""
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the run name classes of this package of yours; may be repeated",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that raises UserError, with the nearest option, instead of printing its usage."""
 

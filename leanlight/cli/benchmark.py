@@ -48,8 +48,8 @@ def _measure(name: str, output: Path | None, quick: bool, console: Console) -> i
         raise UserError(
             f"method {name!r}: has no benchmark; these have: {', '.join(m for m in METHODS if METHODS[m].benchmark)}"
         )
+    from leanlight.allocator import keep_freed_memory
     from leanlight.benchmarks.core import document, markdown, print_document
-    from leanlight.cli.allocator import keep_freed_memory
 
     keep_freed_memory()  # as `leanlight fit` does
     module, function = entry.split(":")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, add_trust
 from leanlight.contracts.errors import UserError
+
+if TYPE_CHECKING:
+    from leanlight.contracts import GameData
 
 
 def main(argv: list[str]) -> int:
@@ -20,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first episode; the others follow")
     parser.add_argument("--pictures", type=int, default=1000, help="of the first episode (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="GIF to write; by default artifacts/play.gif in the run folder")
+    add_trust(parser)
     args = parser.parse_args(argv)
     for name in ("episodes", "pictures"):
         if getattr(args, name) < 1:
@@ -27,11 +31,11 @@ def main(argv: list[str]) -> int:
     if args.epsilon is not None and not 0 <= args.epsilon <= 1:
         raise UserError(f"--epsilon: expected a number in [0, 1], got {args.epsilon}")
     run, checkpoint = _locate(args.source, args.checkpoint)
-    data = _games(run, args.epsilon)
+    data = _games(run, args.epsilon, args.trust)
 
-    from leanlight.cli.export import load_module
+    from leanlight.experiment import load
 
-    agent = load_module(checkpoint)
+    agent: Any = load(checkpoint, trust=args.trust)
     if not hasattr(agent, "values"):
         raise UserError(f"source: {checkpoint} holds a {type(agent).__name__}, which plays no games")
     seeds = list(range(args.seed, args.seed + args.episodes))
@@ -52,23 +56,18 @@ def _locate(source: Path, which: str) -> tuple[Path, Path]:
     return run, checkpoint
 
 
-def _games(run: Path, epsilon: float | None) -> Any:
+def _games(run: Path, epsilon: float | None, trust: Sequence[str]) -> GameData:
     """The DataModule of a run."""
-    import yaml
-
     from leanlight.contracts import GameData
+    from leanlight.experiment import load_data
 
-    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    package, _, name = data["class_path"].rpartition(".")
-    arguments = dict(data.get("init_args") or {})
-    if epsilon is not None:
-        arguments["eval_epsilon"] = epsilon
-    module = getattr(import_module(package), name)(**arguments)
-    module.ensure_available()
-    module.setup("test")
-    if not isinstance(module, GameData):
-        raise UserError(f"source: {run} was trained on {name}, which is no game")
-    return module
+    data = load_data(run, {} if epsilon is None else {"eval_epsilon": epsilon}, trust)
+    if not hasattr(data, "play"):
+        raise UserError(f"source: {run} was trained on {type(data).__name__}, which is no game")
+    data.ensure_available()
+    data.setup("test")
+    assert isinstance(data, GameData)
+    return data
 
 
 def _report(seeds: list[int], episodes: list[Any], data: Any) -> None:

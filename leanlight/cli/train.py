@@ -1,5 +1,31 @@
 """`leanlight fit|validate|test|predict`."""
 
-from leanlight.experiment import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import logging
+import warnings
+
+
+def main(argv: list[str]) -> int:
+    """Run a subcommand of LightningCLI; 0 done, 130 interrupted. Raises UserError for bad input."""
+    if {"-h", "--help"} & set(argv):
+        from leanlight.cli.training_help import training_help
+
+        print(training_help(argv))
+        return 0
+    from leanlight.allocator import keep_freed_memory
+    from leanlight.experiment import LeanlightCLI, Session
+    from leanlight.invocation import expand
+
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
+    try:
+        Session(LeanlightCLI(expand(argv))).run()
+    except SystemExit as error:  # Lightning ends an interrupted fit this way
+        if error.code in (0, None):
+            return 0
+        raise KeyboardInterrupt from error
+    return 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator, Mapping
 from importlib import import_module
+from types import TracebackType
 from typing import Any
 
-from leanlight.contracts.errors import nearest
+from leanlight.contracts.errors import UserError, nearest
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
@@ -38,6 +40,8 @@ def _value_error(text: str) -> str:
         is_factory = "expects a function or a callable class" in body
         inner = _factory_class(text) if is_factory else _owner(body[: match.start()])
         return f"{path}.init_args.{match[1]}: not an argument of {inner}{nearest(match[1], _arguments(inner))}"
+    if match := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '(.+?)' entry", body):
+        return f"{path}: {_denied(match[1], match[2])}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", body):
         hint = nearest(match[2], _classes(match[1]))
         return f"{path}.class_path: {match[1]} has no class {match[2]!r}{hint}"
@@ -52,6 +56,17 @@ def _value_error(text: str) -> str:
     if expected and got:
         return f"{path}: expected {expected}, got {got[1].strip()!r}"
     return f"{path}: {body.split(': ', 1)[-1]}"
+
+
+def _denied(name: str, entry: str) -> str:
+    """Why a class that a config names is not imported."""
+    if entry != "*":
+        return f"{name!r} is never imported for a config"
+    package = name.split(".")[0]
+    return (
+        f"{name!r} is outside of the suite and came with a run folder or checkpoint, so it was not imported; "
+        f"if you trust it, add --trust {package}"
+    )
 
 
 def _owner(before: str) -> str:
@@ -100,3 +115,44 @@ def _keys(parser: Any) -> list[str]:
         elif action.dest not in ("help", "subcommand"):
             keys.append(action.dest)
     return keys
+
+
+def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:
+    """The error as the command line shows it: an argument that it names gets the path it has in the configuration.
+
+    Classes name their arguments alone (``ipc: expected …``), since from Python there is no configuration.
+    """
+    text = " ".join(str(error).split())
+    name = re.match(r"[a-z_]\w*", text)
+    if name is None or type(error) not in (UserError, *UserError.__subclasses__()):
+        return UserError(text)
+    parts = ["data", "model"] if "datamodules" in _innermost(error.__traceback__) else ["model", "data"]
+    for part in parts:
+        given = (resolved.get(part) or {}).get("init_args") or {}
+        places = sorted(_places(given, name[0], f"{part}.init_args"), key=len)
+        if places and (len(places) == 1 or len(places[0].split(".")) < len(places[1].split("."))):
+            return _like(error, places[0] + text[len(name[0]) :])
+    return _like(error, text)
+
+
+def _like(error: BaseException, text: str) -> UserError:
+    """An error of the same kind with another text."""
+    again: UserError = type(error).__new__(type(error))  # type: ignore[assignment]  # its __init__ may want other arguments
+    again.args = (text,)
+    return again
+
+
+def _innermost(traceback: TracebackType | None) -> str:
+    """File of the frame that raised."""
+    file = ""
+    while traceback is not None:
+        file, traceback = traceback.tb_frame.f_code.co_filename, traceback.tb_next
+    return file
+
+
+def _places(given: Any, name: str, where: str) -> Iterator[str]:
+    """Every dotted path in a nested configuration that ends with `name`."""
+    for key, value in given.items() if isinstance(given, Mapping) else ():
+        if key == name:
+            yield f"{where}.{key}"
+        yield from _places(value, name, f"{where}.{key}")

@@ -1,0 +1,138 @@
+"""What stands on a command line: configs by name, runs to go on with or to start from, packages to trust."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from leanlight.configs_path import find_config
+from leanlight.contracts.errors import UserError
+from leanlight.runs import read_summary
+
+TRUST = "LEANLIGHT_TRUST"  # packages, separated by commas, that run folders may name; child processes inherit it
+_RESUMED = ("fit", "predict")
+
+
+@dataclass
+class Invocation:
+    """A command line of LightningCLI.
+
+    Args:
+        arguments: subcommand and options; configs stand first and are resolved to paths.
+        run_dir: the run folder to go on in, or None for a new one.
+        trusted: top-level packages that the user named, in configs of their own, on the command line or to trust.
+    """
+
+    arguments: list[str]
+    run_dir: Path | None = None
+    trusted: set[str] = field(default_factory=set)
+
+
+def expand(argv: list[str]) -> Invocation:
+    """Resolve config names, `--resume`, `--from` and `--trust` of a subcommand and its options."""
+    command, args = argv[0], list(argv[1:])
+    configs: list[str] = []  # first, in their order: a key on the command line stands above any config
+    trusted = trusted_packages()
+    name, args = take(args, "--config", "-c")
+    while name is not None:
+        path = find_config(name)
+        content = read_config(path)
+        if not _lies_in_a_run(path):
+            trusted |= named_packages(content)
+        configs.append(f"--config={path}")
+        name, args = take(args, "--config", "-c")
+    package, args = take(args, "--trust")
+    while package is not None:
+        trusted.add(package.split(".")[0])
+        package, args = take(args, "--trust")
+    resume, args = take(args, "--resume")
+    source, args = take(args, "--from")
+    trusted |= named_packages([word.partition("=")[2] if word.startswith("--") else word for word in args])
+    if resume is not None:
+        if command not in _RESUMED:
+            raise UserError(f"--resume: goes with {' and '.join(_RESUMED)}; {command} takes --from RUN_DIR")
+        return Invocation(_resumed(command, Path(resume), [*configs, *args]), Path(resume), trusted)
+    if source is not None:
+        if command == "fit":
+            raise UserError("--from: goes with validate, test and predict; fit takes --resume RUN_DIR")
+        target = Path(source) / command
+        target = target if not target.exists() else target.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return Invocation(_from_checkpoint(command, Path(source), "--from", [*configs, *args]), target, trusted)
+    return Invocation([command, *configs, *args], None, trusted)
+
+
+def take(args: list[str], *flags: str) -> tuple[str | None, list[str]]:
+    """Remove the first ``FLAG VALUE`` or ``FLAG=VALUE`` from `args`; return its value, or None, and the rest."""
+    for index, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag not in flags:
+            continue
+        if equals:
+            return value, args[:index] + args[index + 1 :]
+        if index + 1 == len(args):
+            raise UserError(f"{flag}: expects a value")
+        return args[index + 1], args[:index] + args[index + 2 :]
+    return None, args
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a config file; UserError when it is none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"config {path}: expected keys such as model, data, trainer, got a {type(content).__name__}")
+    return content or {}
+
+
+def trusted_packages() -> set[str]:
+    """Packages of the environment variable `TRUST`."""
+    return set(filter(None, os.environ.get(TRUST, "").split(",")))
+
+
+def named_packages(value: Any) -> set[str]:
+    """Top-level packages of every dotted name among the strings of a nested value: what a user's config names."""
+    if isinstance(value, dict):
+        return set().union(*map(named_packages, value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(named_packages, value))
+    if not isinstance(value, str) or "." not in value or not all(part.isidentifier() for part in value.split(".")):
+        return set()
+    return {value.split(".")[0]}
+
+
+def _lies_in_a_run(path: Path) -> bool:
+    """Whether a config belongs to a run folder: it travels with a checkpoint, and may come from anywhere."""
+    return (path.parent / "checkpoints").is_dir() or (path.parent / "summary.json").is_file()
+
+
+def run_config(folder: Path, flag: str) -> Path:
+    """The config of a run folder; UserError when it is none."""
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{flag}: {folder} is not a run folder (no config.yaml)")
+    return config
+
+
+def _resumed(command: str, folder: Path, args: list[str]) -> list[str]:
+    if command == "fit":
+        return _from_checkpoint(command, folder, "--resume", args)
+    config = run_config(folder, "--resume")
+    if "predict" not in (read_summary(folder) or {}).get("command", []):
+        raise UserError(f"--resume: {folder} is no run of predict; `leanlight predict --from {folder}` starts one")
+    return [command, "--config", str(config), *args]
+
+
+def _from_checkpoint(command: str, folder: Path, flag: str, args: list[str]) -> list[str]:
+    config, checkpoint = run_config(folder, flag), folder / "checkpoints" / "last.ckpt"
+    if any(arg.startswith("--ckpt_path") for arg in args):
+        return [command, "--config", str(config), *args]
+    if not checkpoint.is_file():
+        raise UserError(f"{flag}: no checkpoint at {checkpoint}; the run stopped before its first one, start it anew")
+    return [command, "--config", str(config), *args, f"--ckpt_path={checkpoint}", "--weights_only=true"]

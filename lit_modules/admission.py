@@ -1,0 +1,52 @@
+"""Which classes a config or a checkpoint may name: decided before anything of theirs is imported.
+
+A config travels with a checkpoint and may come from anywhere. jsonargparse refuses a class that an argument's type does
+not admit, but it imports the class to find out; under this policy it imports nothing but the suite, the libraries it
+stands on, installed method packages, and what the user named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+
+from jsonargparse import _common, set_parsing_settings
+
+_SUITE = ("lit_modules", "datamodules", "callbacks")
+_LIBRARIES = (
+    *("torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "spikingjelly", "timm"),
+    *("diffusers", "transformers", "peft", "geoopt", "kornia", "torch_geometric", "sklearn"),
+)
+# Parts of these libraries that load or run code by name or path.
+_REFUSED = (
+    *("torch.hub", "torch.load", "torch.serialization", "torch.package", "torch.jit", "torch.ops", "torch.classes"),
+    *("torch.utils.cpp_extension", "torch.multiprocessing", "torch.distributed", "torch.utils.model_zoo"),
+    *("torch.utils.bottleneck", "torch.utils.collect_env", "torch.export.load", "lightning.fabric.cli"),
+    *("lightning.pytorch.cli", "torch._C", "torch._dynamo", "torch._inductor"),
+)
+# What experiments name inside a refused part.
+_ADMITTED = ("lightning.pytorch.cli.ReduceLROnPlateau", "torch.distributed.optim", "torch.distributed.fsdp")
+METHODS_GROUP = "leanlight.methods"  # entry points through which installed packages add methods
+
+
+def method_packages() -> list[str]:
+    """Top-level packages of installed methods."""
+    return sorted({point.module.split(".")[0] for point in entry_points(group=METHODS_GROUP)})
+
+
+@contextmanager
+def only_admitted(trusted: Iterable[str] = ()) -> Iterator[None]:
+    """Inside the block jsonargparse imports what is admitted and nothing else.
+
+    Args:
+        trusted: further top-level packages: those that the user named, not a file that came from elsewhere.
+    """
+    before = dict(_common.parsing_settings)  # there is no public way back to a more open policy
+    never = {name for name, allowed in before["import_path_verdicts"].items() if not allowed}
+    allowed = [*_SUITE, *_LIBRARIES, *method_packages(), *(set(trusted) - never)]
+    try:
+        set_parsing_settings(import_path_denylist=["*", *_REFUSED], import_path_allowlist=[*allowed, *_ADMITTED])
+        yield
+    finally:
+        _common.parsing_settings.update(before)
