@@ -47,6 +47,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    _cwd_last()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -69,6 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _cwd_last() -> None:
+    """Import a user's own module from the working directory, but let no folder there hide a package of the suite."""
+    here = os.getcwd()
+    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", here)), here]
 
 
 if __name__ == "__main__":

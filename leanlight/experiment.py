@@ -25,13 +25,13 @@ import callbacks
 from leanlight import runs
 from leanlight.configs_path import config_root
 from leanlight.contracts import UserError
-from leanlight.invocation import TRUST, Invocation, expand, read_config, run_config, trusted_packages
+from leanlight.invocation import Invocation, expand, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
 from leanlight.parser import LeanlightParser
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.standard import STANDARD_CALLBACKS
-from lit_modules.admission import only_admitted
+from lit_modules.admission import TRUST, only_admitted
 from lit_modules.hparams import rebuild
 
 _RUN_DIR = "LEANLIGHT_RUN_DIR"  # tells processes that a DDP launch starts where the run of rank zero lives
@@ -58,7 +58,9 @@ class LeanlightCLI(LightningCLI):
         self.call, self.only, self.parse_only = call, call.arguments[0], parse_only
         options = {"default_config_files": [str(config_root() / "defaults.yaml")]}
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        with _as_user_errors(), only_admitted(call.trusted):
+        # What the user named stays trusted: in `setup`, where a teacher's checkpoint is read, and in child processes.
+        os.environ[TRUST] = ",".join(sorted(call.trusted))
+        with _as_user_errors(), only_admitted():
             super().__init__(
                 args=call.arguments,
                 parser_class=LeanlightParser,
@@ -353,7 +355,7 @@ def _instantiate(kind: type, named: Mapping[str, Any], where: Path, trust: Seque
     parser.add_subclass_arguments(kind, "source", fail_untyped=False)
     wanted = {"class_path": named["class_path"], "init_args": named.get("init_args") or {}}
     try:
-        with only_admitted({*trusted_packages(), *trust}):
+        with only_admitted(trust):
             config = parser.parse_object({"source": wanted})
             if kind is not pl.LightningModule:
                 return parser.instantiate_classes(config).source
@@ -378,14 +380,8 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
 
 
 def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
-    """Complete configuration of ``leanlight SUBCOMMAND ARGS`` without building anything. Raises UserError.
-
-    What it names is trusted from then on in child processes, too: they may have to go on with the runs it starts.
-    """
-    call = expand([subcommand, *args])
-    resolved = LeanlightCLI(call, parse_only=True).resolved
-    os.environ[TRUST] = ",".join(sorted(call.trusted))
-    return resolved
+    """Complete configuration of ``leanlight SUBCOMMAND ARGS`` without building anything. Raises UserError."""
+    return LeanlightCLI(expand([subcommand, *args]), parse_only=True).resolved
 
 
 def has_test(model: pl.LightningModule) -> bool:

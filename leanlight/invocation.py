@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ import yaml
 from leanlight.configs_path import find_config
 from leanlight.contracts.errors import UserError
 from leanlight.runs import read_summary
+from lit_modules.admission import trusted_packages
 
-TRUST = "LEANLIGHT_TRUST"  # packages, separated by commas, that run folders may name; child processes inherit it
 _RESUMED = ("fit", "predict")
 
 
@@ -89,11 +88,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if content is not None and not isinstance(content, dict):
         raise UserError(f"config {path}: expected keys such as model, data, trainer, got a {type(content).__name__}")
     return content or {}
-
-
-def trusted_packages() -> set[str]:
-    """Packages of the environment variable `TRUST`."""
-    return set(filter(None, os.environ.get(TRUST, "").split(",")))
 
 
 def named_packages(value: Any) -> set[str]:

@@ -7,6 +7,7 @@ stands on, installed method packages, and what the user named.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -28,6 +29,7 @@ _REFUSED = (
 # What experiments name inside a refused part.
 _ADMITTED = ("lightning.pytorch.cli.ReduceLROnPlateau", "torch.distributed.optim", "torch.distributed.fsdp")
 METHODS_GROUP = "leanlight.methods"  # entry points through which installed packages add methods
+TRUST = "LEANLIGHT_TRUST"  # environment: packages, separated by commas, that the user named; child processes inherit it
 
 
 def method_packages() -> list[str]:
@@ -35,16 +37,22 @@ def method_packages() -> list[str]:
     return sorted({point.module.split(".")[0] for point in entry_points(group=METHODS_GROUP)})
 
 
+def trusted_packages() -> set[str]:
+    """What `TRUST` names."""
+    return set(filter(None, os.environ.get(TRUST, "").split(",")))
+
+
 @contextmanager
 def only_admitted(trusted: Iterable[str] = ()) -> Iterator[None]:
     """Inside the block jsonargparse imports what is admitted and nothing else.
 
     Args:
-        trusted: further top-level packages: those that the user named, not a file that came from elsewhere.
+        trusted: top-level packages beside those of the environment variable `TRUST`: what the user named, not a file
+            that came from elsewhere.
     """
     before = dict(_common.parsing_settings)  # there is no public way back to a more open policy
     never = {name for name, allowed in before["import_path_verdicts"].items() if not allowed}
-    allowed = [*_SUITE, *_LIBRARIES, *method_packages(), *(set(trusted) - never)]
+    allowed = [*_SUITE, *_LIBRARIES, *method_packages(), *({*trusted, *trusted_packages()} - never)]
     try:
         set_parsing_settings(import_path_denylist=["*", *_REFUSED], import_path_allowlist=[*allowed, *_ADMITTED])
         yield

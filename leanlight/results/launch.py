@@ -27,8 +27,8 @@ def option(key: str, value: Any) -> str:
 
 
 def command(*arguments: str) -> list[str]:
-    """Return the command that runs ``leanlight ARGUMENTS`` with this Python."""
-    return [sys.executable, "-m", "leanlight", *arguments]
+    """The command that runs ``leanlight ARGUMENTS`` with this Python; no file of the working directory comes first."""
+    return [sys.executable, "-P", "-m", "leanlight", *arguments]
 
 
 def usable_cores() -> int:

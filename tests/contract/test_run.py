@@ -74,11 +74,11 @@ def test_the_saved_config_is_complete_and_runs_again(run, tmp_path):
 
 
 def test_the_checkpoint_loads_without_trusting_it_and_rebuilds_the_module(run):
-    from leanlight.cli.export import load_module
+    from leanlight import load
 
     path = run / "checkpoints" / "last.ckpt"
     saved = torch.load(path, weights_only=True, map_location="cpu")
-    module = load_module(path)
+    module = load(path)
     for name, value in module.state_dict().items():
         assert torch.equal(value, saved["state_dict"][name]), name
 
