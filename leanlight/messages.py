@@ -42,7 +42,7 @@ def _value_error(text: str) -> str:
         return f"{path}.init_args.{match[1]}: not an argument of {inner}{nearest(match[1], _arguments(inner))}"
     if match := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '(.+?)' entry", body):
         return f"{path}: {_denied(match[1], match[2])}"
-    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", body):
+    if match := re.search(r"(?:module|No) '?([\w.]+?)'? (?:has no )?attribute '?(\w+)", body):
         hint = nearest(match[2], _classes(match[1]))
         return f"{path}.class_path: {match[1]} has no class {match[2]!r}{hint}"
     if match := re.search(r"No module named '([\w.]+)'", body):
