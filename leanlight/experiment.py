@@ -27,7 +27,7 @@ import callbacks
 from leanlight import runs
 from leanlight.cli.allocator import keep_freed_memory
 from leanlight.cli.messages import one_line
-from leanlight.configs_path import config_root, find_config
+from leanlight.configs_path import config_root, find_configs
 from leanlight.contracts import UserError
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.recorder import RunRecorder
@@ -344,7 +344,7 @@ def expand(argv: list[str]) -> tuple[list[str], Path | None]:
     configs: list[str] = []  # first, in their order: a key on the command line stands above any config
     name, args = _take(args, "--config", "-c")
     while name is not None:
-        configs.append(f"--config={_readable_config(name)}")
+        configs += [f"--config={_readable_config(path)}" for path in find_configs(name)]
         name, args = _take(args, "--config", "-c")
     resume, args = _take(args, "--resume")
     source, args = _take(args, "--from")
@@ -361,8 +361,7 @@ def expand(argv: list[str]) -> tuple[list[str], Path | None]:
     return [command, *configs, *args], None
 
 
-def _readable_config(name: str) -> str:
-    path = find_config(name)
+def _readable_config(path: Path) -> str:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
