@@ -7,7 +7,7 @@
 # Runs, data and results land in the mounted folder. EXTRAS chooses optional packages: --build-arg EXTRAS=all
 FROM python:3.11-slim
 
-ARG EXTRAS=spiking
+ARG EXTRAS=rl
 WORKDIR /opt/leanlight
 COPY . .
 RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"

@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTHON ?=
 METHOD ?=
+PUBLISH ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -34,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make venv: PYTHON=$$python is not Python >= 3.11" >&2; exit 2; }; \
 	$(BIN)/python -c '' 2>/dev/null || "$$python" -m venv --clear $(VENV); \
 	echo "venv: installing the tested versions into $(VENV) (about 3 minutes and 6 GB, mostly torch)"; \
-	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev,spiking,rl]'; \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev,rl]'; \
 	touch $@
 
 test: venv ## fast tests
@@ -52,8 +53,8 @@ format: venv ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv ## measure speed and memory of every method, or of METHOD=classifier
-	$(BIN)/leanlight benchmark $(METHOD)
+bench: venv ## speed and memory of every method, or of METHOD=classifier, into runs/results; PUBLISH=1: into docs/results
+	$(BIN)/leanlight benchmark $(METHOD) $(if $(PUBLISH),--publish)
 
 clean: ## remove .venv, caches and the demo's page; runs and data stay
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

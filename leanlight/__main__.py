@@ -8,36 +8,21 @@ from importlib import import_module
 
 from leanlight import __version__
 from leanlight.contracts.errors import UserError, nearest
-
-# command → (module with `main(argv) -> int`, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("leanlight.cli.train", "train a model; --resume RUN_DIR goes on with an interrupted run"),
-    "validate": ("leanlight.cli.train", "measure a model on validation data"),
-    "test": ("leanlight.cli.train", "measure a model on test data; --from RUN_DIR takes a finished run's model"),
-    "predict": ("leanlight.cli.train", "write a model's predictions; --from RUN_DIR as for test"),
-    "run": ("leanlight.cli.run", "run a pipeline of stages, reusing those that are finished"),
-    "reproduce": ("leanlight.cli.reproduce", "run what a result table lacks and write its figures and verdicts"),
-    "report": ("leanlight.cli.report", "turn results into Markdown, figures and one HTML page"),
-    "benchmark": ("leanlight.cli.benchmark", "measure speed and memory, compare two measurements"),
-    "data": ("leanlight.cli.data", "list, prepare and check data sets"),
-    "play": ("leanlight.cli.play", "let a trained agent play: scores and an animation"),
-    "export": ("leanlight.cli.export", "write a trained model so that it works without this suite"),
-    "methods": ("leanlight.cli.methods", "list methods, configs, tables and pipelines"),
-}
+from leanlight.registry import commands, methods
 
 
 def usage() -> str:
     """The help text of the program."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    width = max(map(len, commands()))
     return "\n".join(
         [
             f"leanlight {__version__}: research methods and their baselines on PyTorch Lightning",
             "",
             "usage: leanlight COMMAND [OPTIONS]      leanlight COMMAND --help tells more",
             "",
-            *lines,
+            *(f"  {name:<{width}}  {command.help}" for name, command in commands().items()),
             "",
+            f"methods:      {', '.join(methods())}",
             "a first run:  leanlight fit --config classifier/fashion_mnist_small",
             "overlays:     --config trainer/ddp, --config logger/wandb_online, ... compose left to right",
         ]
@@ -56,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *rest = argv
     try:
-        if name not in COMMANDS:
-            raise UserError(f"command {name!r} is unknown{nearest(name, COMMANDS)}; `leanlight --help` lists them")
-        module = import_module(COMMANDS[name][0])
-        arguments = argv if COMMANDS[name][0] == "leanlight.cli.train" else rest
-        return int(module.main(arguments) or 0)
+        if name not in commands():
+            raise UserError(f"command {name!r} is unknown{nearest(name, commands())}; `leanlight --help` lists them")
+        path = commands()[name].module
+        arguments = argv if path == "leanlight.cli.train" else rest  # one module for the four commands of Lightning
+        return int(import_module(path).main(arguments) or 0)
     except UserError as error:
         print(f"leanlight: error: {error}", file=sys.stderr)
         return 2

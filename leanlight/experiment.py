@@ -23,13 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
 from leanlight import runs
-from leanlight.configs_path import config_root
 from leanlight.contracts import UserError
 from leanlight.invocation import Invocation, expand, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
 from leanlight.parser import LeanlightParser
 from leanlight.recorder import PythonRun, RunRecorder
+from leanlight.registry import config_root
 from leanlight.standard import STANDARD_CALLBACKS
 from lit_modules.admission import TRUST, only_admitted
 from lit_modules.hparams import rebuild

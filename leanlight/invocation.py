@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from leanlight.configs_path import find_config
+from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError
 from leanlight.runs import read_summary
 from lit_modules.admission import trusted_packages
@@ -39,11 +39,11 @@ def expand(argv: list[str]) -> Invocation:
     trusted = trusted_packages()
     name, args = take(args, "--config", "-c")
     while name is not None:
-        path = find_config(name)
-        content = read_config(path)
-        if not _lies_in_a_run(path):
-            trusted |= named_packages(content)
-        configs.append(f"--config={path}")
+        for path in find_configs(name):
+            content = read_config(path)
+            if not _lies_in_a_run(path):
+                trusted |= named_packages(content)
+            configs.append(f"--config={path}")
         name, args = take(args, "--config", "-c")
     package, args = take(args, "--trust")
     while package is not None:

@@ -1,56 +1,163 @@
-"""The suite's methods as a static table, readable without importing torch."""
+"""The one list of methods and commands, readable without importing torch; installed packages may add to it."""
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from leanlight.configs_path import config_root
 from leanlight.contracts.errors import UserError, nearest
+
+ENTRY_POINTS = "leanlight.methods"  # the group in which a package names its `MethodInfo`
+
+
+def config_root() -> Path:
+    """Folder of the suite's configs: inside the installed package, or beside it in a source checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A paper, as it wants to be cited.
+
+    Args:
+        authors: full names in the paper's order.
+        title: as printed.
+        venue: conference or journal; empty for a preprint.
+        year: year at the venue, where a source states it.
+        arxiv: arXiv identifier.
+        doi: digital object identifier.
+        journal: whether the venue is a journal.
+        note: what else a reader of the citation must know.
+    """
+
+    authors: tuple[str, ...]
+    title: str
+    venue: str = ""
+    year: int | None = None
+    arxiv: str = ""
+    doi: str = ""
+    journal: bool = False
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """The citation as one line."""
+        venue = " ".join(str(part) for part in (self.venue, self.year) if part)
+        places = [venue, self.arxiv and f"arXiv:{self.arxiv}", self.doi and f"doi:{self.doi}"]
+        note = f" ({self.note})" if self.note else ""
+        return f"{', '.join(self.authors)}. {self.title}. {', '.join(filter(None, places))}{note}"
+
+    @property
+    def bibtex(self) -> str:
+        """The citation as a BibTeX entry; the preprint's year where that of the venue is not known."""
+        year = self.year or (2000 + int(self.arxiv[:2]) if self.arxiv else "")
+        published = bool(self.venue and self.year)
+        kind = "misc" if not published else "article" if self.journal else "inproceedings"
+        note = "; ".join(filter(None, [self.note, "" if published else self.venue]))
+        fields = {
+            "author": " and ".join(self.authors),
+            "title": f"{{{self.title}}}",  # in double braces: BibTeX styles would change its capitals
+            ("journal" if self.journal else "booktitle"): self.venue if published else "",
+            "year": str(year),
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv" if self.arxiv else "",
+            "doi": self.doi,
+            "note": note,
+        }
+        key = f"{self.authors[0].split()[-1]}{year}{re.split(r'[^A-Za-z0-9]+', self.title)[0]}".lower()
+        lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
+        return "\n".join([f"@{kind}{{{key},", *lines, "}"])
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the program.
+
+    Args:
+        name: what is typed after `leanlight`.
+        module: import path of a module with ``main(arguments) -> exit code``.
+        help: one line for `leanlight --help`.
+        stage: whether a pipeline may have it as a stage although it is no training.
+    """
+
+    name: str
+    module: str
+    help: str
+    stage: bool = False
 
 
 @dataclass(frozen=True)
 class MethodInfo:
     """One method.
 
-    name: folder in lit_modules and configs. title: what it is. paper: reference, empty for the suite's own tools.
-    module: import path of its main LightningModule. extra: optional dependencies it needs, empty for none.
-    benchmark: ``module:function`` for `leanlight benchmark`. commands: further subcommands it registers.
+    Args:
+        name: as configs, run folders and results call it.
+        title: what it is, in one line.
+        module: import path of its main LightningModule.
+        smallest: name of the config that runs in seconds; the contract tests run it.
+        citation: its paper; None for the suite's own tools.
+        extra: optional dependencies of the suite that it needs, empty for none.
+        benchmark: ``module:function`` for `leanlight benchmark`.
+        commands: further commands of the program.
+        configs_folder: folder of its configs, by default the suite's; a package: ``Path(__file__).parent / "configs"``.
     """
 
     name: str
     title: str
-    paper: str
     module: str
+    smallest: str
+    citation: Citation | None = None
     extra: str = ""
     benchmark: str = ""
-    commands: tuple[str, ...] = ()
+    commands: tuple[Command, ...] = ()
+    configs_folder: Path | None = None
 
-    def _configs(self, folder: str = "") -> list[str]:
-        base = config_root() / self.name / folder
-        return [(Path(self.name) / folder / path.stem).as_posix() for path in sorted(base.glob("*.yaml"))]
+    @property
+    def folder(self) -> Path:
+        """Where its configs lie."""
+        return self.configs_folder or config_root() / self.name
+
+    def _names(self, folder: str = "") -> list[str]:
+        return [
+            (Path(self.name) / folder / path.stem).as_posix() for path in sorted((self.folder / folder).glob("*.yaml"))
+        ]
 
     @property
     def configs(self) -> list[str]:
         """Names of its runnable configs."""
-        return self._configs()
+        return self._names()
 
     @property
     def tables(self) -> list[str]:
         """Names of its result tables."""
-        return self._configs("tables")
+        return self._names("tables")
 
     @property
     def pipelines(self) -> list[str]:
         """Names of its pipelines."""
-        return self._configs("pipelines")
+        return self._names("pipelines")
 
-    @property
-    def smallest(self) -> str:
-        """The config that runs in seconds, used by tests: digits or Catch before others."""
-        small = [name for name in self.configs if name.endswith("_small")]
-        return min(small, key=lambda name: ("digits" not in name and "catch" not in name, len(name), name))
 
+# The commands that belong to no single method, in the order of `leanlight --help`.
+COMMANDS = (
+    Command("fit", "leanlight.cli.train", "train a model; --resume RUN_DIR goes on with an interrupted run"),
+    Command("validate", "leanlight.cli.train", "measure a model on validation data"),
+    Command("test", "leanlight.cli.train", "measure a model on test data; --from RUN_DIR takes a finished run's model"),
+    Command("predict", "leanlight.cli.train", "write a model's predictions; --from RUN_DIR as for test"),
+    Command("run", "leanlight.cli.run", "run a pipeline of stages, reusing those that are finished"),
+    Command("reproduce", "leanlight.cli.reproduce", "run what a result table lacks and write its figures and verdicts"),
+    Command("report", "leanlight.cli.report", "turn results into Markdown, figures and one HTML page"),
+    Command("benchmark", "leanlight.cli.benchmark", "measure speed and memory, compare two measurements"),
+    Command("data", "leanlight.cli.data", "list, prepare and check data sets"),
+    Command("export", "leanlight.cli.export", "write a trained model so that it works without this suite", stage=True),
+    Command("methods", "leanlight.cli.methods", "list methods, configs, tables, pipelines and papers"),
+)
 
 METHODS: dict[str, MethodInfo] = {
     info.name: info
@@ -58,55 +165,153 @@ METHODS: dict[str, MethodInfo] = {
         MethodInfo(
             name="classifier",
             title="Image classifier, ordinary and spiking: the suite's shared tool",
-            paper="",
             module="lit_modules.classifier.ImageClassifier",
+            smallest="classifier/digits_small",
             benchmark="leanlight.benchmarks.classifier:run",
         ),
         MethodInfo(
             name="esvae",
             title="ESVAE, FSVAE and VAE: spiking variational autoencoders",
-            paper="Zhan et al. 2023, arXiv:2310.14839",
             module="lit_modules.esvae.ImageAutoencoder",
+            smallest="esvae/digits_small",
+            citation=Citation(
+                authors=(
+                    "Qiugang Zhan",
+                    "Ran Tao",
+                    "Xiurui Xie",
+                    "Guisong Liu",
+                    "Malu Zhang",
+                    "Huajin Tang",
+                    "Yang Yang",
+                ),
+                title="ESVAE: An Efficient Spiking Variational Autoencoder with Reparameterizable Poisson Spiking "
+                "Sampling",
+                arxiv="2310.14839",
+            ),
             benchmark="leanlight.benchmarks.esvae:run",
         ),
         MethodInfo(
             name="at_bptt",
             title="AT-BPTT, RaT-BPTT, BPTT, DM: dataset distillation",
-            paper="Li et al. 2025, arXiv:2510.04838",
             module="lit_modules.at_bptt.DatasetDistillation",
+            smallest="at_bptt/digits_small",
+            citation=Citation(
+                authors=(
+                    "Muquan Li",
+                    "Hang Gou",
+                    "Dongyang Zhang",
+                    "Shuang Liang",
+                    "Xiurui Xie",
+                    "Deqiang Ouyang",
+                    "Ke Qin",
+                ),
+                title="Beyond Random: Automatic Inner-loop Optimization in Dataset Distillation",
+                venue="NeurIPS",
+                year=2025,
+                arxiv="2510.04838",
+            ),
             benchmark="leanlight.benchmarks.at_bptt:run",
         ),
         MethodInfo(
             name="dsqn",
             title="DSQN, DQN and converted DQN: deep spiking Q-networks on games",
-            paper="Liu et al. 2022, arXiv:2201.07211",
             module="lit_modules.dsqn.DeepQLearning",
+            smallest="dsqn/catch_small",
+            citation=Citation(
+                authors=("Guisong Liu", "Wenjie Deng", "Xiurui Xie", "Li Huang", "Huajin Tang"),
+                title="Human-Level Control through Directly-Trained Deep Spiking Q-Networks",
+                venue="IEEE Transactions on Cybernetics",
+                arxiv="2201.07211",
+                journal=True,
+            ),
             extra="rl",
             benchmark="leanlight.benchmarks.dsqn:run",
-            commands=("play",),
+            commands=(Command("play", "leanlight.cli.play", "let a trained agent play: scores and an animation"),),
         ),
         MethodInfo(
             name="sfedca",
             title="SFedCA, FedAvg, FedProx, SCAFFOLD, power-of-choice: choosing clients of spiking federations",
-            paper="Zhan et al. 2024, arXiv:2406.12200",
             module="lit_modules.federated.FederatedClassifier",
+            smallest="sfedca/digits_small",
+            citation=Citation(
+                authors=(
+                    "Qiugang Zhan",
+                    "Jinbo Cao",
+                    "Xiurui Xie",
+                    "Malu Zhang",
+                    "Huajin Tang",
+                    "Guisong Liu",
+                ),
+                title="SFedCA: Credit Assignment-Based Active Client Selection Strategy for Spiking Federated Learning",
+                venue="IEEE TNNLS",
+                year=2025,
+                arxiv="2406.12200",
+                journal=True,
+                note="authors as on arXiv",
+            ),
             benchmark="leanlight.benchmarks.federated:run",
         ),
         MethodInfo(
             name="sfedhifi",
             title="SFedHIFI, FedAvg-het, HeteroFL: federations of spiking networks of different widths",
-            paper="Tao et al. 2026, arXiv:2603.14956",
             module="lit_modules.sfedhifi.WidthFederation",
+            smallest="sfedhifi/digits_small",
+            citation=Citation(
+                authors=("Ran Tao", "Qiugang Zhan", "Shantian Yang", "Xiurui Xie", "Qi Tian", "Guisong Liu"),
+                title="SFedHIFI: Fire Rate-Based Heterogeneous Information Fusion for Spiking Federated Learning",
+                venue="AAAI",
+                year=2026,
+                arxiv="2603.14956",
+            ),
             benchmark="leanlight.benchmarks.sfedhifi:run",
         ),
     )
 }
 
 
+@cache
+def methods() -> dict[str, MethodInfo]:
+    """The suite's methods and those of installed packages; one that cannot be used is a warning line on stderr."""
+    known = dict(METHODS)
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        try:
+            info = point.load()
+            _check_plugin(info, known)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever goes wrong in a stranger's package must not stop the program
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"leanlight: warning: plug-in {point.name!r} ({point.value}) is left out: {reason}", file=sys.stderr)
+        else:
+            known[info.name] = info
+    return known
+
+
+def _check_plugin(info: object, known: dict[str, MethodInfo]) -> None:
+    if not isinstance(info, MethodInfo):
+        raise UserError(f"expected a leanlight.registry.MethodInfo, got a {type(info).__name__}")
+    if info.name in known or (config_root() / info.name).exists():
+        raise UserError(f"the name {info.name!r} is taken")
+    if info.configs_folder is None or not info.configs_folder.is_dir():
+        raise UserError(f"configs_folder: no folder at {info.configs_folder}")
+    if clash := {command.name for command in info.commands} & _commands(known).keys():
+        raise UserError(f"the command {min(clash)!r} is taken")
+
+
+def _commands(known: dict[str, MethodInfo]) -> dict[str, Command]:
+    return {command.name: command for command in (*COMMANDS, *(c for info in known.values() for c in info.commands))}
+
+
+def commands() -> dict[str, Command]:
+    """Every command by name: the suite's own, then those of the methods."""
+    return _commands(methods())
+
+
 def method(name: str) -> MethodInfo:
     """Return a method by name; UserError with the nearest name otherwise."""
-    if name not in METHODS:
+    if name not in methods():
         raise UserError(
-            f"method {name!r}: not a method of the suite{nearest(name, METHODS)}; `leanlight methods` lists them"
+            f"method {name!r}: not a method of the suite{nearest(name, methods())}; `leanlight methods` lists them"
         )
-    return METHODS[name]
+    return methods()[name]

@@ -12,7 +12,7 @@ from rich.console import Console
 from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
-from leanlight.registry import METHODS, method
+from leanlight.registry import method, methods
 
 
 def main(argv: list[str]) -> int:
@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
 
         print_comparison(read(args.compare[0]), read(args.compare[1]), console)
         return 0
-    names = [name for name in METHODS if METHODS[name].benchmark]
+    names = [name for name, info in methods().items() if info.benchmark]
     if args.method:
-        own = {METHODS[name].benchmark.split(":")[0].rsplit(".", 1)[-1]: name for name in names}
+        own = {method(name).benchmark.split(":")[0].rsplit(".", 1)[-1]: name for name in names}
         names = [own.get(args.method) or method(args.method).name]
     if args.output and len(names) > 1:
         raise UserError("--output: names one file, but there are several benchmarks; name a method, too")
@@ -43,11 +43,10 @@ def main(argv: list[str]) -> int:
 
 
 def _measure(name: str, output: Path | None, quick: bool, console: Console) -> int:
-    entry = METHODS[name].benchmark
+    entry = method(name).benchmark
     if not entry:
-        raise UserError(
-            f"method {name!r}: has no benchmark; these have: {', '.join(m for m in METHODS if METHODS[m].benchmark)}"
-        )
+        others = ", ".join(info.name for info in methods().values() if info.benchmark)
+        raise UserError(f"method {name!r}: has no benchmark; these have: {others}")
     from leanlight.allocator import keep_freed_memory
     from leanlight.benchmarks.core import document, markdown, print_document
 

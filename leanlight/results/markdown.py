@@ -10,7 +10,7 @@ from typing import Any
 
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
-from leanlight.registry import METHODS
+from leanlight.registry import methods
 from leanlight.results.claims import VERDICTS
 from leanlight.results.format import (
     MISSING,
@@ -155,7 +155,7 @@ def headline(document: Document) -> str:
 
 def suite_table(documents: Sequence[Document], link: str = "docs/results") -> str:
     """One line for each table of the suite, in the registry's order."""
-    order = list(METHODS)
+    order = list(methods())
     ranked = sorted(
         documents, key=lambda d: (order.index(d["method"]) if d["method"] in order else len(order), d["stem"])
     )

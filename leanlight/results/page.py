@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from leanlight.registry import METHODS
+from leanlight.registry import methods
 from leanlight.results.claims import VERDICTS
 from leanlight.results.format import (
     MISSING,
@@ -66,12 +66,13 @@ def render_page(tables: Sequence[TableView]) -> str:
 
 def _methods(views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every method of the registry, and others that results name, with their tables."""
-    names = [*METHODS, *dict.fromkeys(v["document"]["method"] for v in views if v["document"]["method"] not in METHODS)]
+    known = methods()
+    names = [*known, *dict.fromkeys(v["document"]["method"] for v in views if v["document"]["method"] not in known)]
     return [
         {
             "name": name,
-            "title": METHODS[name].title if name in METHODS else name,
-            "paper": METHODS[name].paper if name in METHODS else "",
+            "title": known[name].title if name in known else name,
+            "paper": paper.text if name in known and (paper := known[name].citation) else "",
             "tables": [view for view in views if view["document"]["method"] == name],
         }
         for name in names

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlight import runs
-from leanlight.configs_path import config_root, find_config
+from leanlight.configs_path import config_root, find_configs
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.contracts.files import sha256_file
 from leanlight.results.launch import command, environment, option, run_in_foreground
@@ -243,6 +243,6 @@ def pipeline_identity(spec: PipelineSpec) -> str:
     """Hash of everything a pipeline and its configs say; the stages' own hashes are known only as it runs."""
     stages = [[s.name, s.command, s.overrides, s.inputs] for s in spec.stages]
     names = {stage.config for stage in spec.stages if stage.config}
-    configs = {name: read_mapping(find_config(name)) for name in names}
+    configs = {name: [read_mapping(path) for path in find_configs(name)] for name in names}
     defaults = read_mapping(config_root() / "defaults.yaml")
     return runs.config_hash({"model": [spec.method, spec.dataset, stages, configs, defaults]})

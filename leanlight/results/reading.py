@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from leanlight.configs_path import find_config
+from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError, nearest
 
 
@@ -97,7 +97,7 @@ class Reader:
         """Return the name of a config that exists."""
         value: str = self.get(key, str)
         try:
-            find_config(value)
+            find_configs(value)
         except UserError as error:
             raise UserError(f"{self.where}: {error}") from None
         return value

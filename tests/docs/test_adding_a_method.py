@@ -1,5 +1,6 @@
-"""The page that teaches how to add a method works as written: its files are written, its commands run, in order."""
+"""The page that teaches how to add methods works as written: its files are written, its commands run, in order."""
 
+import json
 import os
 import re
 import subprocess
@@ -33,7 +34,14 @@ def test_the_page_builds_a_working_method(tmp_path):
             done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=280)
             assert done.returncode == 0, f"{text}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
             ran += 1
-    assert ran == 4
-    assert (work / "runs" / "mixup" / "digits" / "first" / "summary.json").is_file()
+    assert ran == 6
+    assert (work / "runs/mixup/digits/first/summary.json").is_file()
     assert "mixup_helps" in (work / "mixup_results.json").read_text()
     assert (work / "site" / "index.html").is_file()
+    for run in ("first", "installed"):  # without an optimiser, and yet checkpoints and a best one
+        assert {path.name for path in (work / f"runs/gaussian/digits/{run}/checkpoints").iterdir()} >= {
+            "last.ckpt",
+            "best.ckpt",
+        }
+        metrics = json.loads((work / f"runs/gaussian/digits/{run}/summary.json").read_text())["metrics"]
+        assert metrics["test/accuracy"] > 0.9

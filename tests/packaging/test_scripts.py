@@ -1,6 +1,7 @@
 """Launch scripts, with the programs they start replaced by ones that write down how they were called."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_a_slurm_job_starts_a_run_named_after_itself(script):
     assert done.returncode == 0, done.stderr
     assert "leanlight fit --config a/b --config trainer/slurm" in call
     assert "--run.id=slurm-7" in call
+
+
+def test_the_line_of_the_readme_starts_a_job_whose_command_parses(script, tmp_path, monkeypatch):
+    (line,) = re.findall(r"^sbatch .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "line.sh").write_text(line)
+    # As sbatch does: its own options come first, then the script with its arguments.
+    sbatch = 'while [[ "$1" == --* ]]; do shift; done; bash "$@"'
+    done, (_, call) = script(tmp_path / "line.sh", stands_in={"sbatch": sbatch, "srun": ""}, env=JOB)
+    assert done.returncode == 0, done.stderr
+    command = call.partition(" leanlight ")[2].split()
+    assert command[:3] == ["fit", "--config", "classifier/cifar10"]
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    from leanlight.experiment import resolve
+
+    resolved = resolve("fit", command[1:])
+    assert (resolved["run"]["id"], resolved["trainer"]["num_nodes"]) == ("slurm-7", 2)
 
 
 def test_a_requeued_slurm_job_goes_on_in_its_folder(script, tmp_path):
