@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from leanlight.contracts import UserError, isolated_rng
-from lit_modules.nn.checks import first_line
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,7 +22,7 @@ class Frozen:
     Gradients pass through it to its input, never into its weights.
 
     Args:
-        network: taken as it is, and frozen in place.
+        network: frozen in place; also found as attribute `network`, for methods other than ``forward``.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -64,7 +64,7 @@ def frozen_module(
             raise
         except Exception as error:  # of a file of any content
             raise UserError(
-                f"{argument}: expected the checkpoint of a {name}; {checkpoint} gives {first_line(error)}; {helps}"
+                f"{argument}: expected the checkpoint of a {name}; {checkpoint} gives {_one_line(error)}; {helps}"
             ) from error
     return module.eval().requires_grad_(False)
 
@@ -89,9 +89,14 @@ def frozen_network(make: Callable[[], nn.Module], weights: Path | str | None, ar
             network.load_state_dict(_read_weights(Path(weights)))
         except Exception as error:
             raise UserError(
-                f"{argument}: {weights} does not fit a {type(network).__name__}: {first_line(error)}"
+                f"{argument}: {weights} does not fit a {type(network).__name__}: {_one_line(error)}"
             ) from error
     return network.eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    """The beginning of an error: those of ``load_state_dict`` name the parameters from their second line on."""
+    return shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
