@@ -33,15 +33,15 @@ def encode_all(network: Autoencoder, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def frechet_autoencoder_distance(
-    network: Autoencoder, judge: Autoencoder, images: Tensor, count: int, size: int = 128
+    network: Autoencoder, feature_network: Autoencoder, images: Tensor, count: int, size: int = 128
 ) -> float:
-    """FAD of `count` generated images from `images`, in the latent space of `judge` (Kamata et al. 2022)."""
-    metric = FrechetDistance(judge.latent_size, sync_on_compute=False)
-    for image in batches(judge, images, size):
-        metric.update(judge.encode(image).features.cpu(), real=True)
+    """FAD of `count` generated images from `images`, in the latent space of `feature_network` (Kamata et al. 2022)."""
+    metric = FrechetDistance(feature_network.latent_size, sync_on_compute=False)
+    for image in batches(feature_network, images, size):
+        metric.update(feature_network.encode(image).features.cpu(), real=True)
     for start in range(0, count, size):
         generated = to_signed(network.generate(min(size, count - start)))
-        metric.update(judge.encode(generated).features.cpu(), real=False)
+        metric.update(feature_network.encode(generated).features.cpu(), real=False)
     return float(metric.compute())
 
 
