@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from leanlight.contracts import UserError, isolated_rng
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Frozen:
+class Frozen(Generic[Module]):
     """A network in evaluation mode that belongs to nobody.
 
     It is no `nn.Module`: as an attribute of one it stays out of `parameters`, checkpoints, device moves and `train`.
@@ -25,10 +25,10 @@ class Frozen:
         network: frozen in place; also found as attribute `network`, for methods other than ``forward``.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, network: Module) -> None:
+        self.network: Module = network.eval().requires_grad_(False)
 
-    def to(self, device: torch.device | str) -> Frozen:
+    def to(self, device: torch.device | str) -> Frozen[Module]:
         """Move it to `device`, in place."""
         self.network.to(device)
         return self

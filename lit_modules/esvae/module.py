@@ -96,7 +96,7 @@ class ImageAutoencoder(LightningModule):
         self.noise: Noise = noise
         self.probe, self.probe_images = probe, probe_images
         self.eval_seed = eval_seed
-        self._features: Frozen | None = None  # the feature autoencoder behind FAD
+        self._features: Frozen[Autoencoder] | None = None  # the feature autoencoder behind FAD
         self._terms: dict[str, Tensor] = {}
         self._shown: Tensor | None = None
         self._noise_errors: list[float] = []

@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path):
     save_file(nn.Linear(3, 3).state_dict(), tmp_path / "other.safetensors")
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(UserError, match="^teacher_weights: expected a file of weights, got"):
+    with pytest.raises(UserError, match=r"^teacher_weights: expected a file of weights, got"):
         frozen_network(small, tmp_path / "none.pt", "teacher_weights")
     for name in ("other.safetensors", "text.pt", "text.safetensors"):
         with pytest.raises(UserError) as error:
