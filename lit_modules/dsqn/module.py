@@ -159,7 +159,7 @@ class DeepQLearning(GameAgent):
         network: makes the network for a number of actions (`lit_modules.dsqn`): states in [0, 1] → values.
         optimizer: makes the optimiser; Adam with learning rate 1e-4 by default, as in the paper.
         lr_scheduler: makes the schedule of the learning rate, stepped each epoch; none by default.
-        rule: ``dqn``; ``double``: the online network chooses y's action; ``convergent``: Wang and Ueda 2022, unverified.
+        rule: ``dqn``; ``double``: y's action is the online network's; ``convergent``: Wang and Ueda 2022, unverified.
         loss: of y - Q(s, a): ``huber`` with δ = 1 (published code) or ``mse``.
         target_period: updates between two moves of the target network; 2,500 in the paper (10,000 decisions at 4 each).
         target_rate: how far the target network moves towards the online one, in (0, 1]; 1, a copy, in the paper.
