@@ -116,7 +116,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         self._handles.clear()
 
     def record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Count one dispatched operation."""
+        """Count one operation that PyTorch has dispatched: its arguments and its result."""
         if op not in self._rules:
             return
         macs, acs = (int(rule(args, kwargs, out)) for rule in self._rules[op])

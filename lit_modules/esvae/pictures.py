@@ -41,5 +41,11 @@ def pictures(network: Autoencoder, shown: Tensor) -> dict[str, MediaItem]:
 
 
 def noise_curve(strengths: Sequence[float], errors: Sequence[float], noise: Noise) -> Curve:
-    """Reconstruction error over the probability of spike noise."""
+    """Reconstruction error over the probability of spike noise.
+
+    Args:
+        strengths: the probabilities.
+        errors: one a strength.
+        noise: its kind, for the axis.
+    """
     return Curve(strengths, {"test": errors}, f"probability of spike noise ({noise})", "mean squared error")
