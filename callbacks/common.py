@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import lightning
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from leanlight.contracts import Batch
+from leanlight.contracts import Batch, UserError
 
 
 def writes_files(trainer: Trainer) -> bool:
@@ -22,6 +24,18 @@ def writes_files(trainer: Trainer) -> bool:
 def is_trial(trainer: Trainer) -> bool:
     """Whether this is a `fast_dev_run`, which leaves nothing behind."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+
+
+@contextmanager
+def lightning_internals(purpose: str) -> Iterator[None]:
+    """Around code that uses private names of Lightning, for want of public ones: a version that lacks one is named."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{purpose} uses internals of Lightning that version {lightning.__version__} does not have ({error}); "
+            "install a version that constraints.txt names"
+        ) from error
 
 
 def inputs_of(outputs: Any, batch: Any) -> int:

@@ -37,7 +37,10 @@ AC_PJ = 0.9
 class LayerOps:
     """Operations of one layer for one input, all time steps together.
 
-    name: path of the layer in the network. macs, acs: mean counts an input.
+    Args:
+        name: path of the layer in the network.
+        macs: multiplications with accumulation, a mean over inputs.
+        acs: accumulations, a mean over inputs.
     """
 
     name: str
@@ -51,12 +54,17 @@ class LayerOps:
 
 
 def count_operations(network: nn.Module, batch: Tensor, first_layer_repeats: bool = False) -> list[LayerOps]:
-    """Run `network` on `batch` (N, ...) and return the operations of each layer for one input, in order of execution.
+    """Run a network on a batch and return the operations of each layer for one input, in order of execution.
 
     What the network really executes is counted. A network with direct encoding (the same image at every time step) may
     compute what precedes its first neuron once; `first_layer_repeats` counts these layers once for every time step
     instead, as hardware without a cache for them would compute. A layer that receives firing rates instead of spikes
     (a readout after the mean over time) has a real-valued input and counts MACs.
+
+    Args:
+        network: in the mode in which it is to be measured.
+        batch: its input (N, ...).
+        first_layer_repeats: whether layers before the first neuron count at every time step.
     """
     counter = OperationCounter(network, first_layer_repeats)
     with torch.no_grad(), counter:
@@ -71,6 +79,10 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
     `MACCounter` and `SynOpCounter` agree that an input is either binary or real-valued, and the latter knows which
     weights a spike at the border meets. Its `DispatchCounterMode` does not serve for the table by layer: it names
     layers by the class of the module called first, so that two networks of a class fall together.
+
+    Args:
+        network: whose layers are told apart; operations of others count under an empty name.
+        first_layer_repeats: see `count_operations`.
     """
 
     def __init__(self, network: nn.Module, first_layer_repeats: bool = False) -> None:
@@ -104,7 +116,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         self._handles.clear()
 
     def record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Count one dispatched operation."""
+        """Count one operation that PyTorch has dispatched: its arguments and its result."""
         if op not in self._rules:
             return
         macs, acs = (int(rule(args, kwargs, out)) for rule in self._rules[op])
@@ -112,7 +124,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         self.counts[name][0] += macs
         self.counts[name][1] += acs
         if self._first_neuron is None and macs:
-            self._before_neuron.append((name, macs, len(out)))
+            self._before_neuron.append((name, macs, len(out)))  # len(out): N, or N times the steps folded into it
 
     # -- where we are, told by hooks
 
@@ -121,6 +133,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
             if not self._inside:  # a pass begins
                 self._first_neuron, self._time_steps, self._before_neuron = None, 0, []
             self._inside.append(name)
+            # The first neuron tells the number of time steps: of one call in multi-step mode, else by its calls.
             if isinstance(module, BaseNode) and self._first_neuron in (None, module):
                 self._first_neuron = module
                 self._time_steps += len(inputs[0]) if module.step_mode == "m" else 1
@@ -166,8 +179,8 @@ class EnergyMeter(Callback):
     ``test/energy_pj_<name>`` and so on, ``artifacts/energy_<name>.csv``.
 
     Args:
-        batches: number of test batches to measure, 0 for none.
-        first_layer_repeats: see `count_operations`.
+        batches: number of test batches to measure; 0 for none.
+        first_layer_repeats: count layers before the first neuron at every time step, though they are computed once.
     """
 
     def __init__(self, batches: int = 2, first_layer_repeats: bool = False) -> None:

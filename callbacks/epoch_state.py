@@ -2,6 +2,9 @@
 
 Without it, a run resumed in the middle of an epoch logs epoch means over the remaining batches only.
 Everything here is plain tensors, numbers, strings, lists and dicts, so that it loads with ``weights_only=True``.
+
+Lightning has no public way to these values: private names are used, and `lightning_internals` says so where a version
+has renamed them.
 """
 
 from __future__ import annotations
@@ -12,10 +15,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 from torchmetrics import Metric
+
+from callbacks.common import lightning_internals
+
+_PURPOSE = "resuming inside an epoch"
+with lightning_internals(_PURPOSE):
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 State = dict[str, Any]
 
@@ -23,6 +31,7 @@ _METADATA = tuple(field.name for field in fields(_Metadata) if field.name not in
 _NEWEST = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
+@lightning_internals(_PURPOSE)
 def capture_epoch(trainer: Trainer, module: LightningModule) -> State:
     """Return accumulators of `self.log`, of every torchmetrics metric, and the newest value of each logged name."""
     connector = trainer._logger_connector
@@ -36,8 +45,15 @@ def capture_epoch(trainer: Trainer, module: LightningModule) -> State:
     return _to(state, torch.device("cpu"))
 
 
+@lightning_internals(_PURPOSE)
 def restore_epoch(trainer: Trainer, module: LightningModule, state: State) -> None:
-    """Put back what `capture_epoch` returned, before the first batch after a resume."""
+    """Put back what `capture_epoch` returned, before the first batch after a resume.
+
+    Args:
+        trainer: of the resumed run.
+        module: of the resumed run, with the same metrics as before.
+        state: of this rank.
+    """
     state = _to(state, trainer.strategy.root_device)
     metrics = dict(_metrics(module))
     for name, saved in state["metrics"].items():
@@ -49,6 +65,7 @@ def restore_epoch(trainer: Trainer, module: LightningModule, state: State) -> No
     trainer._logger_connector._first_loop_iter = state["first_batch"]
 
 
+@lightning_internals(_PURPOSE)
 def restore_newest(trainer: Trainer, state: State) -> None:
     """Put back the newest value of each logged name, so that monitors see them before the next validation."""
     for name in _NEWEST:
@@ -69,6 +86,11 @@ def _load(metric: Metric, saved: State) -> None:
     metric._update_count = saved["updates"]
 
 
+# Lightning keeps one `_ResultMetric` for each logged name: how to reduce it (`meta`), the running value, inside a
+# torchmetrics object, and the newest value. A reduction is a function (torch.mean, max, …), which no plain checkpoint
+# holds; its name and where it lives are kept instead.
+
+
 def _dump_result(result: _ResultMetric) -> State:
     reduce = result.meta.reduce_fx
     owner = "builtins" if reduce is getattr(builtins, reduce.__name__, None) else "torch"
@@ -87,6 +109,7 @@ def _load_result(saved: State, trainer: Trainer, metrics: dict[str, Metric]) -> 
     owner, name = saved["reduce"]
     meta = _Metadata(**saved["meta"], reduce_fx=getattr(builtins if owner == "builtins" else torch, name))
     should, rank_zero_only = saved["sync"]
+    # The function that reduces over the processes belongs to the strategy of the new run.
     meta.sync = _Sync(fn=trainer.strategy.reduce, _should=should, rank_zero_only=rank_zero_only)
     result = _ResultMetric(meta, is_tensor="states" in saved)
     if result.is_tensor:
@@ -94,7 +117,7 @@ def _load_result(saved: State, trainer: Trainer, metrics: dict[str, Metric]) -> 
         _load(result, saved)
     elif meta.metric_attribute in metrics:
         result.value = metrics[meta.metric_attribute]
-        result._update_count = 1
+        result._update_count = 1  # torchmetrics warns when a metric is computed that was never updated
     else:
         return None
     result._forward_cache = saved["newest"]

@@ -11,30 +11,31 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.common import writes_files
-from leanlight.contracts import MethodModule, isolated_rng, sha256_file
+from leanlight.contracts import isolated_rng, progress_of, sha256_file
 
 
 class ExportArtifact(Callback):
     """Calls ``module.export(<run folder>/artifacts/export)`` when training has ended well, on rank zero.
 
     It is the state after the last step that is exported. Where a `WandbLogger` is, the files become an artifact of type
-    ``model`` with the module's class, progress, newest metrics and the files' sha256 as metadata. Modules without
-    `export` are left alone.
+    ``model`` with the module's class, progress, newest metrics and the files' sha256 as metadata. A module without
+    ``export`` is left alone.
 
     Args:
-        aliases: names of this version in W&B.
+        aliases: names of this version of the artifact in W&B.
     """
 
     def __init__(self, aliases: Sequence[str] = ("latest",)) -> None:
         self.aliases = list(aliases)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, MethodModule) or not writes_files(trainer):
+        export = getattr(pl_module, "export", None)
+        if export is None or not writes_files(trainer):
             return
         folder = Path(trainer.default_root_dir) / "artifacts" / "export"
         folder.mkdir(parents=True, exist_ok=True)
         with isolated_rng():
-            files = {file.relative_to(folder).as_posix(): file for file in map(Path, pl_module.export(folder))}
+            files = {file.relative_to(folder).as_posix(): file for file in map(Path, export(folder))}
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and files:
                 self._log_artifact(logger, files, _metadata(trainer, pl_module, files))
@@ -50,8 +51,8 @@ class ExportArtifact(Callback):
         run.log_artifact(artifact, aliases=self.aliases)
 
 
-def _metadata(trainer: Trainer, module: MethodModule, files: Mapping[str, Path]) -> dict[str, Any]:
-    progress = module.progress()
+def _metadata(trainer: Trainer, module: LightningModule, files: Mapping[str, Path]) -> dict[str, Any]:
+    progress = progress_of(module)
     return {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
         "progress": {progress.unit: progress.value},

@@ -113,7 +113,7 @@ class DiskGuard(Callback):
     """Finds an unwritable or full run folder before training, and a disk that fills up before each checkpoint.
 
     Args:
-        min_free_mb: free space to insist on, in MB (10**6 bytes).
+        min_free_mb: free space to insist on, in MB (10^6 bytes).
     """
 
     def __init__(self, min_free_mb: float = 500.0) -> None:
@@ -128,7 +128,7 @@ class DiskGuard(Callback):
 
 
 def check_folder(folder: Path, min_free_mb: float) -> None:
-    """Make sure that `folder` exists, can be written, and has `min_free_mb` MB left; raise UserError otherwise."""
+    """Make sure that a folder exists, can be written, and has `min_free_mb` MB left; raise UserError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder) as probe:

@@ -26,12 +26,12 @@ from leanlight.contracts import (
     Histogram,
     ImageGrid,
     MediaItem,
-    MethodModule,
     Split,
     Table,
     atomic_path,
     atomic_write,
     isolated_rng,
+    progress_of,
 )
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class MediaLogger(Callback):
     """Asks the module for its pictures and draws them after validation, test and prediction, and when training ends.
 
     Files: ``artifacts/media/<split>/<name>.png`` (``.gif`` for animations, ``.csv`` for tables), always the newest. The
-    same pictures go to every `WandbLogger`. Random states are left as they were, and modules without `media` alone.
+    same pictures go to every `WandbLogger`. Random states are left as they were, and a module without ``media`` alone.
 
     Args:
-        every_n_epochs: draw after the validations of every n-th epoch and of the last; 0 draws none of them.
-        keep_history: also keep ``artifacts/media/<split>/<name>/<progress>.png``.
+        every_n_epochs: draw after the validations of every n-th epoch and of the last; 0 draws none.
+        keep_history: also keep every drawing, as ``artifacts/media/<split>/<name>/<progress>.png``.
     """
 
     def __init__(self, every_n_epochs: int = 1, keep_history: bool = False) -> None:
@@ -85,10 +85,11 @@ class MediaLogger(Callback):
         self._draw(trainer, pl_module, "train")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        if not isinstance(pl_module, MethodModule):
+        media = getattr(pl_module, "media", None)
+        if media is None:
             return
         with isolated_rng(), torch.no_grad():
-            publish(trainer, pl_module, split, pl_module.media(split), self.keep_history)
+            publish(trainer, pl_module, split, media(split), self.keep_history)
 
 
 def due(trainer: Trainer, every_n_epochs: int) -> bool:
@@ -106,19 +107,25 @@ def publish(
     items: Mapping[str, MediaItem],
     keep_history: bool = False,
 ) -> None:
-    """Draw `items` into the run folder and send them to W&B, on rank zero."""
+    """Draw pictures into the run folder and send them to W&B, on rank zero.
+
+    Args:
+        trainer: knows the run folder and the loggers.
+        pl_module: says in the titles how far training is.
+        split: the part of the data they show, and their folder.
+        items: pictures by name; the name is that of the file.
+        keep_history: also keep a copy under the present progress.
+    """
     if not items or not writes_files(trainer):
         return
     folder = Path(trainer.default_root_dir) / "artifacts" / "media" / split
-    progress = pl_module.progress() if isinstance(pl_module, MethodModule) else None
-    reached = "" if progress is None else f", {progress.unit} {progress.value}"
+    progress = progress_of(pl_module)
     files = {}
     for name, item in items.items():
-        title = f"{name.replace('_', ' ')} ({split}{reached})"
+        title = f"{name.replace('_', ' ')} ({split}, {progress.unit} {progress.value})"
         files[name] = render(item, folder / name, title)
         if keep_history:
-            step = trainer.global_step if progress is None else progress.value
-            render(item, folder / name / str(step), title)
+            render(item, folder / name / str(progress.value), title)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             sent = {f"{split}/{name}": _for_wandb(items[name], file) for name, file in files.items()}
@@ -136,7 +143,13 @@ def _for_wandb(item: MediaItem, file: Path) -> Any:
 
 
 def render(item: MediaItem, path: Path, title: str) -> Path:
-    """Draw `item` and return the file: `path`, which has no ending, with ``.png``, ``.gif`` or ``.csv`` added."""
+    """Draw a picture and return its file.
+
+    Args:
+        item: what to draw.
+        path: of the file without its ending: ``.png``, ``.gif`` or ``.csv`` is added.
+        title: stands above it; animations and tables have none.
+    """
     if isinstance(item, Table):
         return _write_table(item, _ending(path, ".csv"))
     if isinstance(item, Animation):

@@ -18,6 +18,9 @@ class FiringRates:
     """Counts the spikes of every spikingjelly neuron (`BaseNode`) in `network` while it is attached.
 
     The counts stay on the device of the spikes.
+
+    Args:
+        network: attached to at once; `detach` ends it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -50,7 +53,7 @@ class SpikeStatistics(Callback):
     chart goes to ``artifacts/media/<split>/firing_rate.png``.
 
     Args:
-        every_n_epochs: draw after the validations of every n-th epoch and of the last; 0 draws none of them.
+        every_n_epochs: draw after the validations of every n-th epoch and of the last; 0 draws none.
     """
 
     def __init__(self, every_n_epochs: int = 1) -> None:

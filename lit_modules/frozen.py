@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from textwrap import shorten
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from leanlight.contracts import UserError, isolated_rng
-from lit_modules.nn.checks import first_line
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Frozen:
+class Frozen(Generic[Module]):
     """A network in evaluation mode that belongs to nobody.
 
     It is no `nn.Module`: as an attribute of one it stays out of `parameters`, checkpoints, device moves and `train`.
     Gradients pass through it to its input, never into its weights.
 
     Args:
-        network: taken as it is, and frozen in place.
+        network: frozen in place; also found as attribute `network`, for methods other than ``forward``.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, network: Module) -> None:
+        self.network: Module = network.eval().requires_grad_(False)
 
-    def to(self, device: torch.device | str) -> Frozen:
+    def to(self, device: torch.device | str) -> Frozen[Module]:
         """Move it to `device`, in place."""
         self.network.to(device)
         return self
@@ -64,7 +64,7 @@ def frozen_module(
             raise
         except Exception as error:  # of a file of any content
             raise UserError(
-                f"{argument}: expected the checkpoint of a {name}; {checkpoint} gives {first_line(error)}; {helps}"
+                f"{argument}: expected the checkpoint of a {name}; {checkpoint} gives {_one_line(error)}; {helps}"
             ) from error
     return module.eval().requires_grad_(False)
 
@@ -89,9 +89,14 @@ def frozen_network(make: Callable[[], nn.Module], weights: Path | str | None, ar
             network.load_state_dict(_read_weights(Path(weights)))
         except Exception as error:
             raise UserError(
-                f"{argument}: {weights} does not fit a {type(network).__name__}: {first_line(error)}"
+                f"{argument}: {weights} does not fit a {type(network).__name__}: {_one_line(error)}"
             ) from error
     return network.eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    """The beginning of an error: those of ``load_state_dict`` name the parameters from their second line on."""
+    return shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
 
 
 def _read_weights(path: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from leanlight.contracts import UserError
+
 Interval = Literal["epoch", "step"]
 
 
@@ -30,8 +32,13 @@ def configure(
 
 
 def schedule(made: Any, interval: Interval = "epoch") -> dict[str, Any]:
-    """A schedule as Lightning wants to be told of it."""
+    """A schedule as Lightning wants to be told of it. Raises UserError for one on a plateau of no metric."""
     config: dict[str, Any] = {"scheduler": made, "interval": interval}
     if isinstance(made, ReduceLROnPlateau):
-        config["monitor"] = made.monitor  # type: ignore[attr-defined]  # of Lightning's subclass, which configs name
+        if not hasattr(made, "monitor"):  # PyTorch's own class is told the metric at each step, Lightning's once
+            raise UserError(
+                "lr_scheduler: expected lightning.pytorch.cli.ReduceLROnPlateau with a monitor, got PyTorch's class, "
+                "which names no metric"
+            )
+        config["monitor"] = made.monitor
     return config

@@ -27,7 +27,11 @@ _SMALL: dict[str, Any] = {"history": 4, "frame_size": 84, "convolutions": [[8, 8
 
 
 def run(quick: bool) -> Measurement:
-    """Measure everything at the paper's shapes. quick: tiny networks, few repetitions: figures without meaning."""
+    """Measure everything at the paper's shapes.
+
+    Args:
+        quick: tiny networks and few repetitions: figures without meaning.
+    """
     measured = Measurement()
     layers: dict[str, Any] = _SMALL if quick else {}
     batch, rounds, steps = (4, 2, (2, 4)) if quick else (32, 10, (8, 64))
@@ -69,7 +73,13 @@ def check_equality(measured: Measurement) -> None:
 
 
 def measure_environment(decisions: int, rounds: int, measured: Measurement) -> None:
-    """A training game with its replay memory, beside the same wrapped emulator alone."""
+    """A training game with its replay memory, beside the same wrapped emulator alone.
+
+    Args:
+        decisions: of a timed round.
+        rounds: timed rounds of each.
+        measured: takes the figures.
+    """
     bare = make_atari(_GAME, training=True)
     bare.reset(seed=0)
     generator = np.random.default_rng(0)
@@ -103,7 +113,15 @@ def measure_environment(decisions: int, rounds: int, measured: Measurement) -> N
 def measure_updates(
     layers: dict[str, Any], batch: int, steps: tuple[int, int], rounds: int, measured: Measurement
 ) -> None:
-    """Seconds of an update: DQN, DSQN at two T, and the longer T in separate calls."""
+    """Seconds of an update: DQN, DSQN at two T, and the longer T in separate calls.
+
+    Args:
+        layers: arguments of the networks that are not their default.
+        batch: transitions of an update.
+        steps: a small and a large T.
+        rounds: timed updates of each.
+        measured: takes the figures.
+    """
     torch.manual_seed(0)
     state, target = torch.rand(batch, 4, 84, 84), torch.randn(batch, 4)
     few, many = steps
@@ -145,7 +163,15 @@ class _Watch(pl.Callback):
 def measure_training(
     layers: dict[str, Any], batch: int, steps: tuple[int, int], updates: int, measured: Measurement
 ) -> None:
-    """Frames a second of training under Lightning: four decisions (each of a greedy agent) and one update a batch."""
+    """Frames a second of training under Lightning: four decisions (each of a greedy agent) and one update a batch.
+
+    Args:
+        layers: arguments of the networks that are not their default.
+        batch: transitions of an update.
+        steps: the first is T of the spiking network.
+        updates: timed training batches.
+        measured: takes the figures.
+    """
     spiking = functools.partial(DSQN, **layers, time_steps=steps[0])
     makers: dict[str, tuple[Callable[[int], nn.Module], int]] = {
         "dqn": (functools.partial(DQN, **layers), 1),

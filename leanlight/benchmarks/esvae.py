@@ -36,7 +36,11 @@ _KINDS = {
 
 
 def run(quick: bool) -> Measurement:
-    """Measure everything at the paper's shapes. quick: tiny shapes, few repetitions: figures without meaning."""
+    """Measure everything at the paper's shapes.
+
+    Args:
+        quick: tiny shapes and few repetitions: figures without meaning.
+    """
     measured = Measurement()
     steps, size = (2, 16) if quick else (16, 32)
     batch_sizes = (4,) if quick else (64, 256)
@@ -95,7 +99,14 @@ def check_equality(measured: Measurement) -> None:
 def measure_formulations(
     make: Callable[[Any], Any], batch_sizes: tuple[int, ...], measured: Measurement, rounds: int
 ) -> None:
-    """Seconds of a step: time-last 3-D convolutions (a), folded with spikingjelly's neuron (b), ours, and FSVAE."""
+    """Seconds of a step: time-last 3-D convolutions (a), folded with spikingjelly's neuron (b), ours, and FSVAE.
+
+    Args:
+        make: makes a network of a class.
+        batch_sizes: images of a step, each measured.
+        measured: takes the figures.
+        rounds: timed steps of each.
+    """
     for size in batch_sizes:
         network = make(ESVAE)
         image = torch.rand(size, *network.image_shape)
@@ -124,7 +135,13 @@ def measure_formulations(
 
 
 def measure_layers(make: Callable[[Any], Any], size: int, measured: Measurement) -> None:
-    """Share of the processor time of a step by kind of layer."""
+    """Share of the processor time of a step by kind of layer.
+
+    Args:
+        make: makes a network of a class.
+        size: images of the step.
+        measured: takes the figures.
+    """
     network = make(ESVAE).train()
     image = torch.rand(size, *network.image_shape)
     step(network, image)
@@ -140,7 +157,14 @@ def measure_layers(make: Callable[[Any], Any], size: int, measured: Measurement)
 
 
 def measure_lightning(make: Callable[[Any], Any], batch_size: int, steps: int, measured: Measurement) -> None:
-    """What a step takes more under Lightning than in a plain loop over a copy of the network, on real digits."""
+    """What a step takes more under Lightning than in a plain loop over a copy of the network, on real digits.
+
+    Args:
+        make: makes a network of a class.
+        batch_size: images of a step.
+        steps: timed steps.
+        measured: takes the figures.
+    """
     size = make(ESVAE).image_shape[-1]
     data = ImageDataModule("digits", batch_size=batch_size, image_size=size, drop_last=True, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +184,14 @@ def measure_lightning(make: Callable[[Any], Any], batch_size: int, steps: int, m
 
 
 def measure_memory(size: int, image_size: int, steps: int, measured: Measurement) -> None:
-    """Peak resident memory of a process that makes two steps, less that of one that makes none."""
+    """Peak resident memory of a process that makes two steps, less that of one that makes none.
+
+    Args:
+        size: images of a step.
+        image_size: side of an image.
+        steps: T.
+        measured: takes the figures.
+    """
     floor = statistics.median(_peak("none", size, image_size, steps) for _ in range(3))
     for name in ("ours", "folded", "time_last"):
         peak = _peak(name, size, image_size, steps) - floor
@@ -184,7 +215,11 @@ def _peak_in_this_process(name: str, size: int, image_size: int, steps: int) -> 
 
 
 class BareAutoencoderStep:
-    """The training step of `ImageAutoencoder` as a plain loop would have it, on a copy of its network."""
+    """The training step of `ImageAutoencoder` as a plain loop would have it, on a copy of its network.
+
+    Args:
+        module: whose network is copied.
+    """
 
     def __init__(self, module: ImageAutoencoder) -> None:
         self.network = copy.deepcopy(module.network)

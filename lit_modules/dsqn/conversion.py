@@ -17,7 +17,7 @@ from spikingjelly.activation_based import ann2snn, neuron
 from spikingjelly.activation_based.ann2snn.modules import VoltageHook, VoltageScaler
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError
+from leanlight.contracts import GameData, QFunction, UserError
 from lit_modules.dsqn.networks import DQN, time_pieces
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.spiking import fold_time, repeat_time, reset, unfold_time
@@ -27,6 +27,7 @@ Node = Literal["if", "lif"]
 
 _CHUNK = 64  # time steps simulated together
 _BATCH = 256  # recorded states in one pass
+_TOGETHER = 10  # episodes recorded side by side
 
 
 class ConvertedDQN(nn.Module):
@@ -35,8 +36,11 @@ class ConvertedDQN(nn.Module):
     Every layer, the output too, ends in integrate-and-fire neurons with soft reset (V ← V + I, fire at 1, V ← V - 1)
     that start at 0. The image enters as a real-valued current at all T steps, so the first layer is computed once.
 
-    layers: convolutions and linear layers with normalised weights. time_steps: T. decoding: ``robust`` adds to the
-    number of output spikes the potential that is left (V in units of the threshold); ``spikes`` counts alone.
+    Args:
+        layers: convolutions and linear layers with normalised weights, in order.
+        neurons: one multi-step integrate-and-fire neuron a layer.
+        time_steps: T.
+        decoding: ``robust``: spikes plus the potential left, in units of the threshold; ``spikes``: their number alone.
     """
 
     def __init__(
@@ -48,7 +52,10 @@ class ConvertedDQN(nn.Module):
         self.time_steps, self.decoding = time_steps, decoding
 
     def forward(self, state: Tensor) -> Tensor:
-        spikes, potential = self.simulate(state)
+        return self.decode(*self.simulate(state))
+
+    def decode(self, spikes: Tensor, potential: Tensor) -> Tensor:
+        """What `simulate` gives, as values (N, A)."""
         return (spikes + potential if self.decoding == "robust" else spikes) / self.time_steps
 
     def simulate(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,18 +135,26 @@ def convert(
     node: Node = "if",
     tau: float = 100.0,
 ) -> ConvertedDQN:
-    """Convert a trained network; `network` stays as it is.
+    """Convert a trained network, which stays as it is.
 
-    states: (M, K, H, W) in [0, 1], recorded in play. percentile: in (0, 100]. node: ``lif`` leaks with time constant
-    `tau`, a control that should fail. Raises UserError for anything but a `DQN`.
+    Args:
+        network: to be converted.
+        states: (M, K, H, W) in [0, 1], recorded in play.
+        time_steps: T.
+        percentile: of a layer's outputs, its scale λ; in (0, 100].
+        decoding: see `ConvertedDQN`.
+        node: ``if``, or ``lif``, which leaks: a control that should fail.
+        tau: time constant of ``lif`` in steps.
+
+    Raises:
+        UserError: `network` is no `DQN`, or `percentile` out of range.
     """
     if type(network) is not DQN:
         raise UserError(
-            "model.init_args.source_checkpoint: expected a trained lit_modules.dsqn.DQN, "
-            f"got a {type(network).__name__}"
+            f"source_checkpoint: expected one of a trained lit_modules.dsqn.DQN, got a {type(network).__name__}"
         )
     if not 0 < percentile <= 100:
-        raise UserError(f"model.init_args.percentile: expected a number in (0, 100], got {percentile}")
+        raise UserError(f"percentile: expected a number in (0, 100], got {percentile}")
 
     def make_neuron(scale: float) -> nn.Module:
         if node == "lif":
@@ -153,6 +168,28 @@ def convert(
     for each in neurons:
         each.step_mode = "m"
     return ConvertedDQN(layers, neurons, time_steps, decoding)
+
+
+@torch.no_grad()
+def record(games: GameData, values: QFunction, count: int) -> Tensor:
+    """States (count, K, H, W) uint8 that an agent meets in games outside of validation and test.
+
+    Args:
+        games: the DataModule, whose evaluation exploration applies.
+        values: the agent.
+        count: how many states.
+    """
+    seen: list[Tensor] = []
+
+    def recorded(state: Tensor) -> Tensor:
+        seen.append(state)
+        return values(state)
+
+    seed = 0
+    while sum(map(len, seen)) < count:
+        games.play(list(range(seed, seed + _TOGETHER)), recorded)
+        seed += _TOGETHER
+    return torch.cat(seen)[:count]
 
 
 def fold_scales(graph: Any) -> tuple[list[Any], list[Any]]:

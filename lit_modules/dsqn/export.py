@@ -14,7 +14,14 @@ from lit_modules.export import portable, write_program, write_weights
 
 
 def export_agent(network: nn.Module, shape: tuple[int, ...], actions: Sequence[str], directory: Path) -> list[Path]:
-    """Write ``agent.pt2`` (states in [0, 1] → values), ``weights.safetensors``, ``card.json``; return their paths."""
+    """Write ``agent.pt2`` (states in [0, 1] → values), ``weights.safetensors``, ``card.json``; return their paths.
+
+    Args:
+        network: the agent; it stays where it is.
+        shape: (K, H, W) of a state.
+        actions: names, in the order of the values.
+        directory: an existing folder.
+    """
     network = portable(network)
     program, weights, card = (directory / name for name in ("agent.pt2", "weights.safetensors", "card.json"))
     any_batch = write_program(network, torch.zeros(2, *shape), program)

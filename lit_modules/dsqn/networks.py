@@ -31,7 +31,12 @@ class DQN(nn.Module):
 
     (N, history, frame_size, frame_size) in [0, 1] → (N, num_actions). No padding, no norms, PyTorch's initialisation.
 
-    num_actions: A. convolutions: (channels, kernel, stride) of each. hidden: units of the hidden layer.
+    Args:
+        num_actions: A, values to give.
+        history: K, frames of a state; 4 in the paper.
+        frame_size: side of a frame in pixels; 84 in the paper.
+        convolutions: [channels, kernel, stride] of each; three in the paper.
+        hidden: units of the hidden layer; 512 in the paper.
     """
 
     def __init__(
@@ -73,14 +78,26 @@ class DSQN(DQN):
 
         u[t] = v[t-1] + (I[t] - v[t-1]) / tau,   s[t] = 1 if u[t] >= v_threshold,   v[t] = u[t] (1 - s[t])
 
-    time_steps: T. tau: membrane time constant (τ_m), above 1. v_threshold: V_th. neuron: ``if`` does not leak,
-    u = v + I. reset: ``soft`` subtracts V_th instead. surrogate_gradient, alpha: derivative of a spike; ``atan``:
-    (α/2) / (1 + (π/2 α x)²). detach_reset: no gradient through the reset.
-    readout: ``rate``: the head of the mean firing rates (the paper). ``spike_rate``: the head spikes, too, values are
-    its rates in [0, 1] (an ablation that cannot express other values). ``max_mem``, ``last_mem``, ``mean_mem``: the
-    head's currents enter a leaky integrator with time constant 2, of whose potential the largest, last or mean value
-    counts (Chen et al. 2022). init_gain: factor on the hidden layers' initial weights; 1 is the paper, with which the
-    network starts silent.
+    Read-outs other than ``rate`` are ablations. ``spike_rate``: the head spikes, too, and values are its rates in
+    [0, 1], which cannot express others. ``max_mem``, ``last_mem``, ``mean_mem``: the head's currents enter a leaky
+    integrator with time constant 2, of whose potential the largest, last or mean value counts (Chen et al. 2022).
+
+    Args:
+        num_actions: A, values to give.
+        history: K, frames of a state; 4 in the paper.
+        frame_size: side of a frame in pixels; 84 in the paper.
+        convolutions: [channels, kernel, stride] of each; three in the paper.
+        hidden: units of the hidden layer; 512 in the paper.
+        time_steps: T, steps of a decision; 64 in the paper.
+        tau: τ_m, time constant of the membrane in steps, above 1; 2 in the paper.
+        v_threshold: V_th, potential that fires; 1 in the paper.
+        neuron: ``lif`` (paper), or ``if``, which does not leak: u = v + I.
+        reset: ``hard`` sets a fired neuron to 0 (published code), ``soft`` subtracts V_th.
+        surrogate_gradient: a spike's derivative, of ``atan`` (paper): (α/2) / (1 + (π/2 α x)²), or ``sigmoid``.
+        alpha: α, steepness of the surrogate; 2 in the paper.
+        detach_reset: whether to let no gradient through the reset.
+        readout: values from the last spikes: ``rate``: the head of their mean (paper); the others see above.
+        init_gain: factor on the hidden layers' initial weights; with 1, the paper, the network starts silent.
     """
 
     def __init__(

@@ -16,7 +16,11 @@ from lit_modules.dsqn.networks import DSQN
 
 
 class StepByStep(nn.Module):
-    """The network of a `DSQN` with its defaults (LIF with τ = 2, hard reset, rate read-out), one call a step."""
+    """The network of a `DSQN` with its defaults (LIF with τ = 2, hard reset, rate read-out), one call a step.
+
+    Args:
+        network: whose layers are copied.
+    """
 
     def __init__(self, network: DSQN) -> None:
         super().__init__()

@@ -14,10 +14,15 @@ from lit_modules.esvae.networks import Autoencoder, Code
 
 
 class FeatureAutoencoder(Autoencoder):
-    """Plain convolutional autoencoder: strided convolutions with batch norm and LeakyReLU, a linear latent, the
-    mirror of both.
+    """Plain convolutional autoencoder: convolutions with batch norm and LeakyReLU, a linear latent, the mirror of both.
 
-    Its latent is the feature space of the Fréchet autoencoder distance. Arguments: see `SAE`.
+    Its latent is the feature space of the Fréchet autoencoder distance.
+
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: output channels of each convolution; each halves the side.
+        latent_size: d; 64 (MNIST, Fashion-MNIST) or 128 in the paper's measurements.
     """
 
     spiking = False
@@ -62,8 +67,15 @@ class FeatureAutoencoder(Autoencoder):
 
 
 class VAE(FeatureAutoencoder):
-    """Variational autoencoder with a Gaussian latent (Kingma & Welling 2014) on the same convolutions; divergence: KL
-    from N(0, 1).
+    """Variational autoencoder with a Gaussian latent (Kingma & Welling 2014) on the convolutions of its parent.
+
+    Its divergence is the KL divergence from N(0, 1).
+
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: output channels of each convolution; each halves the side.
+        latent_size: d; 128 in the paper's comparison.
     """
 
     generates = True

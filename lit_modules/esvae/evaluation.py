@@ -18,7 +18,13 @@ from lit_modules.esvae.networks import Autoencoder, to_signed
 
 
 def batches(network: Autoencoder, images: Tensor, size: int = 256) -> Iterator[Tensor]:
-    """Images in [-1, 1] on the network's device, `size` at a time."""
+    """Images in [-1, 1] on the network's device.
+
+    Args:
+        network: tells the device.
+        images: all of them.
+        size: images at a time.
+    """
     device = next(network.parameters()).device
     for part in images.split(size):
         part = part.to(device)
@@ -33,15 +39,23 @@ def encode_all(network: Autoencoder, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def frechet_autoencoder_distance(
-    network: Autoencoder, judge: Autoencoder, images: Tensor, count: int, size: int = 128
+    network: Autoencoder, feature_network: Autoencoder, images: Tensor, count: int, size: int = 128
 ) -> float:
-    """FAD of `count` generated images from `images`, in the latent space of `judge` (Kamata et al. 2022)."""
-    metric = FrechetDistance(judge.latent_size, sync_on_compute=False)
-    for image in batches(judge, images, size):
-        metric.update(judge.encode(image).features.cpu(), real=True)
+    """Fréchet autoencoder distance (Kamata et al. 2022) of generated images from real ones.
+
+    Args:
+        network: generates.
+        feature_network: in whose latent space the distance is measured.
+        images: the real ones.
+        count: how many to generate.
+        size: images at a time.
+    """
+    metric = FrechetDistance(feature_network.latent_size, sync_on_compute=False)
+    for image in batches(feature_network, images, size):
+        metric.update(feature_network.encode(image).features.cpu(), real=True)
     for start in range(0, count, size):
         generated = to_signed(network.generate(min(size, count - start)))
-        metric.update(judge.encode(generated).features.cpu(), real=False)
+        metric.update(feature_network.encode(generated).features.cpu(), real=False)
     return float(metric.compute())
 
 
@@ -49,7 +63,14 @@ def frechet_autoencoder_distance(
 def robustness(
     network: Autoencoder, images: Tensor, strengths: Sequence[float], noise: Noise = "flip"
 ) -> tuple[float, list[float]]:
-    """Reconstruction error when the steps of the latent spikes are shuffled, and at each strength of spike noise."""
+    """Reconstruction error when the steps of the latent spikes are shuffled, and at each strength of spike noise.
+
+    Args:
+        network: a spiking one.
+        images: to reconstruct.
+        strengths: probabilities that a spike is hit.
+        noise: see `disturb`.
+    """
     error = torch.zeros(1 + len(strengths), dtype=torch.float64)
     for image in batches(network, images):
         z = network.encode(image).z

@@ -22,8 +22,10 @@ CHANNELS_32 = (32, 64, 128, 256)  # 32×32 images; one more halving, 512, makes 
 class Neuron:
     """Constants of every hidden neuron.
 
-    tau: share of the potential kept a step. v_threshold: potential that fires. surrogate_gradient: ``rect_zero``
-    centres the boxcar derivative on potential 0 (the published code), ``rect`` on the threshold (textbook).
+    Args:
+        tau: τ, share of the membrane potential kept a step, in [0, 1].
+        v_threshold: V_th, potential that fires.
+        surrogate_gradient: ``rect_zero`` centres the boxcar derivative on 0 (published code), ``rect`` on V_th.
     """
 
     tau: float = 0.25
@@ -37,8 +39,11 @@ class Neuron:
 class SpikingLayer(nn.Module):
     """[weights → tdBN → LIF]: spikes (T, N, ...) → spikes (T, N, ...).
 
-    weights: a layer without state that works on time folded into the batch. features: its output channels.
-    alpha: factor of the threshold-dependent norm.
+    Args:
+        weights: a layer without state, which works on time folded into the batch.
+        features: its output channels.
+        neuron: constants of its neurons.
+        alpha: α of the threshold-dependent norm; 1 in the paper, 2 in FSVAE's latent networks.
     """
 
     def __init__(
@@ -78,6 +83,11 @@ def norm_of_copies(norm: ThresholdBatchNorm, x: Tensor, copies: int) -> Tensor:
 
     Mean and biased variance are the same for the copies as for x; only the running variance, which is unbiased, has
     another factor: ``copies * n / (copies * n - 1)`` for n values a channel in place of ``n / (n - 1)``.
+
+    Args:
+        norm: in either mode; in training its running statistics move.
+        x: what the batch holds several times.
+        copies: how often.
     """
     batch_norm = norm.norm
     if not (norm.training and batch_norm.track_running_stats):
@@ -101,6 +111,14 @@ class SpikingEncoder(nn.Module):
     """Images (N, C, H, W) in [-1, 1] → spikes (T, N, d): strided spiking convolutions, then a spiking linear layer.
 
     Each convolution halves the side. The image is shown at every step.
+
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: output channels of each convolution.
+        latent_size: d.
+        time_steps: T.
+        neuron: constants of all neurons.
     """
 
     def __init__(
@@ -132,7 +150,16 @@ class SpikingEncoder(nn.Module):
 
 
 class SpikingDecoder(nn.Module):
-    """Spikes (T, N, d) → images (N, C, H, W) in (-1, 1): the encoder mirrored, then a leaky readout and tanh."""
+    """Spikes (T, N, d) → images (N, C, H, W) in (-1, 1): the encoder mirrored, then a leaky readout and tanh.
+
+    Args:
+        out_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: those of the encoder.
+        latent_size: d.
+        neuron: constants of all neurons.
+        readout_decay: λ_o, share of the output potential kept a step.
+    """
 
     def __init__(
         self,

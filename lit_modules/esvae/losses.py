@@ -13,10 +13,19 @@ Kernel = Literal["rbf", "linear"]
 def mmd2(x: Tensor, y: Tensor, kernel: Kernel = "rbf", kernels: int = 5) -> Tensor:
     """Squared maximum mean discrepancy between two sets of firing rates (ESVAE, arXiv:2310.14839).
 
-    x: (N, d), y: (M, d) → scalar. ``rbf`` sums `kernels` Gaussian kernels ``exp(-|a - b|^2 / b_k)`` whose bandwidths
-    ``b_k = b * 2^(k - kernels // 2)`` lie around the mean squared distance b of all pairs, through which no gradient
-    flows; it is the biased estimate (diagonals included), so two samples of one distribution are a little above 0.
-    ``linear`` is the squared distance of the means.
+    ``rbf`` sums Gaussian kernels ``exp(-|a - b|^2 / b_k)`` whose bandwidths ``b_k = b * 2^(k - kernels // 2)`` lie
+    around the mean squared distance b of all pairs, through which no gradient flows; it is the biased estimate
+    (diagonals included), so two samples of one distribution are a little above 0. ``linear`` is the squared distance of
+    the means.
+
+    Args:
+        x: (N, d).
+        y: (M, d).
+        kernel: ``rbf`` or ``linear``.
+        kernels: number of Gaussian kernels.
+
+    Returns:
+        A scalar.
     """
     if kernel == "linear":
         return (x.mean(0) - y.mean(0)).square().sum()
@@ -46,18 +55,23 @@ def psp(trace: Tensor, tau_s: float = 2.0) -> Tensor:
 
 
 def psp_mmd(q: Tensor, p: Tensor, tau_s: float = 2.0) -> Tensor:
-    """Mean squared difference of postsynaptic potentials, the MMD of FSVAE (arXiv:2110.00375).
+    """Mean squared difference of postsynaptic potentials, the MMD of FSVAE (arXiv:2110.00375), a scalar.
 
-    q, p: (T, N, d) firing probabilities in [0, 1] of posterior and prior → scalar.
+    Args:
+        q: (T, N, d) firing probabilities in [0, 1] of the posterior.
+        p: those of the prior.
+        tau_s: time constant of the potential in steps.
     """
     return psp(q - p, tau_s).square().mean()  # the potential is linear in the spikes
 
 
 def bernoulli_kl(q: Tensor, p: Tensor, eps: float = 1e-2) -> Tensor:
-    """KL divergence of Bernoulli spike trains as FSVAE computes it: `eps` inside the logarithms, summed over (T, d),
-    mean over N.
+    """KL divergence of Bernoulli spike trains as FSVAE computes it, summed over (T, d), mean over N: a scalar.
 
-    q, p: (T, N, d) firing probabilities in [0, 1] of posterior and prior → scalar.
+    Args:
+        q: (T, N, d) firing probabilities in [0, 1] of the posterior.
+        p: those of the prior.
+        eps: added inside the logarithms.
     """
     fire = q * torch.log((q + eps) / (p + eps))
     rest = (1 - q) * torch.log((1 - q + eps) / (1 - p + eps))

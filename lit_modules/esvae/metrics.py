@@ -14,9 +14,17 @@ Noise = Literal["flip", "replace"]
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
     """Squared Fréchet distance of N(mean1, cov1) and N(mean2, cov2): ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``.
 
-    means (d,), covariances (d, d) symmetric positive semi-definite → scalar float64. The eigenvalues of C1 C2 are
-    those of the symmetric ``C1^(1/2) C2 C1^(1/2)``, so the trace of the root is a sum of real roots; a matrix square
-    root of C1 C2 itself is unstable for nearly singular covariances.
+    The eigenvalues of C1 C2 are those of the symmetric ``C1^(1/2) C2 C1^(1/2)``, so the trace of the root is a sum of
+    real roots; a matrix square root of C1 C2 itself is unstable for nearly singular covariances.
+
+    Args:
+        mean1: (d,).
+        cov1: (d, d), symmetric and positive semi-definite.
+        mean2: (d,).
+        cov2: (d, d), symmetric and positive semi-definite.
+
+    Returns:
+        A scalar, float64.
     """
     mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
@@ -31,7 +39,9 @@ class FrechetDistance(Metric):
     On features of an autoencoder it is the Fréchet autoencoder distance, FAD (Kamata et al. 2022). Sums are kept in
     float64; `compute` needs at least two items of each kind, and more than d of each for covariances of full rank.
 
-    features: d, length of a feature vector.
+    Args:
+        features: d, length of a feature vector.
+        kwargs: those of a torchmetrics `Metric`.
     """
 
     higher_is_better = False
@@ -70,9 +80,13 @@ class FrechetDistance(Metric):
 
 
 def disturb(z: Tensor, strength: float, noise: Noise = "flip", generator: torch.Generator | None = None) -> Tensor:
-    """Spikes with noise, of the same shape: each is hit independently with probability `strength`.
+    """Spikes with noise, of the same shape: each is hit independently.
 
-    flip: a hit spike is inverted. replace: it is drawn anew, 0 or 1 with equal chance (half as strong).
+    Args:
+        z: spikes of any shape.
+        strength: probability of a hit.
+        noise: ``flip`` inverts a hit spike; ``replace`` draws it anew, 0 or 1 with equal chance (half as strong).
+        generator: of the draws; by default the global one.
     """
     hit = torch.rand(z.shape, device=z.device, generator=generator) < strength
     if noise == "flip":
@@ -94,10 +108,13 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Test accuracy in [0, 1] of logistic regression on standardised features: what a frozen encoder keeps of the
-    classes.
+    """Test accuracy in [0, 1] of logistic regression on standardised features: what an encoder keeps of the classes.
 
-    x: (N, d) float, y: (N,) int64.
+    Args:
+        train_x: (N, d) float.
+        train_y: (N,) int64.
+        test_x: (M, d) float.
+        test_y: (M,) int64.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -26,9 +26,10 @@ Prior = Literal["bottleneck", "uniform_rate", "fixed_rate"]
 class Code:
     """What an encoder says about N images.
 
-    z: sampled latent that the decoder reads, (T, N, d) spikes or (N, d) numbers. features: (N, d) deterministic
-    summary (firing rates in [0, 1]; means of a Gaussian). divergence: scalar distance of posterior from prior, 0 for
-    plain autoencoders.
+    Args:
+        z: sampled latent that the decoder reads: (T, N, d) spikes or (N, d) numbers.
+        features: (N, d) deterministic summary: firing rates in [0, 1], or means of a Gaussian.
+        divergence: scalar distance of posterior from prior; 0 for plain autoencoders.
     """
 
     z: Tensor
@@ -40,6 +41,11 @@ class Autoencoder(nn.Module):
     """Base of the family: images (N, C, H, W) float in [0, 1] in and out; the map to the family's [-1, 1] lives here.
 
     Subclasses give `encode` and `decode` on [-1, 1], and `draw` where the model can generate.
+
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        latent_size: d.
     """
 
     spiking = True  # whether the latent is a spike train
@@ -78,9 +84,16 @@ class Autoencoder(nn.Module):
 class SAE(Autoencoder):
     """Spiking autoencoder: the decoder reads the encoder's spikes. Without a prior it reconstructs but cannot generate.
 
-    in_channels, image_size: of the images, square; each entry of `channels` halves the side. latent_size: d.
-    time_steps: T. tau, v_threshold, surrogate_gradient: see `Neuron`. readout_decay: lambda_o, share of the output
-    potential kept a step.
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: output channels of each convolution; each halves the side.
+        latent_size: d, latent neurons.
+        time_steps: T; 16 in the paper.
+        tau: τ, share of the membrane potential kept a step, in [0, 1]; 0.25 in the paper.
+        v_threshold: V_th, potential that fires; 0.2 in the paper.
+        surrogate_gradient: centre of the boxcar derivative: ``rect_zero``: 0 (published code); ``rect``: V_th.
+        readout_decay: λ_o, share of the output potential kept a step; 0.8 in the paper.
     """
 
     generates = False
@@ -122,9 +135,21 @@ class ESVAE(SAE):
     Posterior: firing rates of the encoder. Prior: rates made from Gaussian noise by one linear layer and a sigmoid.
     Latent spikes are drawn from the rates (`poisson_spikes`); divergence: MMD² of the two sets of rates.
 
-    kernel: of the MMD. sampler: see `sample_spikes`. half_width: a of the sampling derivative. prior: ``bottleneck``,
-    or ``uniform_rate`` (each rate uniform on [0, 1]) or ``fixed_rate`` (all rates `prior_rate`), which have no
-    parameters. Others: see `SAE`.
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: output channels of each convolution; each halves the side.
+        latent_size: d, latent neurons; 32 (MNIST, Fashion-MNIST) or 128 in the paper.
+        time_steps: T; 16 in the paper.
+        kernel: of the MMD: ``rbf``, five Gaussian kernels (paper), or ``linear``, the distance of the means.
+        sampler: spikes given rates: ``poisson`` (paper), ``identity``, ``straight_through``; see `sample_spikes`.
+        half_width: a, half the width of the window in which a drawn spike has a derivative; 0.5 in the paper.
+        prior: rates from noise by one layer (``bottleneck``, paper), uniform on [0, 1], or all equal (``fixed_rate``).
+        prior_rate: firing rate in [0, 1] of the prior ``fixed_rate``.
+        tau: τ, share of the membrane potential kept a step, in [0, 1]; 0.25 in the paper.
+        v_threshold: V_th, potential that fires; 0.2 in the paper.
+        surrogate_gradient: centre of the boxcar derivative: ``rect_zero``: 0 (published code); ``rect``: V_th.
+        readout_decay: λ_o, share of the output potential kept a step; 0.8 in the paper.
     """
 
     generates = True
@@ -196,12 +221,22 @@ class FSVAE(SAE):
     """Fully spiking variational autoencoder (Kamata et al. 2022, arXiv:2110.00375), the predecessor with an
     autoregressive latent.
 
-    Posterior and prior are spiking networks that give `candidates` k binary candidates a latent unit and step, one of
-    which is picked at random; each step sees the latent of the step before. divergence: ``mmd`` on postsynaptic
-    potentials or ``kld``.
+    Posterior and prior are spiking networks that give k binary candidates a latent unit and step, one of which is
+    picked at random; each step sees the latent of the step before.
 
-    scheduled_sampling: in training, from step 5 on, feed the prior its own majority vote in place of the posterior's
-    sample with a probability that grows from 0.1 to 0.3. Others: see `SAE`.
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+        channels: output channels of each convolution; each halves the side.
+        latent_size: d, latent neurons; 128 in the paper.
+        time_steps: T; 16 in the paper.
+        candidates: k; 20 in the published code.
+        divergence: of posterior from prior: ``mmd`` on postsynaptic potentials (paper) or ``kld`` of the spikes.
+        scheduled_sampling: in training, feed the prior its own votes from step 5 on, with probability 0.1 to 0.3.
+        tau: τ, share of the membrane potential kept a step, in [0, 1]; 0.25 in the paper.
+        v_threshold: V_th, potential that fires; 0.2 in the paper.
+        surrogate_gradient: centre of the boxcar derivative: ``rect_zero``: 0 (published code); ``rect``: V_th.
+        readout_decay: λ_o, share of the output potential kept a step; 0.8 in the paper.
     """
 
     generates = True
@@ -287,6 +322,12 @@ class CandidateNetwork(nn.Module):
     """Three spiking linear layers, in → 2d → 4d → k·d, tdBN with alpha 2: (T, N, in) → candidates (T, N, d, k).
 
     Every call starts at rest.
+
+    Args:
+        in_size: length of an input.
+        latent_size: d.
+        candidates: k.
+        neuron: constants of its neurons.
     """
 
     def __init__(self, in_size: int, latent_size: int, candidates: int, neuron: Neuron) -> None:

@@ -22,9 +22,17 @@ def poisson_spikes(
     """Draw spikes of a Poisson process with at most one spike a bin: ``z[t] = 1 if rate > u[t] else 0``, u uniform on
     [0, 1).
 
-    rate: (N, d) in [0, 1] → (time_steps, N, d) of zeros and ones, independent over time given the rate; their count
-    is Binomial(time_steps, rate). half_width a: the derivative dz[t]/drate is taken as ``1 / (2a)`` where ``|rate -
-    u[t]| < a`` and 0 elsewhere; None takes 1 everywhere (straight-through).
+    The spikes are independent over time given the rate; their count is Binomial(time_steps, rate). The derivative
+    dz[t]/drate is taken as ``1 / (2a)`` where ``|rate - u[t]| < a`` and 0 elsewhere.
+
+    Args:
+        rate: r, (N, d) in [0, 1].
+        time_steps: T.
+        half_width: a; None takes 1 for the derivative everywhere (straight-through).
+        generator: of the draws; by default the global one.
+
+    Returns:
+        (T, N, d) of zeros and ones.
     """
     noise = torch.rand(time_steps, *rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
     return _PoissonSpikes.apply(rate, noise, half_width)
@@ -35,8 +43,11 @@ def sample_spikes(
 ) -> tuple[Tensor, Tensor]:
     """Turn the encoder's spikes (T, N, d) into the decoder's; return them with the firing rate (N, d).
 
-    poisson: fresh spikes at the firing rate, with the boxcar derivative. straight_through: the same with derivative 1.
-    identity: the encoder's own spikes, as in a plain spiking autoencoder.
+    Args:
+        spikes: of the encoder.
+        sampler: ``poisson``, or ``straight_through``: fresh spikes; ``identity``: the encoder's, as in a plain SAE.
+        half_width: a of the boxcar derivative of ``poisson``; that of ``straight_through`` is 1.
+        generator: of the draws; by default the global one.
     """
     rate = spikes.mean(0)
     if sampler == "identity":

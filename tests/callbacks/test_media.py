@@ -85,9 +85,6 @@ class Module(pl.LightningModule):
     def progress(self):
         return Progress("round", self.global_step)
 
-    def example_input(self):
-        return (torch.zeros(1),)
-
     def media(self, split):
         self.asked.append((split, self.current_epoch))
         torch.rand(3)
@@ -111,7 +108,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, *callbacks, logger=False, **settings):
+def fit(folder, *callbacks, module=None, logger=False, **settings):
     torch.manual_seed(3)
     trainer = pl.Trainer(
         default_root_dir=folder,
@@ -123,7 +120,7 @@ def fit(folder, *callbacks, logger=False, **settings):
         enable_model_summary=False,
         **{"max_epochs": 4} | settings,
     )
-    module = Module()
+    module = module or Module()
     loader = DataLoader([torch.ones(2)] * 3, batch_size=None)
     trainer.fit(module, loader, loader)
     return module, trainer, loader
@@ -198,6 +195,44 @@ def test_export_is_written_at_the_end_and_becomes_a_model_artifact(tmp_path, wan
     assert (artifact.type, artifact.name, aliases) == ("model", "my-run-export", ["best"])
     assert set(artifact.manifest.entries) == {"weight.txt"}
     assert artifact.metadata["progress"] == {"round": 12}
+
+
+class Plain(pl.LightningModule):
+    """Only what Lightning asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight * batch.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Draws(Plain):
+    def media(self, split):
+        return {"table": Table(("a",), [(1,)])}
+
+
+class Exports(Plain):
+    def export(self, directory):
+        (directory / "weight.txt").write_text(str(self.weight.item()))
+        return [directory / "weight.txt"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [(Plain, []), (Draws, ["media/train/table.csv", "media/train/table/6.csv"]), (Exports, ["export/weight.txt"])],
+)
+def test_a_module_offers_what_it_has(tmp_path, wandb_logger, kind, written):
+    logger, run = wandb_logger
+    callbacks = [MediaLogger(keep_history=True), ExportArtifact()]
+    fit(tmp_path, *callbacks, module=kind(), logger=logger, max_epochs=2)
+    artifacts = tmp_path / "artifacts"
+    assert sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*.*")) == written
+    assert [artifact.metadata["progress"] for artifact, _ in run.artifacts] == [{"step": 6}] * (kind is Exports)
 
 
 def test_failed_run_exports_nothing(tmp_path):

@@ -2,14 +2,16 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from callbacks import EnergyMeter
 from datamodules import GameDataModule
-from leanlight.contracts import Episode, Transition, UserError
+from leanlight.contracts import Episode, GameMeta, Transition, UserError
 from lit_modules.dsqn import DQN, DSQN, Conversion, DeepQLearning
 from lit_modules.dsqn.evaluation import disturbed_weights, noisy, summary
 
@@ -93,7 +95,7 @@ def test_data_that_are_no_games_are_refused(tmp_path):
     from datamodules import ImageDataModule
 
     trainer = pl.Trainer(max_steps=1, default_root_dir=tmp_path, logger=False, enable_checkpointing=False)
-    with pytest.raises(UserError, match="GameDataModule"):
+    with pytest.raises(UserError, match=r"GameData\)"):
         trainer.fit(DeepQLearning(functools.partial(DQN, **NETWORK)), datamodule=ImageDataModule("digits"))
 
 
@@ -113,9 +115,9 @@ def source(tmp_path):
     return tmp_path / "source.ckpt"
 
 
-def measure(module, tmp_path):
+def measure(module, tmp_path, **data):
     trainer = pl.Trainer(default_root_dir=tmp_path, **QUIET)
-    (figures,) = trainer.test(module, datamodule=GameDataModule(**DATA), verbose=False)
+    (figures,) = trainer.test(module, datamodule=GameDataModule(**{**DATA, **data}), verbose=False)
     return figures
 
 
@@ -143,17 +145,48 @@ def test_energy_of_a_converted_agent_leaves_the_dqn_out(source, tmp_path):
     assert 0 < figures["test/agreement_robust"] <= 1
 
 
+def test_a_schedule_on_a_plateau_lowers_the_rate(tmp_path):
+    never_better = {"threshold": 1e9, "threshold_mode": "abs", "mode": "max", "patience": 0}
+    plateau = functools.partial(ReduceLROnPlateau, monitor="val/score", factor=0.5, **never_better)
+    _, trainer = fit(tmp_path, steps=20, lr_scheduler=plateau)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-5)  # two epochs, two evaluations
+
+
+def test_the_source_of_a_conversion_stays_outside_and_draws_nothing(source, tmp_path):
+    conversion = Conversion(source, time_steps=3, states=50)
+    before = torch.get_rng_state()
+    measure(conversion, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name.split(".")[0] for name in conversion.state_dict()} == {"network"}
+    with pytest.raises(UserError, match=r"^source_checkpoint: expected one for states"):
+        measure(Conversion(source), tmp_path, history=2)
+
+
+def test_pictures_of_a_test_show_play_scores_curves_and_noise(tmp_path):
+    module, trainer = fit(tmp_path, steps=20, input_noise=[0.1, 0.2])
+    trainer.test(module, datamodule=GameDataModule(**DATA), verbose=False)
+    items = module.media("test")
+    assert set(items) == {"play", "scores", "evaluation", "q_values", "epsilon", "returns", "input_noise"}
+    curve = items["evaluation"]
+    ((name, mean),) = curve.series.items()
+    spread = module._history["score_std"]
+    points = list(zip(mean, spread, strict=True))
+    assert curve.bands[name] == ([m - s for m, s in points], [m + s for m, s in points])
+    assert items["input_noise"].x == [0.0, 0.1, 0.2]
+    assert module.media("train") == {}
+
+
 def test_curves_of_a_training_stay_whole_when_an_earlier_checkpoint_is_tested(tmp_path):
     module, _ = fit(tmp_path)
-    module._history = {"frames": [1.0, 2.0]}
+    module._history.load_state_dict({"frames": [1.0, 2.0]})
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
-    module._history = {"frames": [1.0, 2.0, 3.0]}
+    module._history.add(frames=3.0)
     module.on_load_checkpoint(checkpoint)
-    assert module._history == {"frames": [1.0, 2.0, 3.0]}
+    assert module._history.values == {"frames": [1.0, 2.0, 3.0]}
     another = DeepQLearning(functools.partial(DQN, **NETWORK))
     another.on_load_checkpoint(checkpoint)
-    assert another._history == {"frames": [1.0, 2.0]}
+    assert another._history.values == {"frames": [1.0, 2.0]}
 
 
 def test_a_missing_source_names_the_pipeline(tmp_path):
@@ -174,10 +207,11 @@ def test_noise_leaves_the_weights_as_they_were():
 
 def test_scores_are_normalised_between_random_and_human():
     episodes = [Episode(score, 10, 9, 1.0, 0.1) for score in (10.0, 20.0)]
-    values = summary(episodes, {"random_score": 5.0, "human_score": 25.0})
+    game = GameMeta(name="g", source="", counts={}, fingerprint="", actions=("NOOP",), shape=(1, 8, 8), frame_skip=1)
+    values = summary(episodes, replace(game, random_score=5.0, human_score=25.0))
     assert (values["score"], values["score_std"], values["score_max"]) == (15.0, 5.0, 20.0)
     assert values["human_normalised"] == 0.5
-    assert "human_normalised" not in summary(episodes, {})
+    assert "human_normalised" not in summary(episodes, game)
 
 
 def test_play_prints_scores_and_writes_an_animation(leanlight, tmp_path):
