@@ -33,7 +33,13 @@ class _Step(nn.Module):
 def write_program(network: nn.Module, example: Tensor, path: Path, batch_dim: int = 0) -> bool:
     """Write `network` (made `portable`) as a ``torch.export`` program for one tensor; whether any batch size fits it.
 
-    Where a network fixes the batch size, the example's is the only one. example: at least 2 items along `batch_dim`.
+    Where a network fixes the batch size, the example's is the only one.
+
+    Args:
+        network: to write.
+        example: an input with at least 2 items along `batch_dim`: torch.export takes a size of 1 for a constant.
+        path: of the file.
+        batch_dim: dimension of the items.
     """
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():

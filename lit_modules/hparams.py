@@ -15,23 +15,41 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import lightning
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.core import saving
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 
 from leanlight.contracts import UserError
 
 _REBUILD = "lit_modules.hparams.rebuild"
-# The list of functions that a checkpoint may name to rebuild its module.
-saving._ALLOWED_INSTANTIATORS.add(_REBUILD)
+_TESTED = "2.6.6"
+
+# Lightning has no public name for either. `_given_hyperparameters_context` makes `save_hyperparameters` write what it
+# is given instead of live arguments; the other is the list of functions that a checkpoint may name to rebuild its
+# module.
+try:
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+
+    saving._ALLOWED_INSTANTIATORS.add(_REBUILD)
+except (ImportError, AttributeError) as error:
+    raise UserError(
+        f"lightning: {lightning.__version__} lacks what checkpoints are rebuilt with ({error}); tested is {_TESTED}: "
+        f"pip install lightning=={_TESTED}"
+    ) from error
 
 
 def save_hparams(module: LightningModule) -> None:
-    """Call it in ``__init__`` of `module` instead of ``save_hyperparameters()``.
+    """Save a module's arguments in LightningCLI's form; call it in ``__init__`` instead of ``save_hyperparameters()``.
 
     ``load_from_checkpoint(weights_only=True)`` then rebuilds the module, and so does a checkpoint of the rebuilt
-    module. Raises UserError naming the argument when one of them cannot be written down.
+    module.
+
+    Args:
+        module: the module under construction.
+
+    Raises:
+        UserError: an argument cannot be written down; the message names it.
     """
     frame = inspect.currentframe()
     assert frame is not None
@@ -51,26 +69,36 @@ def rebuild(module_class: type[LightningModule], config: dict[str, Any]) -> Ligh
     """Make a module from the hyper-parameters in its checkpoint; ``load_from_checkpoint`` calls it.
 
     Lightning's own function would leave live objects in the hyper-parameters of the module it makes.
+
+    Args:
+        module_class: the class whose ``load_from_checkpoint`` was called.
+        config: its arguments as the checkpoint has them, with those that the caller replaces.
     """
     config = {name: encode(value, name) for name, value in config.items() if not name.startswith("_")}
     with _given_hyperparameters_context({**config, "_class_path": _import_path(module_class, "module")}, _REBUILD):
         return instantiate_module(module_class, config)
 
 
-def _arguments(module_class: type[LightningModule], found: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(module_class: type[LightningModule], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What `module_class` itself takes; Lightning also finds what its ``__init__`` handed on to a base class."""
     parameters = inspect.signature(module_class.__init__).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(found)
-    return {name: value for name, value in found.items() if name in parameters}
+        return dict(saved)
+    return {name: value for name, value in saved.items() if name in parameters}
 
 
 def encode(value: Any, name: str) -> Any:
     """Return `value` in plain containers, numbers and strings, as a config would give it.
 
     Classes and module-level functions become import paths; ``functools.partial`` of a class and dataclass instances
-    become ``{class_path, init_args}``, nested ones too. name: argument name for the UserError raised for anything
-    else.
+    become ``{class_path, init_args}``, nested ones too.
+
+    Args:
+        value: of an argument.
+        name: of the argument, for errors.
+
+    Raises:
+        UserError: a value of any other kind.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -11,18 +11,14 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 
 from leanlight.benchmarks.core import Measurement, Target, peak_memory_mb, summarise
-from leanlight.ops.differentiable import find_augmentation
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine, Unrolled
-from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerOptimizer, InnerProblem, SyntheticData
 from lit_modules.at_bptt.lowrank import LowRankHessian
-from lit_modules.nn import ConvNet
+from lit_modules.at_bptt.reference import ReferenceWindow
 
 _ENGINES = ("unrolled", "exact", "lowrank")
-_CLASSES, _IPC = 10, 10
 
 
 def run(quick: bool) -> Measurement:
@@ -90,38 +86,10 @@ def _compare(measured: Measurement, window: int) -> None:
 
 def check_equality(measured: Measurement) -> None:
     """The exact adjoint gives the unrolled engine's gradients in float64."""
-    problem = _Problem(width=4, size=8, real=6, window=4, dtype=torch.float64)
-    unrolled, adjoint = problem.gradient(Unrolled()), problem.gradient(Adjoint())
+    window = ReferenceWindow(width=4, size=8, real=6, window=4, dtype=torch.float64)
+    unrolled, adjoint = window.gradient(Unrolled()), window.gradient(Adjoint())
     error = (adjoint - unrolled).norm() / unrolled.norm()
     measured.checks["the adjoint gives the unrolled engine's gradients (float64)"] = bool(error < 1e-10)
-
-
-class _Problem:
-    """One window of inner training on random images, and its outer loss on random real ones."""
-
-    def __init__(
-        self, width: int, size: int, real: int, window: int, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        torch.manual_seed(0)
-        network = ConvNet(3, _CLASSES, width, 3, image_size=size, mean=0.0, std=1.0).to(device, dtype)
-        optimizer = InnerOptimizer()
-        self.problem = InnerProblem(FlatNetwork(network), optimizer, find_augmentation("flip_rotate", "augment"))
-        self.state = optimizer.start(self.problem.network.parameters())
-        images = torch.randn(_CLASSES * _IPC, 3, size, size).to(device, dtype)
-        self.data = SyntheticData(images, torch.eye(_CLASSES).repeat_interleave(_IPC, 0).to(device, dtype))
-        self.image, self.label = (
-            torch.randn(real, 3, size, size).to(device, dtype),
-            torch.arange(real).to(device) % _CLASSES,
-        )
-        sampler = BatchSampler(_CLASSES, _IPC)
-        self.batches = sampler.draw(window, torch.Generator().manual_seed(0), torch.device(device))
-
-    def gradient(self, engine: GradientEngine) -> torch.Tensor:
-        def outer_loss(theta: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.problem.network(theta, self.image), self.label)
-
-        result = engine.meta_gradient(self.problem, self.state, self.data, self.batches, outer_loss, False)
-        return result.images
 
 
 def _measure_cell(setting: dict[str, Any]) -> dict[str, Any]:
@@ -134,13 +102,13 @@ def _measure_cell(setting: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     engine, cuda = engines[setting["engine"]], setting["device"] == "cuda"
-    problem = _Problem(setting["width"], setting["size"], setting["real"], setting["window"], setting["device"])
+    window = ReferenceWindow(setting["width"], setting["size"], setting["real"], setting["window"], setting["device"])
     gc.collect()
     start = peak_memory_mb()
 
     def timed() -> float:
         begin = time.perf_counter()
-        problem.gradient(engine)
+        window.gradient(engine)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begin

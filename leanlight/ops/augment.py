@@ -12,13 +12,25 @@ Augmentation = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def random_flip(image: Tensor, generator: torch.Generator | None = None, p: float = 0.5) -> Tensor:
-    """Mirror each image left-right with probability `p`. image: (N, C, H, W)."""
+    """Mirror images left-right.
+
+    Args:
+        image: (N, C, H, W).
+        generator: on the images' device; torch's own state by default.
+        p: probability for each image.
+    """
     flip = torch.rand(len(image), 1, 1, 1, device=image.device, generator=generator) < p
     return torch.where(flip, image.flip(-1), image)
 
 
 def random_crop(image: Tensor, generator: torch.Generator | None = None, padding: int = 4) -> Tensor:
-    """Pad each side with `padding` zeros and cut a random window of the old size. image: (N, C, H, W)."""
+    """Pad each side with zeros and cut a random window of the old size.
+
+    Args:
+        image: (N, C, H, W).
+        generator: on the images' device; torch's own state by default.
+        padding: zeros on each side, pixels.
+    """
     n, _, h, w = image.shape
     padded = F.pad(image, (padding,) * 4)
     top, left = torch.randint(0, 2 * padding + 1, (2, n), device=image.device, generator=generator)
@@ -27,7 +39,13 @@ def random_crop(image: Tensor, generator: torch.Generator | None = None, padding
 
 
 def random_shift(image: Tensor, generator: torch.Generator | None = None, padding: int = 2) -> Tensor:
-    """Random crop with a small border: for digits and clothes, where mirroring would change the class."""
+    """Random crop with a small border: for digits and clothes, where mirroring would change the class.
+
+    Args:
+        image: (N, C, H, W).
+        generator: on the images' device; torch's own state by default.
+        padding: zeros on each side, pixels.
+    """
     return random_crop(image, generator, padding)
 
 

@@ -81,10 +81,16 @@ def _colour(image: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
 def one_of(
     image: Tensor, generator: torch.Generator | None = None, *, operations: Sequence[Operation], shared: bool = False
 ) -> Tensor:
-    """Apply one operation, drawn once, to the whole batch. image: (N, C, H, W).
+    """Apply one operation, drawn once, to the whole batch.
 
-    shared: every image gets the same parameters, so that two batches of different sizes are transformed alike when
-    their generators start alike (Siamese augmentation, Zhao & Bilen 2021). Otherwise each image has its own.
+    With `shared`, two batches of different sizes are transformed alike when their generators start alike (Siamese
+    augmentation, Zhao & Bilen 2021).
+
+    Args:
+        image: (N, C, H, W).
+        generator: of all that is drawn; torch's own CPU state by default.
+        operations: to draw from, each (image, source of uniform numbers) → image.
+        shared: whether all images get the same parameters of the operation; else each has its own.
     """
     count = 1 if shared else len(image)
     device = generator.device if generator is not None else "cpu"

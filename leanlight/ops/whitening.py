@@ -14,10 +14,15 @@ def normalize_images(image: Tensor) -> Tensor:
 
 
 def fit_zca(image: Tensor, strength: float = 0.1, chunk: int = 4096) -> Tensor:
-    """Return the whitening matrix (D, D) float32 of images (N, C, H, W), uint8 or float.
+    """Return the whitening matrix (D, D) float32 of images.
 
     W = V diag((E + strength · mean(E))^-1/2) Vᵀ with the eigenpairs (E, V) of the second moment of `normalize_images`,
-    in float64. chunk: images at a time, to bound memory.
+    in float64.
+
+    Args:
+        image: (N, C, H, W) uint8 or float.
+        strength: of the regularisation, as a share of the mean eigenvalue.
+        chunk: images at a time, to bound memory.
     """
     size = image[0].numel()
     moment = torch.zeros(size, size, dtype=torch.float64, device=image.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,21 @@ from lit_modules.at_bptt.inner import (
     InnerProblem,
     SyntheticData,
 )
+from lit_modules.at_bptt.pictures import gradient_norm_curve
 from lit_modules.at_bptt.windows import AdaptiveWindow, Window, WindowSelector
+from lit_modules.nn.features import pooled_features, require_features
 
 
 @dataclass(frozen=True)
 class OuterStep:
-    """images, labels: gradients shaped as the set; labels None where they are fixed. loss, accuracy: scalar tensors."""
+    """What one outer step gives.
+
+    Args:
+        images: gradient with respect to the images, of their shape.
+        labels: gradient with respect to the labels, None where they are fixed.
+        loss: of the outer level, a scalar tensor.
+        accuracy: share of the real batch that was labelled right, a scalar tensor.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -34,10 +44,15 @@ class OuterStep:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a distiller may know beside the set.
+class Task:
+    """What a distiller is told beside the set.
 
-    network: makes a fresh one. epochs: outer epochs. learn_labels: whether labels want a gradient.
+    Args:
+        network: makes a fresh inner network.
+        num_classes: number of classes.
+        ipc: images per class; the set lies class by class.
+        epochs: number of outer epochs.
+        learn_labels: whether labels want a gradient.
     """
 
     network: NetworkFactory
@@ -48,10 +63,10 @@ class Setting:
 
 
 class Distiller:
-    """Base: one call of `outer_step` a real batch, one of `start_epoch` before an epoch's first."""
+    """Base of what computes an outer step: one call of `outer_step` a real batch, one of `start_epoch` before them."""
 
-    def prepare(self, setting: Setting) -> None:
-        """Hear the setting; UserError when it does not fit."""
+    def prepare(self, task: Task) -> None:
+        """Take the task; UserError when it does not fit."""
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         """Make this epoch's choices; on rank 0 alone, see `choice`."""
@@ -66,18 +81,25 @@ class Distiller:
         pass
 
     def outer_step(self, data: SyntheticData, image: Tensor, label: Tensor, seed: int) -> OuterStep:
-        """Gradients of one outer step. image (N, C, H, W), preprocessed; label (N,). seed decides all that is drawn."""
+        """Gradients of one outer step.
+
+        Args:
+            data: the set.
+            image: real images (N, C, H, W), preprocessed.
+            label: their classes (N,).
+            seed: decides all that is drawn.
+        """
         raise NotImplementedError
 
     def end_epoch(self, accuracy: float) -> None:
-        """Hear the mean accuracy, in percent, of the epoch's outer steps."""
+        """Take the mean accuracy, in percent, of the epoch's outer steps."""
 
-    def facts(self) -> Mapping[str, float]:
-        """Numbers to log at the start of an epoch."""
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers of the present choices, to be logged."""
         return {}
 
     def media(self) -> Mapping[str, MediaItem]:
-        """Pictures of the present choices."""
+        """Pictures of the present choices, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,21 +119,29 @@ class FixedSet(Distiller):
         return OuterStep(torch.zeros_like(data.images), None, zero, zero)
 
 
-def fresh_network(setting: Setting, seed: int, device: torch.device) -> nn.Module:
+def fresh_network(make: NetworkFactory, seed: int, device: torch.device) -> nn.Module:
     """A network whose initialisation follows from `seed` alone, on any device."""
     with isolated_rng(seed):
-        return setting.network().to(device)
+        return make().to(device)
 
 
 @dataclass
 class TruncatedBPTT(Distiller):
     """Differentiate the real-data loss of a freshly trained network through a window of its training on the set.
 
-    Fresh network each outer step, `inner_steps` at most: up to the window's start without a graph, then the window. The
-    selector says where it lies (BPTT, T-BPTT, RaT-BPTT, AT-BPTT; the last by default), the engine how it is
-    differentiated (`Adjoint` by default). augment: on the
-    set in inner steps; outer_augment: on real batches; names of `leanlight.contracts`. weight_by_p: weigh the window's
-    steps by P_trunc(i) as Eq. 13 does (no published code does).
+    Each outer step trains a fresh network: up to the window's start without a graph, then through the window. The
+    selector says where it lies: BPTT, T-BPTT, RaT-BPTT, AT-BPTT.
+
+    Args:
+        inner_steps: T, inner training steps at most; 200 in the paper for CIFAR.
+        selector: where the window lies; AdaptiveWindow (AT-BPTT) by default.
+        engine: how the window is differentiated; Adjoint with the exact Hessian by default.
+        inner_optimizer: how the inner network is trained; Adam with lr 1e-3 in the paper.
+        classes_per_batch: classes in an inner mini-batch, null for all.
+        images_per_class: synthetic images of each class in an inner mini-batch, null for all.
+        augment: augmentation of the set in inner steps, a name of leanlight.ops.differentiable, null for none.
+        outer_augment: augmentation of real batches, a name as for augment.
+        weight_by_p: weigh the window's steps by P_trunc(i), as Eq. 13 does and no published code.
     """
 
     inner_steps: int = 200
@@ -126,25 +156,25 @@ class TruncatedBPTT(Distiller):
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1:
-            raise UserError(f"distiller.init_args.inner_steps: expected at least 1, got {self.inner_steps}")
+            raise UserError(f"inner_steps: expected at least 1, got {self.inner_steps}")
         self._selector, self._engine = self.selector or AdaptiveWindow(), self.engine or Adjoint()
         if self.weight_by_p and not isinstance(self._selector, AdaptiveWindow):
-            raise UserError("distiller.init_args.weight_by_p: needs selector AdaptiveWindow, which defines P(t)")
-        self._setting: Setting | None = None
+            raise UserError("weight_by_p: needs selector AdaptiveWindow, which defines P(t)")
+        self._task: Task | None = None
         self._window: Window | None = None
         self._norms: Tensor | None = None
-        self._augment = find_augmentation(self.augment, "distiller.init_args.augment")
-        self._outer_augment = find_augmentation(self.outer_augment, "distiller.init_args.outer_augment")
+        self._augment = find_augmentation(self.augment, "augment")
+        self._outer_augment = find_augmentation(self.outer_augment, "outer_augment")
 
-    def prepare(self, setting: Setting) -> None:
-        self._setting = setting
+    def prepare(self, task: Task) -> None:
+        self._task = task
         self._problem(0, torch.device("cpu"))  # refuses networks that cannot be differentiated twice
-        self._selector.prepare(self.inner_steps, setting.epochs)
-        self._sampler = BatchSampler(setting.num_classes, setting.ipc, self.classes_per_batch, self.images_per_class)
+        self._selector.prepare(self.inner_steps, task.epochs)
+        self._sampler = BatchSampler(task.num_classes, task.ipc, self.classes_per_batch, self.images_per_class)
 
     def _problem(self, seed: int, device: torch.device) -> InnerProblem:
-        assert self._setting is not None
-        network = FlatNetwork(fresh_network(self._setting, seed, device))
+        assert self._task is not None
+        network = FlatNetwork(fresh_network(self._task.network, seed, device))
         return InnerProblem(network, self.inner_optimizer, self._augment)
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
@@ -175,7 +205,7 @@ class TruncatedBPTT(Distiller):
     def outer_step(self, data: SyntheticData, image: Tensor, label: Tensor, seed: int) -> OuterStep:
         window, device = self._window, data.images.device
         assert window is not None
-        assert self._setting is not None
+        assert self._task is not None
         generator = torch.Generator().manual_seed(seed)
         problem = self._problem(seed, device)
         batches = self._sampler.draw(window.end, generator, device)
@@ -190,7 +220,7 @@ class TruncatedBPTT(Distiller):
             return F.cross_entropy(logits[0], label)
 
         result = self._engine.meta_gradient(
-            problem, state, data, batches[window.start :], outer_loss, self._setting.learn_labels, self._weights(window)
+            problem, state, data, batches[window.start :], outer_loss, self._task.learn_labels, self._weights(window)
         )
         right = (logits[0].detach().argmax(1) == label).float().mean()
         return OuterStep(result.images, result.labels, result.loss, right)
@@ -205,15 +235,13 @@ class TruncatedBPTT(Distiller):
     def end_epoch(self, accuracy: float) -> None:
         self._selector.end_epoch(accuracy)
 
-    def facts(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         window = self._window
         assert window is not None
-        return {"window_start": float(window.start), "window_length": float(window.length), **self._selector.facts()}
+        return {"window_start": float(window.start), "window_length": float(window.length), **self._selector.metrics()}
 
-    @property
-    def norms(self) -> Tensor | None:
-        """n_t of this epoch's probe, (T,), or None without one."""
-        return self._norms
+    def media(self) -> Mapping[str, MediaItem]:
+        return {} if self._norms is None else {"inner_gradient_norm": gradient_norm_curve(self._norms)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"selector": self._selector.state_dict(), "engine": self._engine.state_dict()}
@@ -227,28 +255,32 @@ class TruncatedBPTT(Distiller):
 class DistributionMatching(Distiller):
     """DM (Zhao & Bilen 2023): match the mean embedding of each class under fresh random networks.
 
-    The embedding is what enters the network's last linear layer. augment: apply the same random augmentation (DSA) to
-    the real and the synthetic images of a class.
+    The embedding is what the network's last linear layer sees.
+
+    Args:
+        augment: apply the same random augmentation (DSA) to the real and the synthetic images of a class.
     """
 
     augment: bool = True
 
     def __post_init__(self) -> None:
-        self._setting: Setting | None = None
+        self._task: Task | None = None
 
-    def prepare(self, setting: Setting) -> None:
-        if setting.learn_labels:
-            raise UserError("model.init_args.learn_labels: distribution matching has no gradient for labels; use false")
-        self._setting = setting
+    def prepare(self, task: Task) -> None:
+        if task.learn_labels:
+            raise UserError("learn_labels: distribution matching has no gradient for labels; use false")
+        with isolated_rng():
+            require_features(task.network())
+        self._task = task
 
     def outer_step(self, data: SyntheticData, image: Tensor, label: Tensor, seed: int) -> OuterStep:
-        assert self._setting is not None
-        embed = _embedding(fresh_network(self._setting, seed, image.device))
+        assert self._task is not None
+        embed = functools.partial(pooled_features, fresh_network(self._task.network, seed, image.device))
         leaf = data.images.detach().requires_grad_()
         real, synthetic = image, leaf
         if self.augment:
             real, synthetic = (siamese_dsa(x, torch.Generator().manual_seed(seed)) for x in (image, leaf))
-        classes, ipc = self._setting.num_classes, self._setting.ipc
+        classes, ipc = self._task.num_classes, self._task.ipc
         with torch.no_grad():
             member = F.one_hot(label, classes).float()
             counts = member.sum(0).unsqueeze(1)
@@ -258,18 +290,3 @@ class DistributionMatching(Distiller):
         loss = ((synthetic_mean - real_mean).square().sum(1) * (counts.squeeze(1) > 0)).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)
         return OuterStep(gradient, None, loss.detach(), loss.new_zeros(()))
-
-
-def _embedding(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network up to its last linear layer."""
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UserError("model.init_args.network: distribution matching needs one that ends with a linear layer")
-    kept: list[Tensor] = []
-    linear[-1].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
-
-    def embed(image: Tensor) -> Tensor:
-        network(image)
-        return kept.pop()
-
-    return embed

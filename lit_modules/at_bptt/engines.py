@@ -18,8 +18,14 @@ OuterLoss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """images, labels: gradients of the outer loss, shaped as the set; labels None when not asked for. loss: scalar.
-    norms: (length,) inner gradient norms in the window."""
+    """Gradients of the outer loss with respect to the set.
+
+    Args:
+        images: of the shape of the images.
+        labels: of the shape of the labels, None where they are fixed.
+        loss: the outer loss, a scalar tensor.
+        norms: (length,) inner gradient norms n_t in the window.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -28,11 +34,7 @@ class MetaGradient:
 
 
 class GradientEngine:
-    """Base of the engines.
-
-    weights of `meta_gradient`: (length,) factors of each step's direct contribution (P_trunc(i) of Eq. 13), or None for
-    1.
-    """
+    """Base of the ways to differentiate a window of inner training."""
 
     def meta_gradient(
         self,
@@ -44,7 +46,17 @@ class GradientEngine:
         learn_labels: bool,
         weights: Tensor | None = None,
     ) -> MetaGradient:
-        """Train through `batches` from `state` (held constant) and differentiate ``outer_loss(theta)`` there."""
+        """Train through the window and differentiate the outer loss at its end.
+
+        Args:
+            problem: the inner problem.
+            state: parameters and moments at the window's start, held constant.
+            data: the set.
+            batches: inner mini-batches of the window, one a step.
+            outer_loss: theta (P,) → scalar.
+            learn_labels: whether labels want a gradient.
+            weights: (length,) factors of the steps' direct contributions, P_trunc(i) of Eq. 13; None for 1.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,9 +108,10 @@ def _scaled(value: Tensor, weight: Tensor) -> Tensor:
 class Adjoint(GradientEngine):
     """Keep only parameters and moments of each step and go back with cotangents: memory hardly grows with the window.
 
-    hessian: how the product of Hessian and cotangent is taken: ``exact`` (free with the product that the images need),
-    ``lowrank`` (LRHA, Eq. 9 to 12), or ``zero``. low_rank: the factor's settings. offload: keep the trajectory in main
-    memory instead of the GPU's.
+    Args:
+        hessian: Hessian times cotangent: ``exact`` (nearly free), ``lowrank`` (LRHA, Eq. 9 to 12), or ``zero``.
+        low_rank: settings of the low-rank factor; LowRankHessian's defaults by default.
+        offload: keep the trajectory in main memory instead of the GPU's.
     """
 
     hessian: Literal["exact", "lowrank", "zero"] = "exact"
@@ -107,7 +120,7 @@ class Adjoint(GradientEngine):
 
     def __post_init__(self) -> None:
         if self.hessian not in ("exact", "lowrank", "zero"):
-            raise UserError(f"engine.hessian: expected exact, lowrank or zero, got {self.hessian!r}")
+            raise UserError(f"hessian: expected exact, lowrank or zero, got {self.hessian!r}")
         self._factor = self.low_rank or LowRankHessian()
 
     def meta_gradient(
@@ -136,6 +149,8 @@ class Adjoint(GradientEngine):
         total = [torch.zeros_like(x) for x in ((data.images, data.labels) if learn_labels else (data.images,))]
         ranks = self._refresh(problem, thetas, data, batches, norm)
         mu = nu = torch.zeros_like(cotangent)
+        # Backwards in time. Each step computes g_t again with a graph, at the same parameters and with the same
+        # augmentation; one backward pass from it, weighted by w, gives the products with dg/dX, dg/dY and the Hessian.
         for i in reversed(range(len(batches))):
             theta, gradient = problem.gradient(thetas.pop().to(device), leaves, batches[i], create_graph=True)
             w, cotangent, mu, nu = pull_back(problem.optimizer, states.pop(), gradient.detach(), cotangent, mu, nu)
@@ -187,16 +202,25 @@ def pull_back(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pull cotangents of (theta, m, v) back through one optimiser step, all but its dependence on theta through g_t.
 
-    after: the state behind the step. Returns (w, cotangent, mu, nu) with w the cotangent of g_t; the caller adds the
-    product of Hessian and w to the cotangent of theta. All (P,).
+    Returns (w, cotangent, mu, nu) before the step, with w the cotangent of g_t; the caller adds the product of Hessian
+    and w to the cotangent of theta. All (P,).
+
+    Args:
+        optimizer: which step it was.
+        after: the state behind the step.
+        gradient: g_t, detached.
+        cotangent: of theta behind the step.
+        mu: cotangent of m behind the step.
+        nu: cotangent of v behind the step.
     """
     lr = optimizer.lr
     if optimizer.kind == "sgd":
         return -lr * cotangent, cotangent, mu, nu
     (b1, b2), m, v = optimizer.betas, after.m.to(cotangent.device), after.v.to(cotangent.device)
     m_correction, v_correction = 1 - b1**after.count, 1 - b2**after.count
-    root = safe_root = (v / v_correction).sqrt()
-    slope = torch.where(root > 0, 0.5 / torch.where(root > 0, safe_root, 1.0), 0.0)
+    root = (v / v_correction).sqrt()
+    # Derivative of the square root, 0 where it would be infinite: parameters that never got a gradient.
+    slope = torch.where(root > 0, 0.5 / torch.where(root > 0, root, 1.0), 0.0)
     denominator = root + optimizer.eps
     mu = mu - lr / m_correction * cotangent / denominator
     nu = nu + lr / v_correction * cotangent * (m / m_correction) / denominator**2 * slope

@@ -1,12 +1,13 @@
-"""Judge a set by training fresh networks on it."""
+"""Evaluate a set by training fresh networks on it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from lit_modules.classifier.training import LabelledImages, Recipe, train
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a set is judged.
+    """How a set is evaluated: fresh networks train on it, and are measured after several numbers of epochs.
 
-    networks: fresh networks whose accuracies are averaged. epochs: marks at which they are measured, ascending; the one
-    that is best on validation data counts. recipe: how they train; its own `epochs` is not used.
+    Args:
+        networks: fresh networks whose accuracies are averaged.
+        epochs: numbers of epochs after which they are measured, ascending; the best on validation data counts.
+        recipe: how they train; its own ``epochs`` is not used.
     """
 
     networks: int = 8
@@ -29,27 +32,34 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if self.networks < 1:
-            raise UserError(f"evaluation.networks: expected at least 1, got {self.networks}")
+            raise UserError(f"networks: expected at least 1, got {self.networks}")
         if not self.epochs or list(self.epochs) != sorted(set(self.epochs)) or self.epochs[0] < 1:
-            raise UserError(f"evaluation.epochs: expected ascending positive numbers, got {list(self.epochs)}")
+            raise UserError(f"epochs: expected ascending positive numbers, got {list(self.epochs)}")
 
     @property
     def full_recipe(self) -> Recipe:
-        """The recipe up to the last mark."""
+        """The recipe up to the last number of epochs."""
         return dataclasses.replace(self.recipe, epochs=self.epochs[-1])
 
 
 def train_networks(
-    data: LabelledImages, factory: NetworkFactory, recipe: Recipe, seed: int, marks: Sequence[int]
+    data: LabelledImages, factory: NetworkFactory, recipe: Recipe, seed: int, epochs: Sequence[int]
 ) -> list[nn.Module]:
-    """Train one network and return its copies at the `marks` (epochs), in evaluation mode; leaves random states alone.
+    """Train one network and return its copies after so many epochs, in evaluation mode; leaves random states alone.
 
-    The network is the one `train_and_score` makes of the same seed and recipe.
+    The network is the one that `train_and_score` makes of the same seed and recipe.
+
+    Args:
+        data: images (N, C, H, W) and labels, (N,) or (N, K), on the device to train on.
+        factory: makes the network.
+        recipe: how it trains.
+        seed: of its initialisation and of all that training draws.
+        epochs: numbers of epochs to copy it after, ascending.
     """
     copies: list[nn.Module] = []
 
     def keep(epoch: int) -> None:
-        if epoch in marks:
+        if epoch in epochs:
             copies.append(copy.deepcopy(network).eval())
 
     # Callers are validation hooks, where Lightning has gradients and version counting off.
@@ -57,6 +67,99 @@ def train_networks(
         network = factory().to(data[0].device)
         train(network, (data[0].detach().clone(), data[1].detach().clone()), recipe, keep)
     return copies
+
+
+class Processes(Protocol):
+    """What processes send one another; every strategy of Lightning has it."""
+
+    global_rank: int
+    world_size: int
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object that process `src` gave."""
+
+    def reduce(self, tensor: Tensor, *, reduce_op: str) -> Any:
+        """The sum or mean over processes."""
+
+
+class TrainedNetworks:
+    """Networks trained on one or several sets, and how many images each of them labels right.
+
+    Training is spread over the processes; every process then has all networks and counts on its share of the images.
+
+    Args:
+        seeds: one a network; on every set the network of the same position starts the same.
+        device: where they train and count.
+        processes: the other processes of the run.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device, processes: Processes) -> None:
+        self.seeds, self.device, self.processes = seeds, device, processes
+        self._networks: dict[str, list[list[nn.Module]]] = {}  # set → number of epochs → networks
+        self._right: dict[str, Tensor] = {}  # set → (numbers of epochs, networks)
+        self._images = 0
+
+    def train(
+        self, name: str, data: LabelledImages, factory: NetworkFactory, recipe: Recipe, epochs: Sequence[int]
+    ) -> None:
+        """Train a network a seed on `data` and keep them, as they are after each of `epochs`, under `name`."""
+        rank, world = self.processes.global_rank, self.processes.world_size
+        trained: list[list[nn.Module]] = []
+        for number, seed in enumerate(self.seeds):
+            trains_here = number % world == rank
+            copies = train_networks(data, factory, recipe, seed, epochs) if trains_here else []
+            if world > 1:
+                copies = self.processes.broadcast([copy.cpu() for copy in copies], src=number % world)
+                copies = [copy.to(self.device) for copy in copies]
+            trained.append(copies)
+        self._networks[name] = [list(group) for group in zip(*trained, strict=True)]
+        self._right[name] = torch.zeros(len(epochs), len(self.seeds), device=self.device)
+
+    def count(self, image: Tensor, label: Tensor) -> None:
+        """Let every network label preprocessed images (N, C, H, W) of classes (N,)."""
+        for name, by_epochs in self._networks.items():
+            for row, networks in zip(self._right[name], by_epochs, strict=True):
+                row += torch.stack([(network(image).argmax(1) == label).sum() for network in networks])
+        self._images += len(label)
+
+    def accuracies(self) -> dict[str, Tensor]:
+        """Set → (numbers of epochs, networks) in [0, 1], on the CPU, over the images of all processes."""
+        return {name: self._accuracies(right) for name, right in self._right.items()}
+
+    def _accuracies(self, right: Tensor) -> Tensor:
+        counts = torch.cat([right.flatten(), right.new_tensor([self._images])])
+        counts = self.processes.reduce(counts, reduce_op="sum").cpu()
+        return (counts[:-1] / counts[-1]).view_as(right)
+
+
+def scores_on_test(accuracies: Mapping[str, Tensor], epochs: Sequence[int], best: int | None) -> dict[str, float]:
+    """Scores of a set on test data.
+
+    Args:
+        accuracies: ``set`` → (numbers of epochs, networks), likewise for other sets and networks by name; ``full``: of
+            networks trained on all real data, measured once.
+        epochs: the numbers of epochs.
+        best: the one that was best on validation data, None for the last.
+    """
+    chosen = epochs.index(best) if best in epochs else len(epochs) - 1
+    of_set = accuracies["set"]
+    scores = {
+        "accuracy": float(of_set[chosen].mean()),
+        "accuracy_spread": float(of_set[chosen].std(correction=0)),
+        "accuracy_best_on_test": float(of_set.mean(1).max()),
+        "epochs": float(epochs[chosen]),
+    }
+    for name, values in accuracies.items():
+        if name not in ("set", "full"):
+            scores[f"accuracy_{name}"] = float(values[chosen].mean())
+    if "accuracy_random" in scores:
+        scores["ior"] = scores["accuracy"] - scores["accuracy_random"]
+    if "full" in accuracies:
+        scores["accuracy_full"] = float(accuracies["full"].mean())
+        scores["hlr"] = scores["accuracy_full"] - scores["accuracy_hard_labels"]
+        if "ior" in scores:
+            scores["lrs"] = label_robust_score(scores["ior"], scores["hlr"])
+    return scores
 
 
 def hard_labels(labels: Tensor) -> Tensor:
@@ -67,8 +170,10 @@ def hard_labels(labels: Tensor) -> Tensor:
 def label_robust_score(improvement: float, loss: float, weight: float = 0.5) -> float:
     """LRS of DD-Ranking (Li et al. 2025), in [0, 1], from accuracies in [0, 1].
 
-    improvement: IOR, accuracy of the set over that of random real images under the same recipe. loss: HLR, accuracy of
-    all real data over that of the set, both with hard labels.
+    Args:
+        improvement: IOR, accuracy of the set less that of random real images under the same recipe.
+        loss: HLR, accuracy of all real data less that of the set, both with hard labels.
+        weight: of the improvement; the loss has the rest.
     """
     alpha = weight * improvement - (1 - weight) * loss
     return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))

@@ -8,32 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from leanlight.contracts import atomic_path, atomic_write
 from lit_modules.at_bptt.inner import SyntheticData
-
-
-def drawable(images: Tensor, whitening: Tensor) -> Tensor:
-    """Images (N, C, H, W) of preprocessed space as pictures in [0, 1] on the CPU: unwhitened if need be, each stretched
-    between its own 1st and 99th percentile. 1 or 3 channels."""
-    images = images.detach().float().cpu()
-    if whitening.numel():
-        images = torch.linalg.solve(whitening.detach().float().cpu(), images.flatten(1).T).T.reshape(images.shape)
-    flat = images.flatten(1)
-    low, high = (flat.quantile(q, dim=1).view(-1, 1, 1, 1) for q in (0.01, 0.99))
-    images = ((images - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
-    return images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+from lit_modules.at_bptt.pictures import drawable
+from lit_modules.at_bptt.preprocessing import Preprocessing
 
 
 def export_set(
-    data: SyntheticData,
-    whitening: Tensor,
-    statistics: tuple[Tensor, Tensor] | None,
-    facts: Mapping[str, Any],
-    directory: Path,
+    data: SyntheticData, preprocessing: Preprocessing, facts: Mapping[str, Any], directory: Path
 ) -> list[Path]:
     """Write the set into `directory` and return the files.
 
@@ -41,26 +26,28 @@ def export_set(
     whitening (D, D), or mean and std (C, 1, 1). ``card.json``: classes, recipe, scores, and how to use it.
     ``images.png``: all images. ``dataset/``: one 8-bit PNG an image and ``metadata.jsonl``; `datasets` loads the
     folder.
+
+    Args:
+        data: the set.
+        preprocessing: the space in which it lives.
+        facts: what else stands in the card; ``classes`` and ``ipc`` among it.
+        directory: an existing folder.
     """
     from safetensors.torch import save_file
 
-    tensors = {"images": data.images, "labels": data.labels}
-    if statistics is None:
-        tensors["whitening"] = whitening
-    else:
-        tensors["mean"], tensors["std"] = statistics
+    tensors = {"images": data.images, "labels": data.labels, **preprocessing.tensors()}
     weights, card = directory / "distilled.safetensors", directory / "card.json"
     with atomic_path(weights) as part:
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, part)
     content = {
         "images": list(data.images.shape),
-        "preprocess": "zca" if statistics is None else "standardize",
+        "preprocess": preprocessing.kind,
         "use": "train on `images` and `labels`; bring test images into the same space first: zca: subtract each "
         "image's mean, divide by its norm, flatten, multiply by `whitening`; standardize: (image - mean) / std",
         **facts,
     }
     atomic_write(card, json.dumps(content, indent=2) + "\n")
-    pixels = (drawable(data.images, whitening) * 255).round().byte().numpy()
+    pixels = (drawable(data.images, preprocessing.whitening) * 255).round().byte().numpy()
     folder = _write_folder(pixels, data.labels.detach().cpu(), facts["classes"], directory / "dataset")
     return [weights, card, _write_grid(pixels, facts["ipc"], directory / "images.png"), *folder]
 

@@ -22,12 +22,13 @@ from leanlight.ops.augment import Augmentation
 class FlatNetwork:
     """A network as a function of a flat vector.
 
-    Refuses batch norm: its running statistics would be changed inside graphs that are differentiated twice.
+    Args:
+        network: without batch norm, whose running statistics would change inside graphs that are differentiated twice.
     """
 
     def __init__(self, network: nn.Module) -> None:
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-            raise UserError("model.init_args.network: expected one without batch norm, e.g. norm: instance")
+            raise UserError("network: expected one without batch norm, e.g. norm: instance")
         self.network = network.train()
         self._shapes = {name: value.shape for name, value in network.named_parameters()}
         self._sizes = [shape.numel() for shape in self._shapes.values()]
@@ -46,7 +47,14 @@ class FlatNetwork:
 
 @dataclass(frozen=True)
 class InnerOptimizer:
-    """How theta is trained on the synthetic set. kind: ``adam`` or plain ``sgd``. lr: alpha. betas, eps: of Adam."""
+    """How the inner network is trained on the synthetic set, differentiably.
+
+    Args:
+        kind: ``adam``, as in the paper, or plain ``sgd``.
+        lr: alpha, learning rate; 1e-3 in the paper.
+        betas: of Adam, decay of its first and second moment.
+        eps: of Adam, added to the root of its second moment.
+    """
 
     kind: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-3
@@ -55,7 +63,7 @@ class InnerOptimizer:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise UserError(f"inner_optimizer.lr: expected a positive number, got {self.lr}")
+            raise UserError(f"lr: expected a positive number, got {self.lr}")
 
     def start(self, theta: Tensor) -> InnerState:
         """The state before the first step."""
@@ -74,7 +82,14 @@ class InnerOptimizer:
 
 @dataclass(frozen=True)
 class InnerState:
-    """theta (P,), Adam's first and second moments m and v (P,), and the number of steps taken."""
+    """State of the inner training.
+
+    Args:
+        theta: (P,) parameters.
+        m: (P,) Adam's first moment.
+        v: (P,) Adam's second moment.
+        count: steps taken.
+    """
 
     theta: Tensor
     m: Tensor
@@ -94,8 +109,12 @@ def safe_sqrt(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InnerBatch:
-    """One inner mini-batch, enough to repeat it exactly. index: positions in the set (B,), or None for all of it.
-    seed: of its augmentation."""
+    """One inner mini-batch, enough to repeat it exactly.
+
+    Args:
+        index: (B,) positions in the set, or None for all of it.
+        seed: of its augmentation.
+    """
 
     index: Tensor | None
     seed: int
@@ -103,7 +122,12 @@ class InnerBatch:
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """images (n, C, H, W) and labels (n, K) float, as leaves of a graph or as plain tensors."""
+    """The synthetic set, as leaves of a graph or as plain tensors.
+
+    Args:
+        images: (n, C, H, W) float, preprocessed.
+        labels: (n, K) float.
+    """
 
     images: Tensor
     labels: Tensor
@@ -113,7 +137,13 @@ class SyntheticData:
 
 
 class InnerProblem:
-    """The loss l_t(theta) of one inner mini-batch: cross entropy of augmented synthetic images and (soft) labels."""
+    """The loss l_t(theta) of one inner mini-batch: cross entropy of augmented synthetic images and (soft) labels.
+
+    Args:
+        network: the inner network.
+        optimizer: makes the steps.
+        augment: of the synthetic images, or None.
+    """
 
     def __init__(self, network: FlatNetwork, optimizer: InnerOptimizer, augment: Augmentation | None) -> None:
         self.network, self.optimizer, self.augment = network, optimizer, augment
@@ -156,6 +186,12 @@ class BatchSampler:
     """Inner mini-batches: so many classes, so many of each class's images; None for all.
 
     The set lies class by class: image k of class c at ``c * ipc + k``.
+
+    Args:
+        num_classes: number of classes.
+        ipc: images per class.
+        classes_per_batch: classes in a mini-batch, None for all.
+        images_per_class: images of each class in a mini-batch, None for all.
     """
 
     num_classes: int
@@ -169,10 +205,10 @@ class BatchSampler:
             ("images_per_class", self.images_per_class, self.ipc),
         ):
             if value is not None and not 1 <= value <= most:
-                raise UserError(f"distiller.init_args.{name}: expected 1 to {most}, got {value}")
+                raise UserError(f"{name}: expected 1 to {most}, got {value}")
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> list[InnerBatch]:
-        """Draw `count` batches. generator: on the CPU."""
+        """Draw `count` mini-batches, with a generator on the CPU, so that every device sees the same."""
         seeds = torch.randint(2**62, (count,), generator=generator).tolist()
         classes = self.classes_per_batch or self.num_classes
         images = self.images_per_class or self.ipc

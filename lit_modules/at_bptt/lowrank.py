@@ -20,8 +20,17 @@ def eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """Randomised eigenpairs of a symmetric matrix known by its products (Halko et al. 2011).
 
-    product: (size, k) → (size, k). Returns vectors (size, rank) and values (rank,), by falling absolute value. Power
-    iterations are orthonormalised, and the small matrix is symmetrised: a Hessian is symmetric, but not definite.
+    Returns vectors (size, rank) and values (rank,), by falling absolute value. Power iterations are orthonormalised,
+    and the small matrix is symmetrised: a Hessian is symmetric, but not definite.
+
+    Args:
+        product: the matrix times columns (size, k).
+        size: of the matrix.
+        rank: eigenpairs to find.
+        oversample: further test vectors.
+        power_iters: power iterations; each makes large eigenvalues stand out more.
+        like: a tensor of the dtype and on the device to work with.
+        seed: of the Gaussian test vectors.
     """
     columns = min(size, rank + oversample)
     generator = torch.Generator().manual_seed(seed)
@@ -39,10 +48,16 @@ def eigenpairs(
 class LowRankHessian:
     """A factor Q diag(e) Qᵀ of the Hessian, its refresh rule and its rank schedule.
 
-    rank: k_max (8 suits a CPU, 32 a GPU). min_rank: k_min. oversample, power_iters: of the randomised factorisation.
-    refresh: ``cached`` keeps the factor over outer steps until the drift of the gradient norm reaches `drift` or
-    `every` outer steps have passed; ``window`` factorises once an outer step; ``step`` at each inner step, as the paper
-    writes it, which costs (rank + oversample) (power_iters + 2) Hessian products to save one.
+    The paper's refresh at each inner step costs (rank + oversample) (power_iters + 2) Hessian products to save one.
+
+    Args:
+        rank: k_max, highest rank; 8 suits a CPU, 32 a GPU.
+        min_rank: k_min, lowest rank.
+        oversample: further test vectors of the randomised factorisation.
+        power_iters: power iterations of the randomised factorisation.
+        refresh: factorise at each inner ``step`` (paper), once a ``window``, or ``cached`` over outer steps.
+        every: outer steps that a cached factor lives at most.
+        drift: relative change of the gradient norm at the window's end that renews a cached factor.
     """
 
     rank: int = 8
@@ -55,9 +70,9 @@ class LowRankHessian:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_rank <= self.rank:
-            raise UserError(f"low_rank.min_rank: expected 1 to rank = {self.rank}, got {self.min_rank}")
+            raise UserError(f"min_rank: expected 1 to rank = {self.rank}, got {self.min_rank}")
         if self.every < 1:
-            raise UserError(f"low_rank.every: expected at least 1, got {self.every}")
+            raise UserError(f"every: expected at least 1, got {self.every}")
         self._vectors: Tensor | None = None
         self._values: Tensor | None = None
         self._age = 0

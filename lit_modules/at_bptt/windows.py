@@ -23,7 +23,12 @@ STAGES: tuple[Stage, ...] = ("early", "middle", "late")
 
 @dataclass(frozen=True)
 class Window:
-    """start: inner steps without a graph. length: inner steps that are differentiated."""
+    """Where a meta-gradient goes through.
+
+    Args:
+        start: inner steps before it, without a graph.
+        length: inner steps that are differentiated.
+    """
 
     start: int
     length: int
@@ -38,7 +43,7 @@ class WindowSelector:
     """Base of all rules; `select` is called once an epoch."""
 
     def prepare(self, steps: int, epochs: int) -> None:
-        """Hear T and the number of epochs; UserError when they do not fit."""
+        """Take T, the inner steps, and the number of outer epochs; UserError when they do not fit."""
 
     @property
     def needs_norms(self) -> bool:
@@ -46,14 +51,20 @@ class WindowSelector:
         return False
 
     def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
-        """Choose a window of `steps` inner steps. norms: (steps,) when `needs_norms`. generator: on the CPU."""
+        """Choose a window.
+
+        Args:
+            steps: T, inner steps.
+            norms: (T,) inner gradient norms n_t where `needs_norms`, else None.
+            generator: on the CPU; the choice is a function of its state.
+        """
         raise NotImplementedError
 
     def end_epoch(self, accuracy: float) -> None:
-        """Hear the mean accuracy, in percent, of the epoch's outer forward passes."""
+        """Take the mean accuracy, in percent, of the epoch's outer forward passes."""
 
-    def facts(self) -> dict[str, float]:
-        """Numbers to log after `select`."""
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last choice, to be logged."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +77,7 @@ class WindowSelector:
 
 def _check_window(window: int, steps: int) -> None:
     if not 1 <= window <= steps:
-        raise UserError(f"selector.window: expected 1 to inner_steps = {steps}, got {window}")
+        raise UserError(f"window: expected 1 to inner_steps = {steps}, got {window}")
 
 
 def _uniform(low: int, high: int, generator: torch.Generator) -> int:
@@ -84,7 +95,11 @@ class FullWindow(WindowSelector):
 
 @dataclass
 class LastWindow(WindowSelector):
-    """Differentiate the last `window` steps: T-BPTT."""
+    """Differentiate the last `window` steps: T-BPTT.
+
+    Args:
+        window: W, length of the window in inner steps; 40 in the paper for CIFAR-10.
+    """
 
     window: int = 40
 
@@ -97,7 +112,12 @@ class LastWindow(WindowSelector):
 
 @dataclass
 class RandomWindow(WindowSelector):
-    """A window at a uniformly random place: RaT-BPTT (Feng et al. 2024). min_start: the earliest start."""
+    """A window at a uniformly random place: RaT-BPTT (Feng et al. 2024).
+
+    Args:
+        window: W, length of the window in inner steps; 40 in the paper for CIFAR-10.
+        min_start: the earliest inner step that it starts at.
+    """
 
     window: int = 40
     min_start: int = 0
@@ -106,7 +126,7 @@ class RandomWindow(WindowSelector):
         _check_window(self.window, steps)
         if not 0 <= self.min_start <= steps - self.window:
             raise UserError(
-                f"selector.min_start: expected 0 to inner_steps - window = {steps - self.window}, got {self.min_start}"
+                f"min_start: expected 0 to inner_steps - window = {steps - self.window}, got {self.min_start}"
             )
 
     def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
@@ -117,8 +137,9 @@ class RandomWindow(WindowSelector):
 class HalfWindow(WindowSelector):
     """Three equal stages of epochs, each with its own half of the inner steps and its own length (AT-BPTT, Fig. 1).
 
-    halves: where the window lies in the early, middle and late stage: ``first`` or ``second`` half, or ``any``.
-    windows: its length in each.
+    Args:
+        halves: where the window lies in the early, middle and late stage: ``first`` or ``second`` half, or ``any``.
+        windows: its length in each stage, inner steps.
     """
 
     halves: tuple[str, str, str] = ("first", "any", "second")
@@ -132,7 +153,7 @@ class HalfWindow(WindowSelector):
             _check_window(window, steps)
         for half in self.halves:
             if half not in ("first", "second", "any"):
-                raise UserError(f"selector.halves: expected first, second or any, got {half!r}")
+                raise UserError(f"halves: expected first, second or any, got {half!r}")
         self._epochs = epochs
 
     def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
@@ -155,14 +176,24 @@ class HalfWindow(WindowSelector):
 class AdaptiveWindow(WindowSelector):
     """AT-BPTT's rule: the place follows inner gradient norms, the length their changes, both a stage (Eq. 5 to 8).
 
-    window: W. half_range: d, the length lies in [W - d, W + d]. temperature: tau of both softmaxes. position:
-    ``adaptive`` (DTP) or ``uniform``. length: ``adaptive`` (AWS) or ``fixed`` to W. norm_scale: ``raw`` norms, or
-    ``zscore``, which makes the softmax independent of their scale. anchor: whether the drawn step is the window's
-    ``start`` (published code) or its ``end`` (paper). late_rule: ``mirror`` (code) or ``complement`` (paper).
-    length_rule: ``rank`` (code), ``softmax`` (paper) or ``sigmoid`` of the standardised change. length_stages:
-    ``early`` adapts the length in the early stage only, with W + d in the middle and W - d late (code); ``all`` adapts
-    it always (paper). min_gain_early, min_gain_late: M and N, points of accuracy. patience_early, patience_late: X and
-    Y, as shares of the epochs. counter: ``cumulative`` (paper) or ``consecutive`` (code) small gains.
+    Where the paper and the code published before it differ, an argument has both readings.
+
+    Args:
+        window: W, middle length of the window in inner steps; 40 in the paper for CIFAR-10.
+        half_range: d, the length lies in [W - d, W + d]; 10 in the paper for CIFAR-10.
+        temperature: tau of both softmaxes, positive.
+        position: where the window lies: ``adaptive`` by gradient norms (DTP), or ``uniform``.
+        length: ``adaptive`` by changes of the norms (AWS), or ``fixed`` to W.
+        norm_scale: ``raw`` norms in the softmax, or ``zscore``, which makes it independent of their scale.
+        anchor: whether the drawn step is the window's ``start`` (published code) or its ``end`` (paper).
+        late_rule: place in the late stage: ``mirror`` image of the early one (code), or ``complement`` of P (paper).
+        length_rule: eta(t) of Eq. 7: ``rank`` of the change (code), ``softmax`` (paper), ``sigmoid`` of its z-score.
+        length_stages: stages that adapt the length: ``early``, then W + d and W - d (code), or ``all`` (paper).
+        min_gain_early: M, a smaller gain of an epoch in the early stage counts as small; points of accuracy, 1.5.
+        min_gain_late: N, the same in the middle stage; points of accuracy, 1.0.
+        patience_early: X, small gains that end the early stage, as a share of the epochs; 5 % in the paper.
+        patience_late: Y, small gains that end the middle stage, as a share of the epochs; 4 % in the paper.
+        counter: whether small gains count ``cumulative`` (paper) or ``consecutive`` (code).
     """
 
     window: int = 40
@@ -183,9 +214,9 @@ class AdaptiveWindow(WindowSelector):
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise UserError(f"selector.temperature: expected a positive number, got {self.temperature}")
+            raise UserError(f"temperature: expected a positive number, got {self.temperature}")
         if not 0 <= self.half_range < self.window:
-            raise UserError(f"selector.half_range: expected 0 to window - 1 = {self.window - 1}, got {self.half_range}")
+            raise UserError(f"half_range: expected 0 to window - 1 = {self.window - 1}, got {self.half_range}")
         if self.length == "adaptive" and self.length_rule == "softmax":
             warnings.warn("length_rule softmax keeps the length within a step or two of W - d", stacklevel=2)
         if self.position == "adaptive" and self.late_rule == "complement":
@@ -193,7 +224,7 @@ class AdaptiveWindow(WindowSelector):
         self.stage: Stage = "early"
         self._small_gains, self._epochs = 0, 1
         self._accuracy: float | None = None
-        self._facts: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
 
     def prepare(self, steps: int, epochs: int) -> None:
         _check_window(self.window + self.half_range, steps)
@@ -219,7 +250,7 @@ class AdaptiveWindow(WindowSelector):
             if self.stage == "late" and self.late_rule == "mirror":
                 start = steps - length - start
             start = min(max(start, 0), steps - length)
-        self._facts = {"stage": float(STAGES.index(self.stage)), **self._entropy(norms)}
+        self._metrics = {"stage": float(STAGES.index(self.stage)), **self._entropy(norms)}
         return Window(start, length)
 
     def probabilities(self, norms: Tensor) -> Tensor:
@@ -254,7 +285,7 @@ class AdaptiveWindow(WindowSelector):
             return (change / self.temperature).softmax(0)
         if self.length_rule == "sigmoid":
             return (_zscore(change) / self.temperature).sigmoid()
-        rank = change.argsort(stable=True).argsort()
+        rank = change.argsort(stable=True).argsort()  # position of each step among the changes, ascending
         return rank.double() / max(1, len(change) - 1)
 
     def _entropy(self, norms: Tensor | None) -> dict[str, float]:
@@ -278,20 +309,20 @@ class AdaptiveWindow(WindowSelector):
         if self._small_gains >= (self.patience_early if early else self.patience_late) * self._epochs:
             self.stage, self._small_gains = ("middle" if early else "late"), 0
 
-    def facts(self) -> dict[str, float]:
-        return dict(self._facts)
+    def metrics(self) -> dict[str, float]:
+        return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "stage": self.stage,
             "small_gains": self._small_gains,
             "accuracy": self._accuracy,
-            "facts": dict(self._facts),
+            "metrics": dict(self._metrics),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stage, self._small_gains = state["stage"], state["small_gains"]
-        self._accuracy, self._facts = state["accuracy"], dict(state["facts"])
+        self._accuracy, self._metrics = state["accuracy"], dict(state["metrics"])
 
 
 def _zscore(values: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from .convnets import (
 from .convnets import (
     ConvNet as ConvNet,
 )
+from .features import FeatureClassifier as FeatureClassifier
+from .features import pooled_features as pooled_features
 from .mlp import MLP as MLP
 from .mlp import LinearClassifier as LinearClassifier
 from .neurons import integrate_and_fire as integrate_and_fire

@@ -28,9 +28,14 @@ def check_classifier(
 ) -> None:
     """Run a blank image of `image_shape` (C, H, W) through a classifier: a mismatch is one line before training.
 
-    Leaves the network's mode and the random states as they were. Errors name ``model.init_args.network``.
+    Leaves the network's mode and the random states as they were. Errors name the argument ``network``.
+
+    Args:
+        network: the classifier.
+        image_shape: (C, H, W) of the data's images.
+        num_classes: number of the data's classes.
+        device: where the network is.
     """
-    key = "model.init_args.network.init_args"
     was_training = network.training
     with isolated_rng(), torch.no_grad():
         try:
@@ -38,13 +43,16 @@ def check_classifier(
         except (RuntimeError, ValueError, AssertionError) as error:
             channels, size = image_shape[0], image_shape[-1]
             raise UserError(
-                f"{key}: expected a network for images of shape {image_shape}, that is in_channels {channels} "
+                f"network: expected one for images of shape {image_shape}, that is in_channels {channels} "
                 f"and, where it has one, image_size {size}; got {first_line(error)}"
             ) from error
         finally:
             network.train(was_training)
     if logits.shape != (1, num_classes):
-        raise UserError(f"{key}.num_classes: expected {num_classes}, the classes of the data; got {logits.shape[-1]}")
+        raise UserError(
+            f"network: expected one with num_classes {num_classes}, that of the data; its output has shape "
+            f"{tuple(logits.shape)}"
+        )
 
 
 def first_line(error: Exception) -> str:

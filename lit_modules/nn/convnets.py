@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_modules.nn.checks import pooled_size, require_positive
+from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.normalize import Normalize, PixelStatistic
 
 Norm = Literal["instance", "batch", "group", "none"]
@@ -28,11 +29,21 @@ def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
     return makers[norm]
 
 
-class ConvNet(nn.Module):
+class ConvNet(FeatureClassifier):
     """ConvNet-D: `depth` blocks of [conv 3x3 → norm → ReLU → average pooling by 2], then one linear layer.
 
     Source: Gidaris & Komodakis 2018, and every dataset-distillation paper since Zhao et al. 2021 (width 128, depth 3,
     instance norm at 32 px). (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes) logits.
+
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        width: channels of every convolution; 128 in the literature.
+        depth: D, number of blocks; 3 at 32 px, 4 at 64 px.
+        norm: ``instance`` (of the distillation literature), ``batch``, ``group`` (8 channels a group) or ``none``.
+        image_size: side of the images, pixels.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -60,18 +71,24 @@ class ConvNet(nn.Module):
             )
             for i in range(depth)
         ]
-        self.features = nn.Sequential(*blocks, nn.Flatten())
+        self.features = nn.Sequential(*blocks)
+        self.pool = nn.Flatten()
         self.head = nn.Linear(width * side**2, num_classes)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(self.normalize(image)))
 
-
-class VGG11(nn.Module):
+class VGG11(FeatureClassifier):
     """VGG-11 (Simonyan & Zisserman 2015, configuration A) with a norm after each convolution and one linear layer.
 
-    (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes) logits; UserError below 32 px.
-    width: channels of the first layer (64); later layers have 2, 4, 8 times as many.
+    (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes) logits.
+
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        width: channels of the first layer, 64 in the paper; later layers have 2, 4, 8 times as many.
+        norm: ``instance`` (of the distillation literature), ``batch``, ``group`` (8 channels a group) or ``none``.
+        image_size: side of the images, at least 32 pixels.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -95,17 +112,22 @@ class VGG11(nn.Module):
                 layers += [nn.Conv2d(channels, multiple * width, 3, padding=1), make_norm(multiple * width), nn.ReLU()]
                 channels = multiple * width
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.Flatten()
         self.head = nn.Linear(channels * pooled_size(image_size, 5) ** 2, num_classes)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(self.normalize(image)))
 
-
-class AlexNet(nn.Module):
+class AlexNet(FeatureClassifier):
     """AlexNet in the small form of the dataset-distillation literature (Zhao et al. 2021): five convolutions, no norm.
 
     (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes) logits.
+
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        image_size: side of the images, pixels.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -125,9 +147,6 @@ class AlexNet(nn.Module):
             *(nn.Conv2d(192, 256, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(256, 192, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(192, 192, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            nn.Flatten(),
         )
+        self.pool = nn.Flatten()
         self.head = nn.Linear(192 * pooled_size(image_size, 3) ** 2, num_classes)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(self.normalize(image)))

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_modules.nn.checks import require_positive
+from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.normalize import Normalize, PixelStatistic
 
 
-class MLP(nn.Module):
+class MLP(FeatureClassifier):
     """Flatten, then linear layers with ReLU between them: (N, C, H, W) in [0, 1] → (N, num_classes) logits.
 
-    hidden: sizes of the hidden layers; empty makes a linear probe on pixels.
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        hidden: sizes of the hidden layers; an empty list makes a linear probe on pixels.
+        image_size: side of the images, pixels.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -35,14 +42,20 @@ class MLP(nn.Module):
             layers += [nn.Linear(size, width), nn.ReLU()]
             size = width
         self.features = nn.Sequential(*layers)
+        self.pool = nn.Identity()  # they are vectors already
         self.head = nn.Linear(size, num_classes)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(self.normalize(image)))
 
 
 class LinearClassifier(MLP):
-    """Softmax regression on pixels, the floor every network should beat: an `MLP` without hidden layers."""
+    """Softmax regression on pixels, the floor every network should beat: an `MLP` without hidden layers.
+
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        image_size: side of the images, pixels.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
+    """
 
     def __init__(
         self,

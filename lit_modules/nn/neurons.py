@@ -49,6 +49,10 @@ class RectAroundZeroPotential(surrogate.SurrogateFunctionBase):
 
     It is what the published code of FSVAE and ESVAE computes; the textbook form (STBP, Wu et al. 2018) centres on the
     threshold and is spikingjelly's `Rect`.
+
+    Args:
+        v_threshold: of the neuron, since spikingjelly hands a surrogate the potential minus the threshold.
+        spiking: whether the forward pass gives spikes; without, its primitive function.
     """
 
     def __init__(self, v_threshold: float, spiking: bool = True) -> None:
@@ -75,10 +79,12 @@ def lif(
     ``u[t] = tau * u[t-1] * (1 - o[t-1]) + I[t]``, ``o[t] = 1 if u[t] >= v_threshold else 0``. Firing is at ``>=``
     (spikingjelly); papers that write ``>`` differ only where the potential meets the threshold exactly.
 
-    tau: share of the potential kept from step to step, in (0, 1); spikingjelly's time constant is 1 / (1 - tau).
-    surrogate_gradient: ``rect`` is 1 within 0.5 of the threshold; ``rect_zero`` is 1 within 0.5 of potential 0;
-    ``atan`` (slope 2) and ``sigmoid`` (slope 4) are smooth. detach_reset: cut the gradient through the reset.
-    decay_input: let only the share 1 - tau of the input enter, spikingjelly's default; else it enters in full.
+    Args:
+        tau: share of the potential kept from step to step, in (0, 1); spikingjelly's time constant is 1 / (1 - tau).
+        v_threshold: firing threshold, positive.
+        surrogate_gradient: ``rect``: 1 within 0.5 of the threshold; ``rect_zero``: of 0; ``atan``, ``sigmoid``: smooth.
+        detach_reset: cut the gradient through the reset.
+        decay_input: let only the share 1 - tau of the input enter, spikingjelly's default; else it enters in full.
     """
     if not 0.0 < tau < 1.0:
         raise UserError(f"tau: expected a number between 0 and 1 (share of the potential kept a step), got {tau}")
@@ -90,7 +96,13 @@ def lif(
 def integrate_and_fire(
     v_threshold: float = 1.0, surrogate_gradient: SurrogateName = "atan", detach_reset: bool = False
 ) -> FusedIFNode:
-    """Make an integrate-and-fire neuron with hard reset: `lif` whose potential does not leak."""
+    """Make an integrate-and-fire neuron with hard reset: `lif` whose potential does not leak.
+
+    Args:
+        v_threshold: firing threshold, positive.
+        surrogate_gradient: as in `lif`.
+        detach_reset: cut the gradient through the reset.
+    """
     return FusedIFNode(**_constants(v_threshold, surrogate_gradient, detach_reset))
 
 
@@ -189,8 +201,15 @@ def lif_scan(
     """Integrate `current` (T, N, ...) from `potential` (N, ...); return spikes (T, N, ...) and the potential after
     the last reset.
 
-    ``h[t] = keep * v[t-1] + current[t]``, ``s[t] = h[t] >= v_threshold``, ``v[t] = h[t] * (1 - s[t])``. slope: the
-    derivative of s[t] by h[t]. detach_reset: no gradient through the factor ``1 - s[t]``.
+    ``h[t] = keep * v[t-1] + current[t]``, ``s[t] = h[t] >= v_threshold``, ``v[t] = h[t] * (1 - s[t])``.
+
+    Args:
+        current: input of each step.
+        potential: before the first step.
+        keep: share of the potential kept from step to step.
+        v_threshold: firing threshold.
+        slope: derivative of s[t] by h[t]: 1 in an open interval and 0 elsewhere, or a function of h[t].
+        detach_reset: no gradient through the factor ``1 - s[t]``.
     """
     if torch.is_grad_enabled() and (current.requires_grad or potential.requires_grad):
         return _LIFScan.apply(current, potential, keep, v_threshold, slope, detach_reset)

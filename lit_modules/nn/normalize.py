@@ -18,8 +18,10 @@ class Normalize(nn.Module):
     `mean` and `std` are buffers, so that a checkpoint or an exported network is complete without its data module, and
     noise or inversion acts on plain pixels.
 
-    mean, std: one number for all channels or one per channel. Raises UserError when the number of channels differs or
-    `std` is not positive.
+    Args:
+        channels: of an image.
+        mean: one number for all channels or one a channel.
+        std: one positive number for all channels or one a channel.
     """
 
     mean: Tensor

@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from leanlight.contracts import UserError
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.convnets import Norm, norm_layer
+from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.normalize import Normalize, PixelStatistic
 
 
@@ -26,7 +27,7 @@ class _PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
 
 
-class _SmallImageResNet(nn.Module):
+class _SmallImageResNet(FeatureClassifier):
     """A 3x3 stem of stride 1 without pooling, stages of residual blocks, global average pooling, one linear layer."""
 
     def __init__(
@@ -65,21 +66,24 @@ class _SmallImageResNet(nn.Module):
                     )
                 layers.append(block(channels, planes, stride, shortcut, norm_layer=make_norm))
                 channels = out
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(self.normalize(image)))
-
 
 class ResNet18(_SmallImageResNet):
     """ResNet-18 (He et al. 2016) with the 3x3 stem of small images: (N, C, H, W) in [0, 1] → (N, num_classes) logits.
 
-    width: channels of the first stage (64 in the paper). norm: ``batch`` as published, ``instance`` or ``group``
-    where batch statistics do harm (federated clients, distilled data).
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        width: channels of the first stage, 64 in the paper; doubled in each further stage.
+        norm: ``batch`` as published; ``instance``, ``group`` or ``none`` where batch statistics do harm.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -97,7 +101,13 @@ class ResNet18(_SmallImageResNet):
 class ResNet50(_SmallImageResNet):
     """ResNet-50 (He et al. 2016) with the 3x3 stem of small images: (N, C, H, W) in [0, 1] → (N, num_classes) logits.
 
-    width, norm: as in `ResNet18`; bottleneck blocks give four times as many channels.
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        width: channels of the first stage, 64 in the paper; bottleneck blocks put out four times as many.
+        norm: ``batch`` as published; ``instance``, ``group`` or ``none`` where batch statistics do harm.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -115,8 +125,16 @@ class ResNet50(_SmallImageResNet):
 class CifarResNet(_SmallImageResNet):
     """The thin ResNets of the CIFAR experiments (He et al. 2016, section 4.2): depth = 6n + 2, widths 16, 32, 64.
 
-    Shortcuts without parameters (option A). (N, C, H, W) in [0, 1] → (N, num_classes) logits. Raises UserError for a
-    depth that is not 6n + 2.
+    Shortcuts without parameters (option A). (N, C, H, W) in [0, 1] → (N, num_classes) logits.
+
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        depth: number of layers with weights, 6n + 2: 20, 32, 44, 56, 110, …
+        width: channels of the first stage, 16 in the paper.
+        norm: ``batch`` as published; ``instance``, ``group`` or ``none`` where batch statistics do harm.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -156,10 +174,18 @@ class _PreActivationBlock(nn.Module):
         return self.residual(activated) + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
+class WideResNet(FeatureClassifier):
     """WRN-`depth`-`widen_factor` (Zagoruyko & Komodakis 2016): (N, C, H, W) in [0, 1] → (N, num_classes) logits.
 
-    dropout: probability inside blocks. Raises UserError for a depth that is not 6n + 4.
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        depth: number of layers with weights, 6n + 4: 10, 16, 22, 28, 40, …
+        widen_factor: k, channels of the first stage over 16.
+        dropout: probability that a value inside a block is set to zero in training, in [0, 1).
+        norm: ``batch`` as published; ``instance``, ``group`` or ``none`` where batch statistics do harm.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -186,12 +212,9 @@ class WideResNet(nn.Module):
                 stride = 2 if stage > 0 and position == 0 else 1
                 layers.append(_PreActivationBlock(channels, out, stride, dropout, norm))
                 channels = out
-        layers += [norm_layer(norm)(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(*layers, norm_layer(norm)(channels), nn.ReLU())
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.features(self.normalize(image)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from lit_modules.nn.checks import pooled_size, require_positive
+from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.neurons import SurrogateName, lif
 from lit_modules.nn.normalize import Normalize, PixelStatistic
 
@@ -47,12 +48,18 @@ class ThresholdBatchNorm(nn.Module):
     ``y = weight * alpha * v_threshold * (x - mean) / sqrt(var + eps) + bias`` per channel with statistics over batch,
     time and space. x: (T·N, C) or (T·N, C, H, W). weight starts at 1; the factor stays outside of it, as in the
     paper's formula, so that a step of an adaptive optimiser has the same relative size for any threshold.
+
+    Args:
+        channels: C.
+        v_threshold: firing threshold of the neurons that follow.
+        alpha: further factor; 1 where a neuron has one input path.
+        dims: number of space dimensions of the input, 0 or 2.
+        options: ``eps`` and ``momentum`` of torch's batch norm.
     """
 
     def __init__(
         self, channels: int, v_threshold: float = 0.2, alpha: float = 1.0, dims: Literal[0, 2] = 2, **options: Any
     ) -> None:
-        """dims: number of space dimensions. options: `eps` and `momentum` of torch's batch norm."""
         super().__init__()
         self.scale = alpha * v_threshold
         # The norm is a child, not a base class, so that SyncBatchNorm.convert_sync_batchnorm keeps the factor.
@@ -68,7 +75,10 @@ class ThresholdBatchNorm(nn.Module):
 class LeakyReadout(nn.Module):
     """Potential of a leaky integrator without threshold after the last step: ``sum_t decay**(T-1-t) * y[t]``.
 
-    (T, N, ...) → (N, ...). decay: in [0, 1]; 1 is the plain sum.
+    (T, N, ...) → (N, ...).
+
+    Args:
+        decay: share of the potential kept from step to step, in [0, 1]; 1 is the plain sum.
     """
 
     def __init__(self, decay: float = 0.8) -> None:
@@ -85,14 +95,25 @@ class LeakyReadout(nn.Module):
         return f"decay={self.decay}"
 
 
-class SpikingConvNet(nn.Module):
+class SpikingConvNet(FeatureClassifier):
     """Spiking ConvNet: `depth` blocks of [conv 3x3 → average pooling by 2 → tdBN → LIF], then one linear layer.
 
     (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes). The image is shown at each of `time_steps`
     steps; its convolution and norm are computed once. Pooling comes before the neuron, so every layer but the first
     receives binary spikes. Neurons start at rest in each forward and hold nothing afterwards.
 
-    tau: share of the potential kept a step. v_threshold: firing threshold. surrogate_gradient: see `lif`.
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        width: channels of every convolution.
+        depth: number of blocks.
+        time_steps: T, how often the image is shown.
+        tau: share of the potential kept from step to step, in (0, 1).
+        v_threshold: firing threshold, positive.
+        surrogate_gradient: derivative of a spike in the backward pass: ``rect``, ``rect_zero``, ``atan``, ``sigmoid``.
+        image_size: side of the images, pixels.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
     """
 
     def __init__(
@@ -125,15 +146,19 @@ class SpikingConvNet(nn.Module):
             for i in range(depth)
         )
         self.neurons = nn.ModuleList(lif(tau, v_threshold, surrogate_gradient) for _ in range(depth))
+        self.pool = nn.Flatten()
         self.head = nn.Linear(width * side**2, num_classes)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Images → mean firing rates (N, width, H', W') over the time steps.
+
+        The head is linear: its output at the mean rate is the mean over time of its outputs.
+        """
         reset(self)
         current = repeat_time(self.currents[0](self.normalize(image)), self.time_steps)
         spikes = self.neurons[0](current)
         for layer, fire in zip(self.currents[1:], self.neurons[1:], strict=True):
             spikes = fire(unfold_time(layer(fold_time(spikes)), self.time_steps))
-        # The head is linear: the mean over time of its outputs is its output at the mean firing rate.
-        logits = self.head(spikes.mean(0).flatten(1))
+        rates = spikes.mean(0)
         reset(self)
-        return logits
+        return rates

@@ -13,8 +13,18 @@ from lit_modules.nn.normalize import Normalize, PixelStatistic
 class TimmNet(nn.Module):
     """A timm network by name: (N, in_channels, H, W) in [0, 1] → (N, num_classes) logits.
 
-    options: further arguments of `timm.create_model`, e.g. ``img_size``. pretrained: load timm's weights (downloads
-    them). Raises MissingExtraError without timm, UserError for an unknown name.
+    Args:
+        name: of the network in timm, e.g. ``resnet18``.
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        pretrained: load timm's weights, which downloads them.
+        options: further arguments of ``timm.create_model``, e.g. ``img_size``.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
+
+    Raises:
+        MissingExtraError: timm is not installed.
+        UserError: timm has no network of that name.
     """
 
     def __init__(
@@ -41,3 +51,11 @@ class TimmNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network(self.normalize(image))
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Images in [0, 1] → timm's features."""
+        return self.network.forward_features(self.normalize(image))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """timm's features → logits (N, num_classes), or with `pre_logits` the vectors (N, D) before the last layer."""
+        return self.network.forward_head(features, pre_logits=pre_logits)

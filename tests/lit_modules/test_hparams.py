@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from lit_modules.classifier import ImageClassifier
-from lit_modules.hparams import encode
+from lit_modules.hparams import _TESTED, encode
 from lit_modules.nn import ConvNet
 
 CONFIG = """
@@ -135,3 +135,21 @@ def test_nested_objects_become_a_config():
         encode({"rule": object()}, "options")
     with pytest.raises(UserError, match="named arguments"):
         encode(functools.partial(torch.nn.Sequential, torch.nn.ReLU), "network")
+
+
+def test_a_version_of_lightning_that_lacks_what_is_needed_is_named(tmp_path):
+    code = (
+        "from lightning.pytorch.core import saving; del saving._ALLOWED_INSTANTIATORS;"
+        "from leanlight.contracts import UserError\n"
+        "try:\n    import lit_modules.hparams\nexcept UserError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("lightning: ")
+    assert "pip install lightning==" in done.stdout
+
+
+def test_the_tested_version_of_lightning_is_that_of_the_constraints():
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    assert f"lightning=={_TESTED}" in constraints

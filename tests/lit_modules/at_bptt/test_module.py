@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from datamodules import DistilledDataModule, ImageDataModule
+from datamodules import DistilledDataModule, ImageDataModule, ImageFolderStream
 from leanlight.contracts import UserError, isolated_rng
 from leanlight.ops.differentiable import ALL_AUGMENTATIONS, DIFFERENTIABLE, siamese_dsa
 from leanlight.ops.whitening import apply_zca, fit_zca
@@ -25,13 +25,14 @@ from lit_modules.at_bptt import (
     InnerOptimizer,
     TruncatedBPTT,
 )
-from lit_modules.at_bptt.distillers import Setting
+from lit_modules.at_bptt.clipping import clip_by_average
+from lit_modules.at_bptt.distillers import Task
 from lit_modules.at_bptt.evaluation import label_robust_score, train_networks
 from lit_modules.at_bptt.inner import SyntheticData
-from lit_modules.at_bptt.synthetic import herding_subset, noise_images
+from lit_modules.at_bptt.synthetic import noise_images
 from lit_modules.classifier import ImageClassifier
 from lit_modules.classifier.training import Recipe, accuracy, train_and_score
-from lit_modules.nn import MLP, ConvNet
+from lit_modules.nn import MLP, ConvNet, pooled_features
 
 MAKE = {"in_channels": 1, "num_classes": 10, "image_size": 8, "mean": 0.0, "std": 1.0}
 NETWORK = functools.partial(ConvNet, width=8, depth=2, **MAKE)
@@ -48,13 +49,14 @@ def module(distiller=None, **changes):
     )
     settings = {
         "network": NETWORK,
+        "image_shape": (1, 8, 8),
         "ipc": 1,
         "learn_labels": not isinstance(distiller, (FixedSet, DistributionMatching)),
         "optimizer": functools.partial(torch.optim.Adam, lr=0.02),
         "evaluation": Evaluation(2, (10, 30), RECIPE),
         "seed": 0,
     }
-    return DatasetDistillation(image_shape=(1, 8, 8), distiller=distiller, **{**settings, **changes})
+    return DatasetDistillation(distiller=distiller, **{**settings, **changes})
 
 
 def trainer(epochs=1, **changes):
@@ -116,7 +118,7 @@ def test_distribution_matching_brings_the_class_means_of_features_together():
     torch.manual_seed(0)
     image, label = torch.randn(200, 1, 8, 8), torch.arange(200) % 10
     distiller = DistributionMatching(augment=False)
-    distiller.prepare(Setting(NETWORK, 10, 2, 1, False))
+    distiller.prepare(Task(NETWORK, 10, 2, 1, False))
     images = torch.randn(20, 1, 8, 8)
     losses = []
     for seed in range(60):
@@ -130,50 +132,35 @@ def test_distribution_matching_s_loss_is_the_distance_of_class_means_without_cla
     image, label = torch.randn(30, 1, 8, 8), torch.arange(30) % 9  # no image of class 9
     data = SyntheticData(torch.randn(20, 1, 8, 8), torch.zeros(20, 10))
     distiller = DistributionMatching(augment=False)
-    distiller.prepare(Setting(NETWORK, 10, 2, 1, False))
+    distiller.prepare(Task(NETWORK, 10, 2, 1, False))
     with isolated_rng(5):
         network = NETWORK()
+    real, synthetic = pooled_features(network, image), pooled_features(network, data.images)
     expected = sum(
-        (network.features(image[label == c]).mean(0) - network.features(data.images[2 * c : 2 * c + 2]).mean(0))
-        .square()
-        .sum()
-        for c in range(9)
-    )
+        (real[label == c].mean(0) - synthetic[2 * c : 2 * c + 2].mean(0)).square().sum() for c in range(9)
+    ).detach()
     assert float(distiller.outer_step(data, image, label, 5).loss) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_fixed_set_holds_whitened_real_images_and_stays_as_it_is():
     data, model = digits(), module(FixedSet(), start="random", compare_with_random=False)
     trainer().fit(model, data)
-    real = apply_zca(data.train_split.images.float() / 255, model.whitening)
+    real = apply_zca(data.train_split.images.float() / 255, model.preprocessing.whitening)
     exact = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(model.images.detach().flatten(1), real.flatten(1), compute_mode=exact).min(1)
     assert distance.values.max() < 1e-5
     assert torch.equal(data.train_split.labels[distance.indices], torch.arange(10))
 
 
-def test_herding_follows_the_class_mean():
-    features, labels = torch.randn(60, 5).double(), torch.arange(60) % 2
-    chosen = herding_subset(features, labels, 2, 6)
-    assert chosen.unique().numel() == 12
-    for c in (0, 1):
-        own, mean = features[labels == c], features[labels == c].mean(0)
-        picked = features[chosen[c * 6 : c * 6 + 6]]
-        assert torch.equal(picked[0], own[(own - mean).norm(dim=1).argmin()])
-        random = torch.stack([own[torch.randperm(30)[:6]].mean(0) for _ in range(200)])
-        assert (picked.mean(0) - mean).norm() < (random - mean).norm(dim=1).quantile(0.05)
-
-
 def test_gradients_are_clipped_by_the_moving_average_of_their_norm():
-    model, norms, expected_ema = module(), [1.0, 1.0, 10.0, 1.0], None
-    for norm in norms:
-        gradient = torch.zeros_like(model.images)
-        gradient[0, 0, 0, 0] = norm
-        with torch.no_grad():
-            seen = model._set_gradients(gradient, torch.zeros_like(model.labels))
-        expected_ema = norm if expected_ema is None else 0.9 * expected_ema + 0.1 * norm
-        assert float(seen) == norm
-        assert float(model.images.grad.norm()) == pytest.approx(min(norm, 2 * expected_ema))
+    average, expected = torch.tensor(torch.nan), None
+    for norm in (1.0, 1.0, 10.0, 1.0):
+        gradient = torch.zeros(3, 4)
+        gradient[0, 0] = norm
+        clipped, average = clip_by_average(gradient, gradient.norm(), average, 2.0, 0.9)
+        expected = norm if expected is None else 0.9 * expected + 0.1 * norm
+        assert float(average) == pytest.approx(expected)
+        assert float(clipped.norm()) == pytest.approx(min(norm, 2 * expected))
 
 
 def test_the_score_in_a_run_is_that_of_train_and_score_and_of_a_classifier_on_the_exported_set(tmp_path):
@@ -182,7 +169,7 @@ def test_the_score_in_a_run_is_that_of_train_and_score_and_of_a_classifier_on_th
     run = trainer(2)
     run.fit(model, data)
     seed = model._seed("judge", 0)
-    test = model.prepare_images(data.test_split.images), data.test_split.labels
+    test = model.preprocessing(data.test_split.images), data.test_split.labels
     (score,) = train_and_score((model.images.detach(), model.labels.detach()), NETWORK, recipe, [seed], test)
     (metrics,) = run.test(model, data, verbose=False)
     assert metrics["test/accuracy"] == pytest.approx(score, abs=1e-6)
@@ -198,7 +185,7 @@ def test_the_score_in_a_run_is_that_of_train_and_score_and_of_a_classifier_on_th
     assert distilled.meta.counts["train"] == 10
 
 
-def test_marks_see_the_same_training_at_different_times():
+def test_copies_after_fewer_epochs_see_the_same_training_at_different_times():
     data = torch.randn(10, 1, 8, 8), torch.arange(10)
     early, late = train_networks(data, NETWORK, Recipe(epochs=20), 3, (5, 20))
     (alone,) = train_networks(data, NETWORK, Recipe(epochs=5), 3, (5,))
@@ -215,7 +202,7 @@ def test_an_export_trains_in_plain_pytorch_and_reads_as_a_folder(tmp_path):
     flat = data.test_split.images.flatten(1).float() / 255
     flat = flat - flat.mean(1, keepdim=True)
     test = (flat / flat.norm(dim=1, keepdim=True)) @ tensors["whitening"]
-    assert torch.allclose(test.view(-1, 1, 8, 8), model.prepare_images(data.test_split.images), atol=1e-6)
+    assert torch.allclose(test.view(-1, 1, 8, 8), model.preprocessing(data.test_split.images), atol=1e-6)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(network.parameters(), card["recipe"]["lr"])
     for _ in range(60):
@@ -307,6 +294,79 @@ def test_lrs_runs_from_0_to_1():
 def test_bad_settings_are_named(changes, named):
     with pytest.raises(UserError, match=named):
         trainer().fit(module(**changes), digits())
+
+
+def picture_folders(root):
+    """Grey squares, bright for one class and dark for the other, as PNG files; returns the folder."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 6)):
+        for label, level in (("bright", 200), ("dark", 40)):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(level - 30, level + 30, (10, 10, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def streamed(root):
+    return ImageFolderStream(root, image_size=8, batch_size=16, num_workers=0, val_fraction=0.2)
+
+
+def streamed_module(**changes):
+    network = functools.partial(ConvNet, 3, 2, width=8, depth=2, image_size=8, mean=0.0, std=1.0)
+    settings = {"network": network, "num_classes": 2, "preprocess": "standardize", "mean": 0.47, "std": 0.32}
+    return module(image_shape=(3, 8, 8), **{**settings, "compare_with_random": False, **changes})
+
+
+def test_a_stream_of_pictures_is_distilled_and_tested(tmp_path):
+    model, data, run = streamed_module(), streamed(picture_folders(tmp_path)), trainer(4)
+    run.fit(model, data)
+    (metrics,) = run.test(model, data, verbose=False)
+    assert metrics["test/accuracy"] > 0.9
+    assert "test/accuracy_random" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preprocess": "zca"}, "preprocess: zca needs .* ImageFolderStream .* standardize"),
+        ({"start": "herding"}, "start: herding needs .* noise"),
+        ({"compare_with_random": True}, "compare_with_random: true needs .* false"),
+        ({"full_recipe": RECIPE}, "full_recipe: .* needs .* null"),
+    ],
+)
+def test_what_needs_images_in_memory_is_refused_before_training_on_a_stream(tmp_path, changes, words):
+    model, data = streamed_module(**changes), streamed(picture_folders(tmp_path))
+    with pytest.raises(UserError, match=words):
+        trainer().fit(model, data)
+    assert model.global_step == 0
+    if "needs" in words and not changes.keys() & {"preprocess", "start"}:
+        with pytest.raises(UserError, match=words):
+            trainer().test(model, data)
+
+
+def test_another_precision_than_single_is_refused():
+    with pytest.raises(UserError, match=r"trainer\.precision: expected 32-true"):
+        trainer(precision="64-true").fit(module(), digits())
+
+
+def test_a_network_without_features_is_refused_for_distribution_matching():
+    network = functools.partial(nn.Linear, 8, 10)
+    with pytest.raises(UserError, match="network: expected one with forward_features"):
+        DistributionMatching().prepare(Task(network, 10, 1, 1, False))
+
+
+def test_pictures_show_the_set_and_what_the_distiller_chose():
+    model = module()
+    trainer(2, check_val_every_n_epoch=1).fit(model, digits())
+    items = model.media("val")
+    assert set(items) == {"images", "labels", "window", "stage", "entropy", "accuracy", "inner_gradient_norm"}
+    assert items["images"].images.shape == (10, 1, 8, 8)
+    assert items["inner_gradient_norm"].series["this epoch's probe"] == model.distiller.choice["norms"].tolist()
+    start, end = items["window"].series["start"], items["window"].series["end"]
+    assert all(3 <= last - first <= 5 for first, last in zip(start, end, strict=True))
+    assert not module(FixedSet()).distiller.media()
 
 
 def test_a_distilled_set_of_other_data_is_refused(tmp_path):

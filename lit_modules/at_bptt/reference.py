@@ -1,0 +1,56 @@
+"""What gradient engines are compared on, for the equality test and the benchmark; nothing else uses it.
+
+The reference itself is `Unrolled`, which is also a row of the tables: autograd through the graph of the whole window,
+as published implementations do it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from leanlight.ops.differentiable import find_augmentation
+from lit_modules.at_bptt.engines import GradientEngine
+from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerOptimizer, InnerProblem, SyntheticData
+from lit_modules.nn import ConvNet
+
+_CLASSES, _IPC = 10, 10
+
+
+class ReferenceWindow:
+    """One window of inner training of a ConvNet-3 on random images, and its outer loss on random real ones.
+
+    Args:
+        width: of the network.
+        size: side of the images, pixels.
+        real: real images of the outer loss.
+        window: inner steps.
+        device: to work on.
+        dtype: of everything.
+    """
+
+    def __init__(
+        self, width: int, size: int, real: int, window: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        torch.manual_seed(0)
+        network = ConvNet(3, _CLASSES, width, 3, image_size=size, mean=0.0, std=1.0).to(device, dtype)
+        optimizer = InnerOptimizer()
+        self.problem = InnerProblem(FlatNetwork(network), optimizer, find_augmentation("flip_rotate", "augment"))
+        self.state = optimizer.start(self.problem.network.parameters())
+        images = torch.randn(_CLASSES * _IPC, 3, size, size).to(device, dtype)
+        self.data = SyntheticData(images, torch.eye(_CLASSES).repeat_interleave(_IPC, 0).to(device, dtype))
+        self.image, self.label = (
+            torch.randn(real, 3, size, size).to(device, dtype),
+            torch.arange(real).to(device) % _CLASSES,
+        )
+        sampler = BatchSampler(_CLASSES, _IPC)
+        self.batches = sampler.draw(window, torch.Generator().manual_seed(0), torch.device(device))
+
+    def gradient(self, engine: GradientEngine) -> torch.Tensor:
+        """The meta-gradient with respect to the images (n, 3, size, size)."""
+
+        def outer_loss(theta: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.problem.network(theta, self.image), self.label)
+
+        result = engine.meta_gradient(self.problem, self.state, self.data, self.batches, outer_loss, False)
+        return result.images
