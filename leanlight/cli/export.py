@@ -28,13 +28,18 @@ def load_module(checkpoint: Path) -> Any:
     return module_class.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
 
 
-def main(argv: list[str]) -> int:
-    """Export a run's last or best model, or one checkpoint."""
+def parser() -> Parser:
+    """The command's options; a pipeline checks a stage's options with it."""
     parser = Parser(prog="leanlight export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
     parser.add_argument("--output", type=Path, help="folder to write; by default artifacts/export in the run folder")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Export a run's last or best model, or one checkpoint."""
+    args = parser().parse_args(argv)
     if args.source.is_dir():
         checkpoint = args.source / "checkpoints" / f"{args.checkpoint}.ckpt"
         output = args.output or args.source / "artifacts" / "export"
