@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 import callbacks
 from leanlight import runs
 from leanlight.contracts import UserError
-from leanlight.invocation import Invocation, expand, read_config, run_config
+from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
 from leanlight.parser import LeanlightParser
@@ -387,11 +386,6 @@ def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
 def has_test(model: pl.LightningModule) -> bool:
     """Whether a module measures itself on test data."""
     return type(model).test_step is not pl.LightningModule.test_step
-
-
-def option(key: str, value: Any) -> str:
-    """Write one override as a command line option; anything but text goes as JSON, which is YAML too."""
-    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def method_of(class_path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError
 from leanlight.runs import read_summary
-from lit_modules.admission import trusted_packages
+from lit_modules.admission import named_packages, trusted_packages
 
 _RESUMED = ("fit", "predict")
 
@@ -65,6 +66,11 @@ def expand(argv: list[str]) -> Invocation:
     return Invocation([command, *configs, *args], None, trusted)
 
 
+def option(key: str, value: Any) -> str:
+    """Write one override as a command line option; anything but text goes as JSON, which is YAML too."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def take(args: list[str], *flags: str) -> tuple[str | None, list[str]]:
     """Remove the first ``FLAG VALUE`` or ``FLAG=VALUE`` from `args`; return its value, or None, and the rest."""
     for index, arg in enumerate(args):
@@ -88,17 +94,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if content is not None and not isinstance(content, dict):
         raise UserError(f"config {path}: expected keys such as model, data, trainer, got a {type(content).__name__}")
     return content or {}
-
-
-def named_packages(value: Any) -> set[str]:
-    """Top-level packages of every dotted name among the strings of a nested value: what a user's config names."""
-    if isinstance(value, dict):
-        return set().union(*map(named_packages, value.values()))
-    if isinstance(value, (list, tuple)):
-        return set().union(*map(named_packages, value))
-    if not isinstance(value, str) or "." not in value or not all(part.isidentifier() for part in value.split(".")):
-        return set()
-    return {value.split(".")[0]}
 
 
 def _lies_in_a_run(path: Path) -> bool:

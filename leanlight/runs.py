@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -21,7 +22,11 @@ from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write, sha256_file
 
 PROJECT = Path(__file__).resolve().parent.parent
-_CODE_ROOTS = ("leanlight/contracts", "lit_modules", "datamodules", "callbacks")
+_CODE_ROOTS = ("leanlight/contracts/", "leanlight/ops/", "lit_modules/", "datamodules/", "callbacks/")
+# Files of these names never decide a number, so that a change in them must not make results look outdated. They draw
+# (pictures, media), pack (export) or time (throughput) what has been computed, describe data whose content has a
+# fingerprint of its own (catalog), or only list names (__init__: a new method does not change the others).
+_CODE_THAT_DECIDES_NOTHING = ("pictures.py", "media.py", "export.py", "throughput.py", "catalog.py", "__init__.py")
 # Trainer settings that decide numbers. The others (logging, progress bars, folders) do not change a run's identity.
 _TRAINER_KEYS = [
     "accelerator",
@@ -53,6 +58,21 @@ _TRAINER_KEYS = [
     "reload_dataloaders_every_n_epochs",
 ]
 _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data lies, not what it is
+_MANY_FILES = 1000  # a folder of more artefacts than this is one line of a summary
+_PUBLISHED = Path("docs/results")
+
+
+def folder_name(value: str, where: str) -> str:
+    """Return `value` if it is a plain folder name, which cannot lead out of the folder it is put in; else UserError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,199}", value):
+        shown = value if len(value) <= 60 else value[:60] + "..."
+        raise UserError(f"{where}: {shown!r} is not a folder name (at most 200 letters, digits, '.', '_' and '-')")
+    return value
+
+
+def results_folder(runs_root: Path, publish: bool) -> Path:
+    """Folder of result files: published ones belong to the project, others lie with the runs they were made of."""
+    return _PUBLISHED if publish else runs_root / "results"
 
 
 @dataclass
@@ -68,7 +88,7 @@ class RunSettings:
         wandb: auto logs online when W&B has a key, offline otherwise.
         wandb_project: W&B project.
         test: which weights to test when `fit` ends.
-        inputs: files of earlier stages this run depends on, by name; their content is part of the run's identity.
+        inputs: files and folders of earlier stages this run depends on, by name; their content is part of its identity.
     """
 
     method: str | None = None
@@ -84,8 +104,41 @@ class RunSettings:
     def __post_init__(self) -> None:
         for key in ("method", "dataset", "id"):
             value = getattr(self, key)
-            if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", value):
-                raise UserError(f"run.{key}: {value!r} is not a folder name (letters, digits, '.', '_' and '-')")
+            if value is not None:
+                folder_name(value, f"run.{key}")
+
+
+def content_digest(path: Path | str) -> str:
+    """sha256 of a file, or one for all that a folder holds: of relative paths and contents, wherever the folder lies.
+
+    Of a run folder only checkpoints and artefacts count, of any folder no pictures (``media``): logs and drawings
+    change without changing what a later stage reads. Raises UserError when there is nothing.
+    """
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise UserError(f"run.inputs: nothing at {path}")
+    outputs = _outputs(path)
+    if not outputs:
+        raise UserError(f"run.inputs: {path} holds no file")
+    digest = hashlib.sha256()
+    for relative in outputs:
+        digest.update(f"{sha256_file(os.path.join(path, relative))}  {relative}\n".encode())
+    return digest.hexdigest()
+
+
+def _outputs(folder: Path) -> list[str]:
+    """What counts of a folder, as sorted relative paths."""
+    parts = ("checkpoints", "artifacts") if (folder / "summary.json").is_file() else ("",)
+    relative: list[str] = []
+    for part in parts:
+        for place, _, names in os.walk(folder / part):  # pathlib takes seconds for 100,000 files
+            inside = Path(place).relative_to(folder)
+            prefix = "" if inside == Path() else f"{inside.as_posix()}/"
+            if "media" not in inside.parts:
+                relative += [prefix + name for name in names]
+    return sorted(relative)
 
 
 def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
@@ -93,20 +146,27 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 
     Args:
         resolved: the configuration as `leanlight.experiment.resolve` gives it.
-        inputs: name → path of the stage inputs; each counts by the sha256 of its content, wherever its path stands in
-            the configuration.
+        inputs: name → file or folder of the stage inputs; each counts by the sha256 of its content, wherever its path,
+            or a path inside it, stands in the configuration.
 
     Returns:
         64 hex digits.
     """
-    digests = {str(path): sha256_file(path) for path in (inputs or {}).values()}
+    digests = {str(path): content_digest(path) for path in (inputs or {}).values()}
+    folders = sorted(digests, key=len, reverse=True)  # the innermost of nested folders first
+
+    def without_place(text: str) -> str:
+        for folder in folders:
+            if text == folder or text.startswith(f"{folder}/"):
+                return digests[folder] + text.removeprefix(folder)
+        return text
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
-        return digests.get(str(value), value) if isinstance(value, (str, Path)) else value
+        return without_place(str(value)) if isinstance(value, (str, Path)) else value
 
     trainer = resolved.get("trainer", {})
     identity = {
@@ -121,7 +181,7 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 
 
 def code_version(files: Iterable[str] | None = None) -> tuple[str, list[str]]:
-    """Hash of the project's files that decide numbers.
+    """Hash of the project's code that decides numbers: comments, docstrings and formatting are not in it.
 
     files: paths relative to the project; by default those imported so far. Returns (64 hex digits, the files). A file
     that is gone counts as empty, so that a removed file shows as a change.
@@ -130,14 +190,45 @@ def code_version(files: Iterable[str] | None = None) -> tuple[str, list[str]]:
         loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
         paths = {Path(name).resolve() for name in loaded if name}
         relative = (path.relative_to(PROJECT).as_posix() for path in paths if path.is_relative_to(PROJECT))
-        # An `__init__` only lists names: a new method must not make the results of the others look outdated.
-        files = [name for name in relative if name.startswith(_CODE_ROOTS) and not name.endswith("/__init__.py")]
+        files = [name for name in relative if name.startswith(_CODE_ROOTS) and _decides(name)]
     names = sorted(files)
     digest = hashlib.sha256()
     for name in names:
         path = PROJECT / name
-        digest.update(f"{name}:{sha256_file(path) if path.is_file() else ''}\n".encode())
+        meaning = _meaning(path.read_bytes()) if path.is_file() else ""
+        digest.update(f"{name}:{meaning}\n".encode())
     return digest.hexdigest(), names
+
+
+def _decides(name: str) -> bool:
+    return name.rpartition("/")[2] not in _CODE_THAT_DECIDES_NOTHING
+
+
+@cache
+def _meaning(source: bytes) -> str:
+    """Hash of a Python file's syntax tree; of its bytes when it does not parse. A file is parsed once a process."""
+    try:
+        return hashlib.sha256(repr(_tree(ast.parse(source))).encode()).hexdigest()
+    except (SyntaxError, ValueError):
+        return hashlib.sha256(source).hexdigest()
+
+
+def _tree(node: Any) -> Any:
+    """A syntax tree as nested tuples, without positions, texts that are statements (docstrings) and empty fields.
+
+    All other constants stay, texts too: a string may be a key or a mode. Empty fields go because each Python version
+    adds some, and an upgrade of Python must not outdate results.
+    """
+    if isinstance(node, list):
+        return [_tree(item) for item in node if not (isinstance(item, ast.Expr) and _is_text(item.value))]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, getattr(node, name, None)) for name in node._fields)
+    return (type(node).__name__, *((name, _tree(value)) for name, value in fields if value is not None and value != []))
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _git(*arguments: str) -> str:
@@ -206,9 +297,20 @@ def find_runs(root: Path | str) -> list[Path]:
 
 
 def list_artifacts(run_dir: Path) -> list[dict[str, Any]]:
-    """Checkpoints and artefacts of a run with size and sha256, pictures left out."""
+    """Checkpoints and artefacts of a run with size and sha256, pictures left out; a folder of very many as one."""
     files = [*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("artifacts/**/*")]
-    keep = sorted(path for path in files if path.is_file() and "media" not in path.relative_to(run_dir).parts)
+    places: dict[Path, list[Path]] = {}
+    for path in files:
+        if path.is_file() and "media" not in path.relative_to(run_dir).parts:
+            top = run_dir.joinpath(*path.relative_to(run_dir).parts[:2])  # checkpoints/last.ckpt, artifacts/export
+            places.setdefault(top, []).append(path)
+    listed = [item for top, inside in places.items() for item in ([top] if len(inside) > _MANY_FILES else inside)]
+    sizes = {top: sum(path.stat().st_size for path in inside) for top, inside in places.items()}
     return [
-        {"path": p.relative_to(run_dir).as_posix(), "sha256": sha256_file(p), "bytes": p.stat().st_size} for p in keep
+        {
+            "path": path.relative_to(run_dir).as_posix(),
+            "sha256": content_digest(path),
+            "bytes": path.stat().st_size if path.is_file() else sizes[path],
+        }
+        for path in sorted(listed)
     ]

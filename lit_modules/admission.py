@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from typing import Any
 
 from jsonargparse import _common, set_parsing_settings
 
@@ -58,3 +59,14 @@ def only_admitted(trusted: Iterable[str] = ()) -> Iterator[None]:
         yield
     finally:
         _common.parsing_settings.update(before)
+
+
+def named_packages(value: Any) -> set[str]:
+    """Top-level packages of every dotted name among the strings of a nested value: what a user's config names."""
+    if isinstance(value, dict):
+        return set().union(*map(named_packages, value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(named_packages, value))
+    if not isinstance(value, str) or "." not in value or not all(part.isidentifier() for part in value.split(".")):
+        return set()
+    return {value.split(".")[0]}

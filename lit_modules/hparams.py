@@ -21,6 +21,7 @@ from lightning.pytorch.cli import instantiate_module
 from lightning.pytorch.core import saving
 
 from leanlight.contracts import UserError
+from lit_modules.admission import named_packages, only_admitted
 
 _REBUILD = "lit_modules.hparams.rebuild"
 _TESTED = "2.6.6"
@@ -68,14 +69,20 @@ def save_hparams(module: LightningModule) -> None:
 def rebuild(module_class: type[LightningModule], config: dict[str, Any]) -> LightningModule:
     """Make a module from the hyper-parameters in its checkpoint; ``load_from_checkpoint`` calls it.
 
-    Lightning's own function would leave live objects in the hyper-parameters of the module it makes.
+    Lightning's own function would leave live objects in the hyper-parameters of the module it makes, and import
+    whatever a checkpoint names. Here that is what `only_admitted` allows, and what the caller holds already: the class,
+    and live objects that replace arguments.
 
     Args:
         module_class: the class whose ``load_from_checkpoint`` was called.
         config: its arguments as the checkpoint has them, with those that the caller replaces.
     """
-    config = {name: encode(value, name) for name, value in config.items() if not name.startswith("_")}
-    with _given_hyperparameters_context({**config, "_class_path": _import_path(module_class, "module")}, _REBUILD):
+    path = _import_path(module_class, "module")
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    config = {name: encode(value, name) for name, value in given.items()}
+    live = [config[name] for name, value in given.items() if not isinstance(value, (str, Mapping, list, tuple))]
+    as_saved = _given_hyperparameters_context({**config, "_class_path": path}, _REBUILD)
+    with only_admitted(named_packages([path, live])), as_saved:
         return instantiate_module(module_class, config)
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from leanlight import runs
 from leanlight.contracts.errors import UserError
+from leanlight.contracts.files import atomic_write
 from leanlight.results.format import MISSING, show_machine
 
 Better = Literal["higher", "lower"]
@@ -24,7 +25,16 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value. low, high: quartiles of the repetitions. better: which way is good; none for a mere fact."""
+    """One measured value.
+
+    Args:
+        value: median of the repetitions.
+        unit: of value, low and high.
+        better: which way is good; None for a mere fact.
+        low: lower quartile of the repetitions.
+        high: upper quartile.
+        n: number of repetitions.
+    """
 
     value: float
     unit: str
@@ -36,7 +46,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound that a figure should keep: ``figure <= bound`` where lower is better, ``>=`` where higher is."""
+    """A bound that a figure should keep.
+
+    Args:
+        figure: name of the figure.
+        bound: ``figure <= bound`` where lower is better, ``>=`` where higher is.
+        text: what it means.
+    """
 
     figure: str
     bound: float
@@ -47,9 +63,12 @@ class Target:
 class Measurement:
     """What a method's benchmark returns.
 
-    settings: shapes, sizes, threads, names: what a reader must know to repeat it. figures: by name ``part/what``.
-    targets: bounds on figures. checks: statements that were verified in the run (equal pixels, equal weights).
-    missing: figures that could not be taken, with the reason.
+    Args:
+        settings: shapes, sizes, threads, names: what a reader must know to repeat it.
+        figures: by name ``part/what``.
+        targets: bounds on figures.
+        checks: statements that were verified in the run (equal pixels, equal weights).
+        missing: figures that could not be taken, with the reason.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +79,13 @@ class Measurement:
 
 
 def summarise(samples: Sequence[float], unit: str, better: Better | None = "lower") -> Figure:
-    """Median and quartiles of at least one sample."""
+    """Median and quartiles of repeated measurements.
+
+    Args:
+        samples: at least one.
+        unit: of the samples.
+        better: which way is good; None for a mere fact.
+    """
     ordered = sorted(samples)
     low, high = (
         (statistics.quantiles(ordered, n=4, method="inclusive")[i] for i in (0, 2)) if len(ordered) > 1 else ordered * 2
@@ -76,6 +101,11 @@ def interleave(
     Every round runs each candidate once and starts with another one, so that a machine that slows down for a while
     slows all alike; compare candidates by their ratios within a round. On a GPU a candidate ends when the device has
     finished.
+
+    Args:
+        candidates: name → what to time.
+        rounds: samples of each candidate.
+        warmup: rounds before the first that counts.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -105,7 +135,13 @@ def synchronize() -> None:
 
 
 def document(method: str, measured: Measurement, quick: bool) -> dict[str, Any]:
-    """The measurement with what it was taken on, ready for JSON."""
+    """The measurement with what it was taken on, ready for JSON.
+
+    Args:
+        method: whose benchmark it is.
+        measured: what it returned.
+        quick: whether it ran at tiny sizes, so that its figures mean nothing.
+    """
     commit, dirty = runs.commit()
     return {
         "kind": "benchmark",
@@ -146,7 +182,16 @@ def read(path: Path | str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure in two documents. ratio: after over before. verdict: ``same`` when the quartile ranges overlap."""
+    """A figure in two documents.
+
+    Args:
+        name: of the figure.
+        unit: of both values.
+        before: median in the first document.
+        after: median in the second.
+        ratio: after over before.
+        verdict: ``same`` when the quartile ranges overlap, empty for a mere fact.
+    """
 
     name: str
     unit: str
@@ -210,6 +255,15 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_pages(*folders: Path) -> list[Path]:
+    """Write a page beside each benchmark in folders of results; return the pages."""
+    pages = []
+    for path in sorted(path for folder in folders for path in folder.glob("*/benchmark.json")):
+        pages.append(path.with_suffix(".md"))
+        atomic_write(pages[-1], markdown(read(path)))
+    return pages
+
+
 def _number(value: float) -> str:
     """Four significant digits, without an exponent where a reader can do without."""
     if not math.isfinite(value):
@@ -244,7 +298,13 @@ def print_document(content: Mapping[str, Any], console: Console) -> None:
 
 
 def print_comparison(before: Mapping[str, Any], after: Mapping[str, Any], console: Console) -> None:
-    """Show two measurements side by side, with what only one of them has."""
+    """Show two measurements side by side, with what only one of them has.
+
+    Args:
+        before: document of the first.
+        after: document of the second.
+        console: where to.
+    """
     common, only_before, only_after = compare(before, after)
     table = Table(title=f"{after['method']}: {_label(before)} → {_label(after)}", title_justify="left")
     table.add_column("figure")

@@ -51,8 +51,9 @@ class StepProbe(Callback):
     Put it first in the list of callbacks.
 
     Args:
-        output: the file. bare_step: ``module:function`` that makes a `BareStep` from the LightningModule.
-        warmup: steps that do not count.
+        output: the file.
+        bare_step: ``module:function`` that makes a `BareStep` from the LightningModule.
+        warmup: steps at the beginning that do not count.
     """
 
     def __init__(self, output: Path, bare_step: str, warmup: int = 10) -> None:

@@ -13,6 +13,7 @@ from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
 from leanlight.registry import method, methods
+from leanlight.runs import results_folder
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +22,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "method", nargs="?", help="method, or a benchmark's own name such as federated; default: every one there is"
     )
-    parser.add_argument("--output", type=Path, help="default: docs/results/METHOD/benchmark.json")
+    parser.add_argument("--output", type=Path, help="default: RUNS_ROOT/results/METHOD/benchmark.json")
+    parser.add_argument("--publish", action="store_true", help="write to docs/results/METHOD/benchmark.json instead")
+    parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; not written by default")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="show two files side by side"
@@ -39,10 +42,17 @@ def main(argv: list[str]) -> int:
         names = [own.get(args.method) or method(args.method).name]
     if args.output and len(names) > 1:
         raise UserError("--output: names one file, but there are several benchmarks; name a method, too")
-    return max(_measure(name, args.output, args.quick, console) for name in names)
+    if args.output and args.publish:
+        raise UserError("--publish: writes to docs/results, --output somewhere else; give one of them")
+    folder = None if args.quick and not args.publish else results_folder(args.runs_root, args.publish)
+    return max(
+        _measure(name, args.output or (folder and folder / name / "benchmark.json"), args.quick, console)
+        for name in names
+    )
 
 
 def _measure(name: str, output: Path | None, quick: bool, console: Console) -> int:
+    """Run one benchmark and show it; write it to `output`, if given, and a page beside it."""
     entry = method(name).benchmark
     if not entry:
         others = ", ".join(info.name for info in methods().values() if info.benchmark)
@@ -55,9 +65,8 @@ def _measure(name: str, output: Path | None, quick: bool, console: Console) -> i
     console.print(f"benchmark of {name}: a few minutes; other work on this machine disturbs it", highlight=False)
     content = document(name, getattr(import_module(module), function)(quick), quick)
     print_document(content, console)
-    path = output or (None if quick else Path("docs/results") / name / "benchmark.json")
-    if path is not None:
-        atomic_write(path, json.dumps(content, indent=2) + "\n")
-        atomic_write(path.with_suffix(".md"), markdown(content))
-        console.print(f"written: {path} and {path.with_suffix('.md').name}", highlight=False)
+    if output is not None:
+        atomic_write(output, json.dumps(content, indent=2) + "\n")
+        atomic_write(output.with_suffix(".md"), markdown(content))
+        console.print(f"written: {output} and {output.with_suffix('.md').name}", highlight=False)
     return int(not all(target["met"] for target in content["targets"]) or not all(content["checks"].values()))

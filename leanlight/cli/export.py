@@ -9,14 +9,19 @@ from leanlight.cli.arguments import Parser, add_trust
 from leanlight.contracts.errors import UserError
 
 
-def main(argv: list[str]) -> int:
-    """Export a run's last or best model, or one checkpoint."""
+def parser() -> Parser:
+    """The command's options; a pipeline checks a stage's options with it."""
     parser = Parser(prog="leanlight export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
     parser.add_argument("--output", type=Path, help="folder to write; by default artifacts/export in the run folder")
     add_trust(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Export a run's last or best model, or one checkpoint."""
+    args = parser().parse_args(argv)
     from leanlight.experiment import load
 
     module: Any = load(args.source, args.checkpoint, args.trust)

@@ -18,7 +18,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="repeat the cells asked for even if they have finished")
     parser.add_argument("--rerun-stale", action="store_true", help="repeat cells whose code has changed since they ran")
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    parser.add_argument("--output", type=Path, help="default: docs/results/METHOD/TABLE.json")
+    parser.add_argument("--output", type=Path, help="default: RUNS_ROOT/results/METHOD/TABLE.json")
+    parser.add_argument("--publish", action="store_true", help="write to docs/results/METHOD/TABLE.json instead")
     parser.add_argument("--dry-run", action="store_true", help="only show what would run")
     args = parser.parse_args(argv)
 
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
         dry_run=args.dry_run,
         runs_root=args.runs_root,
         output=args.output,
+        publish=args.publish,
     )
     with terminations_interrupt():
         return reproduce(load_table(args.table), options)

@@ -75,7 +75,7 @@ def print_document(document: Mapping[str, Any], console: Console | None = None) 
     table = Table(title=Text(document["title"]), title_justify="left")
     table.add_column("row")
     for metric in document["metrics"].values():
-        table.add_column(metric["label"], justify="right")
+        table.add_column(Text(metric["label"]), justify="right")
     table.add_column("n", justify="right")
     table.add_column("seconds", justify="right")
     for row in document["rows"]:

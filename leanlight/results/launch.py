@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -21,13 +20,12 @@ GRACE_S = 60.0  # an interrupted run gets this long to write its checkpoint
 _BUSY = 75  # exit code of a job whose run folder another process works in (EX_TEMPFAIL)
 
 
-def option(key: str, value: Any) -> str:
-    """Write one override as a command line option; anything but text goes as JSON, which is YAML too."""
-    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-
-
 def command(*arguments: str) -> list[str]:
-    """The command that runs ``leanlight ARGUMENTS`` with this Python; no file of the working directory comes first."""
+    """Return the command that runs ``leanlight ARGUMENTS`` with this Python.
+
+    -P keeps Python from putting the working directory first on the path, where a user's `callbacks/` or `datamodules/`
+    would hide the suite's.
+    """
     return [sys.executable, "-P", "-m", "leanlight", *arguments]
 
 
@@ -102,8 +100,12 @@ def run_in_foreground(arguments: Sequence[str], env: Mapping[str, str], lock: Ru
 class Job:
     """One child process in one run folder.
 
-    prepare: called once the folder is locked; returns the command, or None when nothing is left to do. log: where the
-    child's output goes.
+    Args:
+        key: how messages call it.
+        run_id: name of the run folder, which is locked while the child lives.
+        runs_root: folder of all runs.
+        log: where the child's output goes.
+        prepare: called once the folder is locked; returns the command, or None when nothing is left to do.
     """
 
     key: str
@@ -148,7 +150,14 @@ def run_jobs(
 ) -> None:
     """Run all jobs, at most `workers` side by side, each slot on its device; one that fails does not stop the others.
 
-    started and ended are told what happens. On Ctrl-C the running children are stopped cleanly; it is raised on.
+    On Ctrl-C the running children are stopped cleanly; it is raised on.
+
+    Args:
+        jobs: in order of their start.
+        workers: processes side by side.
+        devices: GPU indices, shared out over the workers.
+        started: told of each start.
+        ended: told of each end with its exit code.
     """
     waiting, running = list(reversed(jobs)), dict[int, tuple[Job, subprocess.Popen[bytes]]]()
     try:

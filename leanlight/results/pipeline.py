@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from leanlight import runs
 from leanlight.configs_path import config_root, find_configs
 from leanlight.contracts.errors import UserError, nearest
-from leanlight.contracts.files import sha256_file
-from leanlight.results.launch import command, environment, option, run_in_foreground
-from leanlight.results.pipeline_spec import PipelineSpec, Reference, Stage, references, substitute
+from leanlight.invocation import option
+from leanlight.results.launch import command, environment, run_in_foreground
+from leanlight.results.pipeline_spec import PipelineSpec, Reference, Stage, references, stage_commands, substitute
 from leanlight.results.reading import read_mapping
-from leanlight.results.state import RunLock, decide
+from leanlight.results.state import Decision, RunLock, clear, decide, resume_words
 
 Say = Callable[[str], None]
 
@@ -26,6 +27,7 @@ def _say(text: str) -> None:
 
 
 _CHECKPOINTS = {"artifacts.checkpoint": "checkpoints/last.ckpt", "artifacts.best": "checkpoints/best.ckpt"}
+_ANY_METRIC = 0.5  # stands in for what is not measured yet: a share, a positive number
 
 
 class PipelineRunner:
@@ -40,20 +42,24 @@ class PipelineRunner:
 
     def __init__(self, spec: PipelineSpec, runs_root: Path, run_id: str = "", say: Say = _say) -> None:
         self.spec, self.runs_root, self.say = spec, runs_root, say
-        self.folder = runs_root / "pipelines" / (run_id or spec.stem)
+        self.folder = runs_root / "pipelines" / runs.folder_name(run_id or spec.stem, "--id")
         self.run_dirs: dict[str, Path] = {}
+        self._resolved: dict[tuple[str, ...], dict[str, Any]] = {}
         self._stages: list[dict[str, Any]] = []
         self._begin = time.monotonic()
 
     def run(self, *, fresh: bool = False, start_at: str = "", rerun_stale: bool = False) -> int:
         """Run what is missing; return 0 when every stage has finished, else the exit code of the one that failed.
 
-        fresh: repeat every stage. start_at: repeat this stage and those after it. rerun_stale: repeat stages whose code
-        has changed since they ran.
+        Args:
+            fresh: repeat every stage.
+            start_at: repeat this stage and those after it.
+            rerun_stale: repeat stages whose code has changed since they ran.
         """
         names = [stage.name for stage in self.spec.stages]
         if start_at and start_at not in names:
             raise UserError(f"--from: no stage {start_at!r}{nearest(start_at, names)}; stages: {', '.join(names)}")
+        self.check()
         repeat_from = 0 if fresh else names.index(start_at) if start_at else len(names)
         for position, stage in enumerate(self.spec.stages):
             self._write("running")
@@ -71,10 +77,10 @@ class PipelineRunner:
         return 0
 
     def _run_stage(self, stage: Stage, place: str, fresh: bool, rerun_stale: bool) -> int:
-        stage, files = self._connect(stage)
-        arguments, identity = self._identify(stage, files)
+        stage, inputs = self._connect(stage)
+        arguments, identity = self._identify(stage, inputs)
         run_id = f"{self.spec.stem}-{stage.name}-{identity[:8]}"
-        run_dir = self.runs_root / self.spec.method / self.spec.dataset / run_id
+        run_dir = self._place(run_id)
         self.run_dirs[stage.name] = run_dir
         lock = RunLock(self.runs_root, run_id)
         try:
@@ -83,14 +89,7 @@ class PipelineRunner:
                 lock.acquire(wait=True)
             decision = decide(run_dir, identity, fresh=fresh, rerun_stale=rerun_stale)
             self.say(f"[{place}] {stage.name}: {decision.action} ({decision.why})  {run_dir}")
-            code = 0
-            if decision.action == "diverged":
-                code = 1
-            elif decision.action == "resume":
-                code = run_in_foreground(command("fit", "--resume", str(run_dir)), environment(), lock)
-            elif decision.action == "start":
-                shutil.rmtree(run_dir, ignore_errors=True)
-                code = self._start(stage, arguments, run_dir, identity, lock)
+            code = self._act(decision, stage, arguments, run_dir, identity, lock)
         finally:
             lock.release()
             summary = runs.read_summary(run_dir) or {}
@@ -101,28 +100,40 @@ class PipelineRunner:
             raise UserError(f"stage {stage.name}: ended without a finished summary.json in {run_dir}")
         return code
 
-    def _start(self, stage: Stage, arguments: list[str], run_dir: Path, identity: str, lock: RunLock) -> int:
-        if stage.command == "export":
-            return self._export(stage, run_dir, identity, lock)
-        run_id = ["--run.id", run_dir.name, option("trainer.default_root_dir", str(self.runs_root))]
-        return run_in_foreground(command(stage.command, *arguments, *run_id), environment(), lock)
+    def _act(
+        self, decision: Decision, stage: Stage, arguments: list[str], run_dir: Path, identity: str, lock: RunLock
+    ) -> int:
+        if decision.action == "reuse":
+            return 0
+        if decision.action == "diverged":
+            return 1
+        if decision.action == "resume":
+            return run_in_foreground(command(*resume_words(run_dir)), environment(), lock)
+        clear(run_dir, self.runs_root)
+        if not stage.trains:
+            return self._run_stage_command(stage, arguments, run_dir, identity, lock)
+        where = ["--run.id", run_dir.name, option("trainer.default_root_dir", str(self.runs_root))]
+        return run_in_foreground(command(stage.command, *arguments, *where), environment(), lock)
 
-    def _export(self, stage: Stage, run_dir: Path, identity: str, lock: RunLock) -> int:
-        """Export is no training run and writes no summary; the stage's folder gets one here."""
-        source, begin = Path(stage.inputs["source"]), time.monotonic()
-        arguments = command("export", str(source), "--output", str(run_dir / "artifacts" / "export"))
-        code = run_in_foreground(arguments, environment(), lock)
+    def _run_stage_command(
+        self, stage: Stage, arguments: list[str], run_dir: Path, identity: str, lock: RunLock
+    ) -> int:
+        """Run a command that writes a folder but, being no run of a Trainer, no summary: the stage gets one here."""
+        begin, output = time.monotonic(), str(run_dir / "artifacts" / stage.command)
+        code = run_in_foreground(command(stage.command, *arguments, "--output", output), environment(), lock)
         if code:
             return code
+        source = Path(stage.inputs["source"])
         origin = runs.read_summary(source if source.is_dir() else source.parent.parent) or {}
-        code_hash, code_files = runs.code_version(origin.get("code_files") or [])
+        own_code = stage_commands()[stage.command].replace(".", "/") + ".py"
+        code_hash, code_files = runs.code_version([*(origin.get("code_files") or []), own_code])
         commit, dirty = runs.commit()
         summary = {
             "status": "finished",
             "method": self.spec.method,
             "dataset": self.spec.dataset,
             "run_id": run_dir.name,
-            "command": ["export"],
+            "command": [stage.command],
             "metrics": {},
             "config_hash": identity,
             "code_hash": code_hash,
@@ -137,57 +148,97 @@ class PipelineRunner:
         runs.write_summary(run_dir, summary)
         return 0
 
+    # -- before the first stage
+
+    def check(self) -> None:
+        """Parse the complete command of every stage, so that a mistake in the last is found before the first one runs.
+
+        Where a stage takes an output of an earlier one, the path that output will have, or any number, stands in for
+        it. Raises UserError; writes nothing.
+        """
+        for stage in self.spec.stages:
+            for name, path in stage.inputs.items():
+                if not list(references(path, stage.name)) and not Path(path).exists():
+                    raise UserError(f"stage {stage.name}: input {name!r}: nothing at {path}")
+            overrides, inputs = (substitute(part, self._stand_in) for part in (stage.overrides, stage.inputs))
+            stage = replace(stage, overrides=overrides, inputs=inputs)
+            try:
+                arguments = self._arguments(stage, {})
+                if stage.trains:
+                    self._resolve(stage.command, arguments)
+                else:
+                    import_module(stage_commands()[stage.command]).parser().parse_args(arguments)
+            except UserError as error:
+                raise UserError(f"stage {stage.name}: {error}") from None
+
+    def _stand_in(self, reference: Reference) -> str | float:
+        if reference.output.startswith("metrics."):
+            return _ANY_METRIC
+        return str(_inside(self._place(f"{self.spec.stem}-{reference.stage}"), reference))
+
     # -- what a stage depends on
 
     def _connect(self, stage: Stage) -> tuple[Stage, dict[str, str]]:
-        """Put the outputs of earlier stages into a stage; return it and the files it depends on, by name."""
-        files: dict[str, str] = {}
+        """Put the outputs of earlier stages into a stage; return it and the paths that it depends on, by name."""
+        used: dict[str, str] = {}
         for reference in references([stage.inputs, stage.overrides], stage.name):
-            found = self._output(reference)
-            if isinstance(found, Path):
-                files |= _files_of(f"{reference.stage}.{reference.output}", found)
+            output = self._output(reference)
+            if isinstance(output, Path):
+                used[f"{reference.stage}.{reference.output}"] = str(output)
 
         def lookup(reference: Reference) -> str | float:
-            found = self._output(reference)
-            return str(found) if isinstance(found, Path) else found
+            output = self._output(reference)
+            return str(output) if isinstance(output, Path) else output
 
         inputs = substitute(stage.inputs, lookup)
         for name, path in inputs.items():
             if not Path(path).exists():
                 raise UserError(f"stage {stage.name}: input {name!r}: nothing at {path}")
-            if path not in files.values() and Path(path).is_file():
-                files[name] = path
-        connected = Stage(stage.name, stage.command, stage.config, substitute(stage.overrides, lookup), inputs)
-        return connected, files
+            if path not in used.values():
+                used[name] = path
+        return replace(stage, overrides=substitute(stage.overrides, lookup), inputs=inputs), used
 
     def _output(self, reference: Reference) -> Path | float:
         run_dir = self.run_dirs[reference.stage]
-        kind, _, what = reference.output.partition(".")
-        if kind == "metrics":
+        if reference.output.startswith("metrics."):
+            name = reference.output.removeprefix("metrics.")
             metrics = (runs.read_summary(run_dir) or {}).get("metrics", {})
-            if what not in metrics:
-                raise UserError(f"{reference}: stage {reference.stage} measured no {what!r}{nearest(what, metrics)}")
-            return float(metrics[what])
-        inside = _CHECKPOINTS.get(reference.output) or ("" if kind == "run_dir" else f"artifacts/{what}")
-        path = run_dir / inside
+            if name not in metrics:
+                raise UserError(f"{reference}: stage {reference.stage} measured no {name!r}{nearest(name, metrics)}")
+            return float(metrics[name])
+        path = _inside(run_dir, reference)
         if not path.exists():
             raise UserError(f"{reference}: stage {reference.stage} left nothing at {path}")
         return path
 
-    def _identify(self, stage: Stage, files: dict[str, str]) -> tuple[list[str], str]:
-        """Return the arguments of a stage's command and its identity: files count by content, not by place."""
-        if stage.command == "export":
-            content = {"command": "export", "inputs": sorted(sha256_file(path) for path in files.values())}
-            return [], runs.config_hash({"model": content})
+    def _arguments(self, stage: Stage, inputs: dict[str, str]) -> list[str]:
+        """Words after a stage's command, but for those that say where its run folder is."""
+        overrides = [option(key, value) for key, value in stage.overrides.items()]
+        if not stage.trains:
+            return [stage.inputs["source"], *overrides]
+        names = [option("run.method", self.spec.method), option("run.dataset", self.spec.dataset)]
+        return ["--config", stage.config, *overrides, *names, *([option("run.inputs", inputs)] if inputs else [])]
+
+    def _identify(self, stage: Stage, inputs: dict[str, str]) -> tuple[list[str], str]:
+        """Return the arguments of a stage's command and its identity: inputs count by content, not by place."""
+        arguments = self._arguments(stage, inputs)
+        if stage.trains:
+            resolved = self._resolve(stage.command, arguments)
+        else:
+            resolved = {"model": {"command": stage.command, "options": stage.overrides}}
+        return arguments, runs.config_hash(resolved, inputs)
+
+    def _resolve(self, name: str, arguments: list[str]) -> dict[str, Any]:
+        """The complete configuration of a stage; one that depends on no other is parsed once for check and run."""
         from leanlight.experiment import resolve  # loads torch, so only when a stage needs it
 
-        arguments = ["--config", stage.config]
-        arguments += [option(key, value) for key, value in stage.overrides.items()]
-        arguments += [option("run.method", self.spec.method), option("run.dataset", self.spec.dataset)]
-        if files:
-            arguments.append(option("run.inputs", files))
-        identity = runs.config_hash(resolve(stage.command, arguments), files)
-        return arguments, identity
+        key = (name, *arguments)
+        if key not in self._resolved:
+            self._resolved[key] = resolve(name, arguments)
+        return self._resolved[key]
+
+    def _place(self, run_id: str) -> Path:
+        return self.runs_root / self.spec.method / self.spec.dataset / run_id
 
     # -- the pipeline's own summary
 
@@ -211,16 +262,10 @@ class PipelineRunner:
         runs.write_summary(self.folder, summary)
 
 
-def _files_of(name: str, path: Path) -> dict[str, str]:
-    """The files behind a reference: itself, or what a folder of outputs holds (pictures and logs decide nothing)."""
-    if path.is_file():
-        return {name: str(path)}
-    outputs = [path / "checkpoints", path / "artifacts"] if (path / "summary.json").is_file() else [path]
-    found = sorted(file for folder in outputs for file in folder.rglob("*") if file.is_file())
-    kept = [file for file in found if "media" not in file.relative_to(path).parts]
-    if not kept:
-        raise UserError(f"{name}: {path} holds no file")
-    return {f"{name}/{file.relative_to(path).as_posix()}": str(file) for file in kept}
+def _inside(run_dir: Path, reference: Reference) -> Path:
+    """Where a stage with this run folder leaves what a reference names."""
+    kind, _, what = reference.output.partition(".")
+    return run_dir / (_CHECKPOINTS.get(reference.output) or ("" if kind == "run_dir" else f"artifacts/{what}"))
 
 
 def set_overrides(pairs: list[str]) -> dict[str, Any]:

@@ -10,13 +10,27 @@ from typing import Any
 
 from leanlight.configs_path import find_config
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.registry import commands
 from leanlight.results.reading import Reader, read_mapping, unique
+from leanlight.runs import folder_name
 
-COMMANDS = ("fit", "validate", "test", "predict", "export")
+TRAININGS = ("fit", "validate", "test", "predict")
 _REFERENCE = re.compile(r"\$\{stages\.([^}]*)\}")
 _OUTPUTS = ("artifacts.", "metrics.", "run_dir")
-_FOLDER = re.compile(r"[A-Za-z0-9][\w.\-]*")
-_SET_BY_RUNNER = frozenset({"run.id", "run.method", "run.dataset", "run.inputs", "trainer.default_root_dir"})
+_SET_BY_RUNNER = frozenset(
+    {"run.id", "run.method", "run.dataset", "run.inputs", "trainer.default_root_dir"}
+    | {"config", "resume", "from", "output"}  # options that name a folder to work in
+)
+SEEDS = range(2**32)  # what the generators of numpy and torch both take
+
+
+def stage_commands() -> dict[str, str]:
+    """Commands that make something of what an earlier stage left, without a config or a Trainer.
+
+    They are called as ``leanlight NAME SOURCE --output FOLDER [--KEY=VALUE ...]``. Returns name → module, whose
+    ``parser()`` knows the options.
+    """
+    return {name: command.module for name, command in commands().items() if command.stage}
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step. overrides: keys of the config → values. inputs: name → file of an earlier stage (or any path)."""
+    """One step.
+
+    Args:
+        name: how references and messages call it.
+        command: one of `TRAININGS` or of `stage_commands`.
+        config: path or name of its config; empty for one of `stage_commands`.
+        overrides: keys of the config, or options of the command → values.
+        inputs: name → file or folder of an earlier stage, or any path.
+    """
 
     name: str
     command: str
@@ -40,10 +62,24 @@ class Stage:
     overrides: dict[str, Any]
     inputs: dict[str, str]
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is a run with a config, not one of `stage_commands`."""
+        return self.command in TRAININGS
+
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """All stages in order. stem: the file's name without suffix; method and dataset: where the run folders go."""
+    """A whole pipeline.
+
+    Args:
+        stem: the file's name without suffix; run folders begin with it.
+        method: folder of the stages' run folders under the runs root.
+        dataset: folder under the method.
+        title: what the pipeline does.
+        note: what a reader must know.
+        stages: in order.
+    """
 
     stem: str
     method: str
@@ -74,9 +110,10 @@ class PipelineSpec:
 
     def with_seed(self, seed: int) -> PipelineSpec:
         """Return a copy that runs with `seed`; a stage that names its own seed_everything keeps it."""
+        if seed not in SEEDS:
+            raise UserError(f"--seed: expected 0 to {SEEDS[-1]}, got {seed}")
         stages = tuple(
-            s if s.command == "export" else replace(s, overrides={"seed_everything": seed, **s.overrides})
-            for s in self.stages
+            replace(s, overrides={"seed_everything": seed, **s.overrides}) if s.trains else s for s in self.stages
         )
         return replace(self, stages=stages)
 
@@ -91,13 +128,10 @@ def load_pipeline(name: str) -> PipelineSpec:
     stages = tuple(_stage(item, f"{path.name}: stages[{i}]") for i, item in enumerate(items))
     unique([stage.name for stage in stages], f"{path.name}: stages")
     check_stages(stages, path.name)
-    for key in ("method", "dataset"):
-        if not _FOLDER.fullmatch(top.get(key, str)):
-            raise UserError(f"{path.name}: {key} {top.get(key, str)!r} is not a folder name")
     return PipelineSpec(
-        stem=path.stem,
-        method=top.get("method", str),
-        dataset=top.get("dataset", str),
+        stem=folder_name(path.stem, f"{path.name}: file name"),
+        method=top.folder("method"),
+        dataset=top.folder("dataset"),
         title=top.get("title", str, path.stem),
         note=top.get("note", str, ""),
         stages=stages,
@@ -108,18 +142,19 @@ def _stage(content: Any, where: str) -> Stage:
     reader = Reader(content, where, "name command config overrides inputs")
     name = reader.name()
     reader.where = where = f"{where} {name}"
-    command = reader.choice("command", COMMANDS, "fit")
+    command = reader.choice("command", (*TRAININGS, *stage_commands()), "fit")
     inputs = reader.get("inputs", dict, {})
     for key, value in inputs.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise UserError(f"{where}: inputs must map names to paths, got {key!r}: {value!r}")
-    if command == "export":
-        if "config" in reader.content or "overrides" in reader.content or set(inputs) != {"source"}:
+    overrides = reader.get("overrides", dict, {})
+    if command not in TRAININGS:
+        if "config" in reader.content or set(inputs) != {"source"}:
             raise UserError(
-                f"{where}: export takes one input and nothing else: inputs: {{source: '${{stages.STAGE.run_dir}}'}}"
+                f"{where}: {command} takes no config and one input: inputs: {{source: '${{stages.STAGE.run_dir}}'}}"
             )
-        return Stage(name, command, "", {}, dict(inputs))
-    return Stage(name, command, reader.config(), reader.get("overrides", dict, {}), dict(inputs))
+        return Stage(name, command, "", overrides, dict(inputs))
+    return Stage(name, command, reader.config(), overrides, dict(inputs))
 
 
 def check_stages(stages: tuple[Stage, ...], where: str) -> None:
@@ -156,7 +191,7 @@ def _parse(body: str, where: str) -> Reference:
     if not complete or ".." in Path(output.removeprefix("artifacts.")).parts:
         raise UserError(
             f"{where}: ${{stages.{body}}}: expected ${{stages.STAGE.run_dir}}, .artifacts.checkpoint, .artifacts.best, "
-            ".artifacts.export, .artifacts.FILE or .metrics.NAME"
+            ".artifacts.NAME or .metrics.NAME"
         )
     return Reference(stage, output)
 

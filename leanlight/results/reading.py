@@ -10,6 +10,7 @@ import yaml
 
 from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.runs import folder_name
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -48,7 +49,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 class Reader:
     """Takes typed values out of one mapping and knows where it stands.
 
-    content: the mapping. where: its place, for messages. known: every key it may have, separated by spaces.
+    Args:
+        content: the mapping.
+        where: its place, for messages.
+        known: every key it may have, separated by spaces.
     """
 
     def __init__(self, content: Any, where: str, known: str) -> None:
@@ -92,6 +96,10 @@ class Reader:
         if not (value.isascii() and value.isidentifier()):
             raise UserError(f"{self.where}: {key} {value!r} must be letters, digits and '_', not starting with a digit")
         return value
+
+    def folder(self, key: str, default: Any = ...) -> str:
+        """Return a text that can name a folder."""
+        return folder_name(self.get(key, str, default), f"{self.where}: {key}")
 
     def config(self, key: str = "config") -> str:
         """Return the name of a config that exists."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
-from leanlight.results.document import read_document
 from leanlight.results.figures import DARK, LIGHT, Curve, Theme, draw_bars, draw_curves, draw_profile, read_curve
 from leanlight.results.format import show_metric
 from leanlight.results.markdown import (
@@ -21,8 +20,8 @@ from leanlight.results.markdown import (
 )
 from leanlight.results.page import FigureView, TableView, render_page
 from leanlight.results.pictures import Picture, png_uri, run_folder, run_pictures
+from leanlight.results.table import read_document
 
-RESULTS = Path("docs/results")
 Draw = Callable[[Theme], bytes]  # a PNG
 _CAPTIONS = {
     "": "Each metric as bars over rows",
@@ -33,18 +32,29 @@ _PICTURES_A_ROW = 6
 _PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
 
 
-def find_documents(results: Path = RESULTS) -> list[Path]:
-    """Every results JSON under `results`, benchmarks left out; UserError when there is none."""
-    found = sorted(path for path in results.glob("*/*.json") if path.name != "benchmark.json")
-    if not found:
-        raise UserError(f"no results in {results}; `leanlight reproduce TABLE` writes them")
-    return found
+def find_documents(*folders: Path) -> list[Path]:
+    """Every results JSON under `folders`, benchmarks left out; of one table the last folder's. UserError for none."""
+    paths = {
+        path.relative_to(folder): path
+        for folder in folders
+        for path in sorted(folder.glob("*/*.json"))
+        if path.name != "benchmark.json"
+    }
+    if not paths:
+        where = " or ".join(map(str, folders))
+        raise UserError(f"no results in {where}; `leanlight reproduce TABLE` writes them")
+    return [paths[key] for key in sorted(paths)]
 
 
 def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     """Write Markdown and figures beside each results JSON, and ``output/index.html``; return the page's path.
 
     Learning curves need the run folders: where they are missing, those drawn before are kept.
+
+    Args:
+        paths: results JSONs, in the order of the page.
+        output: folder of the page.
+        runs_root: where the run folders are.
     """
     documents = {path: read_document(path) for path in paths}
     views, room = [], _PAGE_BYTES
@@ -74,21 +84,11 @@ def _write_markdown(path: Path, document: Mapping[str, Any], drawings: Mapping[s
     atomic_write(path.with_suffix(".md"), document_markdown(document, shown))
 
 
-def write_benchmarks(results: Path = RESULTS) -> list[Path]:
-    """Write Markdown beside each benchmark under `results`; return the files."""
-    from leanlight.benchmarks.core import markdown, read
-
-    written = []
-    for path in sorted(results.glob("*/benchmark.json")):
-        written.append(path.with_suffix(".md"))
-        atomic_write(written[-1], markdown(read(path)))
-    return written
-
-
-def write_readmes(root: Path, results: Path = RESULTS) -> list[Path]:
+def write_readmes(root: Path, results: Path) -> list[Path]:
     """Rewrite the results in README.md and in the README of every method that has some; return the files.
 
-    Every file is checked for its markers before the first is written.
+    Every file is checked for its markers before the first is written. results: folder of the published ones, since
+    these files are published, too.
     """
     documents = [read_document(path) for path in find_documents(root / results)]
     contents = {root / "README.md": suite_table(documents)}

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from leanlight.contracts.errors import UserError, nearest
-from leanlight.results.cells import Cell, make_cells, read_cell
 from leanlight.results.display import CellProgress, print_document, print_plan
-from leanlight.results.document import build_document, published_entries, write_document
 from leanlight.results.launch import Job, run_jobs, why_failed
 from leanlight.results.state import Decision
+from leanlight.results.table import Cell, Entry, build_document, earlier_entries, make_cells, write_document
 from leanlight.results.table_spec import TableSpec
+from leanlight.runs import results_folder
 
 
 @dataclass
 class Options:
-    """What `leanlight reproduce` was asked for. only, seeds: empty for all. output: None for docs/results."""
+    """What `leanlight reproduce` was asked for.
+
+    Args:
+        jobs: processes side by side.
+        devices: GPU indices; each process gets one of them.
+        only: names of rows; empty for all.
+        seeds: empty for all of the table.
+        fresh: repeat cells that have finished.
+        rerun_stale: repeat cells whose code has changed since they ran.
+        dry_run: only show what would run.
+        runs_root: folder of all runs.
+        output: the JSON to write; None for the table's place under the runs root.
+        publish: write to docs/results, which is the project's own, instead.
+    """
 
     jobs: int = 1
     devices: Sequence[str] = ()
@@ -30,39 +42,46 @@ class Options:
     dry_run: bool = False
     runs_root: Path = Path("runs")
     output: Path | None = None
-
-
-@dataclass
-class Outcome:
-    """How every cell of the table stands, by row name and seed."""
-
-    entries: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
-    failures: dict[tuple[str, int], str] = field(default_factory=dict)
-    reused: int = 0
-    ran: int = 0
+    publish: bool = False
 
 
 def reproduce(spec: TableSpec, options: Options) -> int:
     """Bring a table up to date; 0 when every asked cell has a result, 1 when one has none."""
     _check(spec, options)
-    output = options.output or Path("docs/results") / spec.method / f"{spec.stem}.json"
+    output, sources = _places(spec, options)
     with CellProgress(0) as progress:
         progress.say(f"{spec.title}: {len(spec.rows)} rows x {len(spec.seeds)} seeds; reading their configs")
     cells = make_cells(spec, options.runs_root)
-    published = published_entries(output, cells)  # also finds an unreadable file before anything runs
+    earlier = earlier_entries(sources, cells)  # also finds an unreadable file before anything runs
     asked = [cell for cell in cells if _is_asked(cell, options)]
     plan = {cell.key: cell.decide(fresh=options.fresh, rerun_stale=options.rerun_stale) for cell in asked}
     if options.dry_run:
         print_plan([(c.key, plan[c.key].action, plan[c.key].why, str(c.run_dir)) for c in asked])
         return 0
-    outcome = Outcome()
-    _run(asked, plan, options, outcome, spec)
-    _gather(spec, cells, asked, published, outcome)
-    document = build_document(spec, outcome.entries, outcome.failures)
+    ran, reused = _run(asked, plan, options, spec)
+    for cell in cells:
+        if not cell.failure:
+            _read(cell, spec, None if cell in asked else earlier.get(cell.key), cell in asked)
+    document = build_document(spec, cells)
     write_document(output, document)
     print_document(document)
-    _say_end(spec, outcome, output)
-    return int(bool(outcome.failures))
+    _say_end(cells, ran, reused)
+    hint = "" if options.output or options.publish else " (--publish writes docs/results)"
+    CellProgress(0).say(f"results: {output}{hint}")
+    return int(any(cell.failure for cell in cells))
+
+
+def _places(spec: TableSpec, options: Options) -> tuple[Path, list[Path]]:
+    """The JSON to write, and earlier ones with results of cells that are not asked for, the one that stands above last.
+
+    Results of this machine begin with the published ones, so that one repeated cell stands among all the others.
+    """
+    published, local = (
+        results_folder(options.runs_root, publish) / spec.method / f"{spec.stem}.json" for publish in (True, False)
+    )
+    if options.output:
+        return options.output, [options.output]
+    return (published, [published]) if options.publish else (local, [published, local])
 
 
 def _check(spec: TableSpec, options: Options) -> None:
@@ -75,6 +94,8 @@ def _check(spec: TableSpec, options: Options) -> None:
             raise UserError(f"--seed: {seed} is not one of this table's seeds {list(spec.seeds)}")
     if options.jobs < 1:
         raise UserError(f"--jobs: expected at least 1, got {options.jobs}")
+    if options.output is not None and options.publish:
+        raise UserError("--publish: writes to docs/results, --output somewhere else; give one of them")
     if options.output is not None and options.output.suffix != ".json":
         raise UserError(f"--output: expected a .json file, got {options.output}")
 
@@ -83,31 +104,23 @@ def _is_asked(cell: Cell, options: Options) -> bool:
     return (not options.only or cell.row.name in options.only) and (not options.seeds or cell.seed in options.seeds)
 
 
-def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, outcome: Outcome, spec: TableSpec) -> None:
-    """Run the cells that need it, several at once, and note what failed."""
+def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: TableSpec) -> tuple[int, int]:
+    """Run the cells that need it, several at once, and note what failed; return how many finished and were reused."""
     todo = {cell.key: cell for cell in asked if plan[cell.key].action in ("start", "resume")}
-    outcome.reused = len(asked) - len(todo)
-    logs = options.runs_root / "reproduce" / spec.stem
+    logs, ran = options.runs_root / "reproduce" / spec.stem, 0
     with CellProgress(len(todo)) as progress:
         for cell in asked:
-            decision = plan[cell.key]
-            if decision.action == "diverged":
-                outcome.failures[cell.row.name, cell.seed] = "diverged"
-                progress.say(f"{cell.key}: diverged before, not repeated: {decision.why}")
-            elif decision.stale:
-                progress.say(f"{cell.key}: stale, the code has changed since it ran (--rerun-stale repeats it)")
-            elif decision.action == "resume":
-                progress.say(f"{cell.key}: goes on ({decision.why})")
+            _announce(cell, plan[cell.key], progress)
 
         def ended(job: Job, code: int) -> None:
-            cell = todo[job.key]
+            nonlocal ran
             progress.ended(job, "finished" if code == 0 else "FAILED")
             if code:
                 why = why_failed(job, code)
-                outcome.failures[cell.row.name, cell.seed] = why.splitlines()[0]
+                todo[job.key].failure = why.splitlines()[0]
                 progress.say(f"{why}\nlog: {job.log}")
             else:
-                outcome.ran += 1
+                ran += 1
 
         flags = {"fresh": options.fresh, "rerun_stale": options.rerun_stale}
         jobs = [
@@ -121,43 +134,41 @@ def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, outcome
                 "interrupted; finished cells are kept and running ones left a checkpoint: the same command goes on"
             )
             raise
+    return ran, len(asked) - len(todo)
 
 
-def _gather(
-    spec: TableSpec,
-    cells: list[Cell],
-    asked: list[Cell],
-    published: dict[tuple[str, int], dict[str, Any]],
-    outcome: Outcome,
-) -> None:
-    """Read the result of every cell: from its run, or for cells that were not asked for from the published file."""
-    optional = [name for name, metric in spec.metrics.items() if metric.optional]
-    for cell in cells:
-        key = (cell.row.name, cell.seed)
-        if key in outcome.failures:
-            continue
-        decision = cell.decide(fresh=False, rerun_stale=False)
-        if decision.action == "reuse":
-            try:
-                outcome.entries[key] = read_cell(cell, list(spec.metrics), optional, stale=decision.stale)
-            except UserError as error:
-                outcome.failures[key] = "a metric is missing or not finite"
-                CellProgress(0).say(str(error))
-        elif cell not in asked and key in published:
-            outcome.entries[key] = published[key]
-        elif cell in asked:
-            outcome.failures[key] = f"ended without a finished summary ({decision.why})"
+def _announce(cell: Cell, decision: Decision, progress: CellProgress) -> None:
+    """Say what is not plain about a cell before any starts."""
+    if decision.action == "diverged":
+        cell.failure = "diverged"
+        progress.say(f"{cell.key}: diverged before, not repeated: {decision.why}")
+    elif decision.stale:
+        progress.say(f"{cell.key}: stale, the code has changed since it ran (--rerun-stale repeats it)")
+    elif decision.action == "resume":
+        progress.say(f"{cell.key}: goes on ({decision.why})")
 
 
-def _say_end(spec: TableSpec, outcome: Outcome, output: Path) -> None:
-    stale = sum(entry["stale"] for entry in outcome.entries.values())
-    total = len(spec.rows) * len(spec.seeds)
-    parts = [f"{outcome.ran} run", f"{outcome.reused} reused", f"{len(outcome.entries)} of {total} cells have a result"]
+def _read(cell: Cell, spec: TableSpec, earlier: Entry | None, asked: bool) -> None:
+    """Give a cell the result of its run, or where that is gone the one of an earlier document."""
+    decision = cell.decide()
+    if decision.action == "reuse":
+        try:
+            cell.entry = cell.read(spec, stale=decision.stale)
+        except UserError as error:
+            cell.failure = "a metric is missing or not finite"
+            CellProgress(0).say(str(error))
+    elif earlier is not None:
+        cell.entry = earlier
+    elif asked:
+        cell.failure = f"ended without a finished summary ({decision.why})"
+
+
+def _say_end(cells: Sequence[Cell], ran: int, reused: int) -> None:
+    entries, failed = [cell.entry for cell in cells if cell.entry], [cell.key for cell in cells if cell.failure]
+    stale = sum(entry["stale"] for entry in entries)
+    parts = [f"{ran} run", f"{reused} reused", f"{len(entries)} of {len(cells)} cells have a result"]
     if stale:
         parts.append(f"{stale} stale (--rerun-stale repeats them)")
-    if outcome.failures:
-        parts.append(
-            f"{len(outcome.failures)} FAILED: " + ", ".join(f"{row} s{seed}" for row, seed in outcome.failures)
-        )
+    if failed:
+        parts.append(f"{len(failed)} FAILED: {', '.join(failed)}")
     CellProgress(0).say("; ".join(parts))
-    CellProgress(0).say(f"results: {output}")

@@ -11,16 +11,26 @@ from typing import Any, Literal
 from leanlight.configs_path import config_root, find_config
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.results.expression import Expression, parse_expression
-from leanlight.results.pipeline_spec import PipelineSpec, load_pipeline
+from leanlight.results.pipeline_spec import SEEDS, PipelineSpec, load_pipeline
 from leanlight.results.reading import Reader, read_mapping, unique
+from leanlight.runs import folder_name
 
 Scale = Literal["small", "paper"]
-_FOLDER = re.compile(r"[A-Za-z0-9][\w.\-]*")
+_METRIC = re.compile(r"(train|val|test|summary|progress)(/[\w.\-]+)+")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown: ``value * scale`` with `digits` decimals and `unit`. optional: a run may lack it."""
+    """How a metric is shown: ``value * scale`` with `digits` decimals and `unit`.
+
+    Args:
+        label: its name in the table.
+        higher_is_better: which way is good.
+        unit: of the shown number.
+        scale: factor from the logged to the shown number.
+        digits: decimals.
+        optional: a run may lack it.
+    """
 
     label: str
     higher_is_better: bool
@@ -32,7 +42,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """What the paper prints: value in the shown unit, its setting, where it stands."""
+    """What the paper prints.
+
+    Args:
+        value: in the shown unit.
+        setting: under which it was measured; it is compared only with a row of the same setting.
+        source: table or figure of the paper.
+    """
 
     value: float
     setting: dict[str, Any]
@@ -43,7 +59,16 @@ class PaperFigure:
 class Row:
     """One line of the table: a config, or one stage of a pipeline, with overrides.
 
-    setting: what a reader must know to compare (ipc, keep_ratio, T, epochs, …). stage: whose summary counts.
+    Args:
+        name: how claims call it.
+        label: how it is shown.
+        method: folder of its runs under the runs root.
+        config: name of its config or pipeline.
+        overrides: keys of the config, or ``stage.key`` → values.
+        setting: what a reader must know to compare (ipc, keep_ratio, T, epochs, …).
+        paper: metric → the paper's figure.
+        pipeline: the pipeline that `config` names, if it does.
+        stage: of the pipeline, whose summary counts.
     """
 
     name: str
@@ -59,7 +84,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement that holds when the expression exceeds `margin` over seeds. scope: whose claim it is."""
+    """A statement that holds when the expression exceeds `margin` over seeds.
+
+    Args:
+        id: its name in the results.
+        text: the statement.
+        scope: whose claim it is, the paper's or this suite's at reduced scale.
+        expr: arithmetic over rows and metrics.
+        margin: what the expression must exceed.
+        min_seeds: with fewer the claim is not tested.
+    """
 
     id: str
     text: str
@@ -73,7 +107,9 @@ class Claim:
 class Profile:
     """A performance profile: of each group of rows, the share of runs whose `metric` is above a threshold.
 
-    groups: label → names of rows, one a task (a game, a data set), so that groups can be compared over all tasks.
+    Args:
+        metric: of the table.
+        groups: label → names of rows, one a task (a game, a data set), so that groups can be compared over all tasks.
     """
 
     metric: str
@@ -82,7 +118,23 @@ class Profile:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A whole table. name: as on the command line, for the published command. stem: its file name without suffix."""
+    """A whole table.
+
+    Args:
+        name: as on the command line, for the published command.
+        stem: its file name without suffix; run folders and the results file begin with it.
+        method: whose table it is, and by default the folder of its runs.
+        dataset: folder of its runs under the method's.
+        scale: whether the paper's own experiment or one of reduced size.
+        title: heading.
+        note: what a reader must know.
+        seeds: every row runs at each.
+        checkpoint: which weights are tested.
+        metrics: logged name → how it is shown.
+        rows: in order.
+        claims: in order.
+        profile: the performance profile to draw, if any.
+    """
 
     name: str
     stem: str
@@ -105,11 +157,12 @@ def load_table(name: str) -> TableSpec:
     keys = "method dataset scale title note seeds checkpoint metrics rows claims profile"
     top = Reader(read_mapping(path), path.name, keys)
     metrics = {
-        str(key): _metric(value, f"{path.name}: metrics {key}") for key, value in top.get("metrics", dict).items()
+        str(key): _metric(str(key), value, f"{path.name}: metrics {key}")
+        for key, value in top.get("metrics", dict).items()
     }
     if not metrics:
         raise UserError(f"{path.name}: metrics is empty; name at least one")
-    method = _folder(top, "method")
+    method = top.folder("method")
     items = top.get("rows", list)
     if not items:
         raise UserError(f"{path.name}: rows is empty; name at least one")
@@ -122,9 +175,9 @@ def load_table(name: str) -> TableSpec:
     unique([claim.id for claim in claims], f"{path.name}: claims")
     return TableSpec(
         name=_short_name(path, name),
-        stem=path.stem,
+        stem=folder_name(path.stem, f"{path.name}: file name"),
         method=method,
-        dataset=_folder(top, "dataset"),
+        dataset=top.folder("dataset"),
         scale=top.choice("scale", ("small", "paper")),  # type: ignore[arg-type]
         title=top.get("title", str),
         note=top.get("note", str, ""),
@@ -147,23 +200,18 @@ def _short_name(path: Path, given: str) -> str:
     return path.name if Path(given).is_absolute() else given
 
 
-def _folder(reader: Reader, key: str) -> str:
-    value: str = reader.get(key, str)
-    if not _FOLDER.fullmatch(value):
-        raise UserError(f"{reader.where}: {key} {value!r} is not a folder name (letters, digits, '.', '_' and '-')")
-    return value
-
-
 def _seeds(top: Reader) -> tuple[int, ...]:
     seeds = top.get("seeds", list)
-    if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
-        raise UserError(f"{top.where}: seeds must be a list of whole numbers from 0, got {seeds!r}")
+    if not seeds or any(type(seed) is not int or seed not in SEEDS for seed in seeds):
+        raise UserError(f"{top.where}: seeds must be a list of whole numbers from 0 to {SEEDS[-1]}, got {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{top.where}: seeds {seeds} names a seed twice")
     return tuple(seeds)
 
 
-def _metric(content: Any, where: str) -> Metric:
+def _metric(name: str, content: Any, where: str) -> Metric:
+    if not _METRIC.fullmatch(name):
+        raise UserError(f"{where}: is not the name of a metric; expected train/, val/, test/ or summary/ and a name")
     reader = Reader(content, where, "label higher_is_better unit scale digits optional")
     digits = reader.get("digits", int, 3)
     if not 0 <= digits <= 9:
@@ -205,7 +253,7 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -
     return Row(
         name=name,
         label=reader.get("label", str, name),
-        method=reader.get("method", str, method),
+        method=reader.folder("method", method),
         config=reader.config() if pipeline is None else reader.get("pipeline", str),
         overrides=overrides,
         setting=reader.get("setting", dict, {}),

@@ -106,7 +106,7 @@ class DatasetDistillation(LightningModule):
             raise UserError(f"clip: expected a positive number or null, got {clip}")
         save_hparams(self)
         self.make_network, self.num_classes, self.ipc = network, num_classes, ipc
-        self.image_shape = tuple(image_shape)
+        self.image_shape: tuple[int, int, int] = tuple(image_shape)  # type: ignore[assignment]  # a config gives a list
         self.distiller = distiller or TruncatedBPTT()
         self.learn_labels, self.start, self.make_optimizer = learn_labels, start, optimizer
         self.clip, self.clip_decay, self.inner_runs = clip, clip_decay, inner_runs

@@ -1,8 +1,12 @@
 """Identity of runs and facts of the machine."""
 
+import ast
 import getpass
 import json
+import shutil
 import socket
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -60,17 +64,166 @@ def test_machine_names_no_host_user_or_path():
     assert getpass.getuser() not in text.split('"')
 
 
-def test_code_version_changes_when_a_file_changes(tmp_path, monkeypatch):
+ROOT = Path(runs.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Files of the project that a run of the classifier imports."""
+    for name in (
+        "datamodules.images.module",
+        "lit_modules.classifier.module",
+        "callbacks.media",
+        "callbacks.throughput",
+    ):
+        import_module(name)
+    return runs.code_version()[1]
+
+
+@pytest.fixture
+def project(names, tmp_path, monkeypatch):
+    """A copy of the project's code, which `code_version` then looks at."""
+    for package in ("leanlight", "lit_modules", "datamodules", "callbacks"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.npz", "__pycache__"))
     monkeypatch.setattr(runs, "PROJECT", tmp_path)
-    (tmp_path / "lit_modules").mkdir()
-    file = tmp_path / "lit_modules" / "a.py"
-    file.write_text("x = 1")
-    before, names = runs.code_version(["lit_modules/a.py"])
-    file.write_text("x = 2")
-    assert runs.code_version(names)[0] != before
+    return tmp_path
 
 
-@pytest.mark.parametrize("value", ["../up", "a/b", "", ".hidden"])
+def rewritten(path, change):
+    """Rewrite a Python file through its syntax tree, so that formatting and comments change as well."""
+    tree = ast.parse(path.read_text())
+    change(tree)
+    path.write_text(f"# {path.name}, written anew\n" + ast.unparse(tree))
+
+
+def change_docstrings(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0].value.value = "Other words."
+
+
+def test_comments_docstrings_and_formatting_outdate_nothing(project, names):
+    assert "lit_modules/classifier/module.py" in names
+    before = runs.code_version(names)
+    for name in names:
+        rewritten(project / name, change_docstrings)
+    assert "Other words." in (project / "lit_modules/classifier/module.py").read_text()
+    assert runs.code_version(names) == before
+
+
+def test_code_that_draws_packs_times_or_describes_is_not_looked_at(names):
+    assert "datamodules.images.catalog" in sys.modules
+    left_out = ("pictures.py", "media.py", "export.py", "throughput.py", "catalog.py", "__init__.py")
+    assert not [name for name in names if name.endswith(left_out)]
+    assert "lit_modules/classifier/module.py" in names
+    assert any(name.startswith("leanlight/ops/") for name in names)
+
+
+def first(tree, kind, suits=lambda node: True):
+    return next(node for node in ast.walk(tree) if isinstance(node, kind) and suits(node))
+
+
+def change_operation(tree):
+    node = first(tree, ast.BinOp, lambda node: not isinstance(node.op, ast.BitOr | ast.Sub))
+    node.op = ast.Sub()
+
+
+def change_default(tree):
+    node = first(tree, ast.arguments, lambda node: any(isinstance(d, ast.Constant) for d in node.defaults))
+    default = next(d for d in node.defaults if isinstance(d, ast.Constant))
+    default.value = "other"
+
+
+def change_number(tree):
+    node = first(tree, ast.Constant, lambda node: type(node.value) in (int, float))
+    node.value += 1
+
+
+@pytest.mark.parametrize("change", [change_operation, change_default, change_number])
+def test_a_changed_loss_default_or_constant_outdates(project, names, change):
+    changed = 0
+    for name in names:
+        before = runs.code_version([name])
+        try:
+            rewritten(project / name, change)
+        except StopIteration:  # nothing of this kind in the file
+            continue
+        assert runs.code_version([name]) != before, name
+        changed += 1
+    assert changed > 5
+
+
+def test_a_changed_loss_shows_and_a_reworded_comment_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    file = tmp_path / "losses.py"
+
+    def version(text):
+        file.write_text(text)
+        return runs.code_version(["losses.py"])[0]
+
+    loss = version("def loss(x, y, weight=0.5):\n    return weight * (x - y).square().mean()\n")
+    assert (
+        version('def loss(x, y, weight=0.5):\n    """New."""\n    return weight * (x - y).square().mean()  # MSE\n')
+        == loss
+    )
+    assert version("def loss(x, y, weight=0.5):\n    return weight * (x - y).abs().mean()\n") != loss
+    assert version("def loss(x, y, weight=0.6):\n    return weight * (x - y).square().mean()\n") != loss
+    assert version("def loss(x, y, weight=None):\n    return weight * (x - y).square().mean()\n") != loss
+    file.unlink()
+    assert runs.code_version(["losses.py"])[0] != loss
+    assert version("not python (") != version("not python ((")
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_folder_is_one_input_that_counts_by_content_not_by_place(tmp_path, count):
+    def identity(bank):
+        return runs.config_hash(changed("model", "init_args", "bank", value=f"{bank}/0"), {"bank": str(bank)})
+
+    bank = tmp_path / "a"
+    for number in range(count):
+        path = bank / str(number % 100) / f"{number}.txt"
+        if number < 100:
+            path.parent.mkdir(parents=True)
+        path.write_text(str(number))
+    before = identity(bank)
+    moved = bank.rename(tmp_path / "b")
+    (moved / "media").mkdir()
+    (moved / "media" / "picture.png").touch()
+    assert identity(moved) == before
+    renamed = (moved / "1" / "1.txt").rename(moved / "1" / "one.txt")
+    assert identity(moved) != before
+    renamed.rename(moved / "1" / "1.txt").write_text("other")
+    assert identity(moved) != before
+
+
+def test_logs_of_a_run_folder_do_not_count(tmp_path):
+    for name in ("checkpoints/last.ckpt", "artifacts/bank/x.txt", "summary.json", "metrics.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = runs.content_digest(tmp_path)
+    (tmp_path / "metrics.csv").write_text("other")
+    assert runs.content_digest(tmp_path) == before
+    (tmp_path / "artifacts/bank/x.txt").write_text("other")
+    assert runs.content_digest(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_an_input_that_holds_nothing_is_one_line(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"run\.inputs: .*{name}"):
+        runs.config_hash(CONFIG, {"bank": str(tmp_path / name)})
+
+
+def test_very_many_artefacts_are_one_line_of_a_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_MANY_FILES", 3)
+    for name in ("checkpoints/last.ckpt", "artifacts/few/0", *(f"artifacts/many/{n}" for n in range(4))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("12345")
+    listed = {item["path"]: item["bytes"] for item in runs.list_artifacts(tmp_path)}
+    assert listed == {"checkpoints/last.ckpt": 5, "artifacts/few/0": 5, "artifacts/many": 20}
+
+
+@pytest.mark.parametrize("value", ["../up", "a/b", "", ".hidden", "a b", "a\n", "x" * 5000])
 def test_a_run_id_that_is_no_folder_name_is_refused(value):
     with pytest.raises(UserError, match=r"run\.id"):
         runs.RunSettings(id=value)

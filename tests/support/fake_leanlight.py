@@ -1,7 +1,7 @@
-"""Stands in for `python -m leanlight fit|export`: writes a run folder in milliseconds.
+"""Stands in for `python -m leanlight fit|predict|export`: writes a run folder in milliseconds.
 
 Options of the fake model: value and slope make test/accuracy = value + 0.01 * slope * seed; fail ends with exit code 1;
-wait sleeps until interrupted, but not when resumed.
+wait sleeps until interrupted, but not when resumed; files leaves so many in artifacts/bank.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def fit(command: str, words: list[str]) -> int:
         "method": given["run.method"],
         "dataset": given["run.dataset"],
         "run_id": run_dir.name,
+        "command": [command],
         "seed": seed,
         "config_hash": config_hash(resolve(command, words), json.loads(given.get("run.inputs", "{}"))),
         "code_hash": os.environ["FAKE_CODE_HASH"],
@@ -64,7 +65,13 @@ def fit(command: str, words: list[str]) -> int:
         "metrics": {},
     }
     write(run_dir, summary)
-    (run_dir / "checkpoints" / "last.ckpt").write_text(json.dumps([given.get("value"), seed]))
+    output = run_dir / ("artifacts/predictions/0.safetensors" if command == "predict" else "checkpoints/last.ckpt")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps([given.get("value"), seed]))
+    for number in range(int(given.get("files", 0))):
+        bank = run_dir / "artifacts" / "bank" / f"{number % 10}"
+        bank.mkdir(parents=True, exist_ok=True)
+        (bank / f"{number}.txt").write_text(str(number))
     if given.get("fail"):
         print("loading data\nboom: the reason")
         write(run_dir, summary | {"status": "failed"})

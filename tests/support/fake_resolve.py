@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from leanlight.contracts.errors import UserError
+
 _IDENTITY_FREE = {
     "run.id",
     "run.method",
@@ -26,6 +28,8 @@ def options(words: list[str]) -> dict[str, str]:
 
 def resolve(subcommand: str, args: list[str]) -> dict[str, Any]:
     found = options(args)
+    if "unknown" in found:
+        raise UserError("unknown: not a key of the model")
     return {
         "model": {key: value for key, value in found.items() if key not in _IDENTITY_FREE},
         "data": {},

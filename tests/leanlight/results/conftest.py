@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from leanlight.cli.reproduce import main
-from leanlight.results import cells, pipeline
+from leanlight.results import pipeline, table
 from leanlight.runs import code_version
 
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -97,7 +97,7 @@ def _stand_ins(folder: Path, template: Path | None = None) -> Iterator[FakeSuite
         patch.setenv("FAKE_CODE_HASH", code_version(["leanlight/contracts/errors.py"])[0])
         patch.setenv("FAKE_LOG", str(made.log))
         patch.chdir(folder)
-        patch.setattr(cells, "command", command)
+        patch.setattr(table, "command", command)
         patch.setattr(pipeline, "command", command)
         yield made
 

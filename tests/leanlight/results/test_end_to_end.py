@@ -59,7 +59,7 @@ def test_a_small_table_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     Path("wide.yaml").write_text(yaml.safe_dump(TABLE))
     assert main(["reproduce", "wide.yaml", "--jobs", "2"]) == 0
-    document: dict[str, Any] = json.loads(Path("docs/results/classifier/wide.json").read_text())
+    document: dict[str, Any] = json.loads(Path("runs/results/classifier/wide.json").read_text())
     wide, narrow = (row["metrics"]["test/accuracy"] for row in document["rows"])
     assert wide["n"] == narrow["n"] == 2
     assert wide["mean"] > 0.5 > narrow["mean"]

@@ -13,6 +13,7 @@ import pytest
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.cli.run import main
 from leanlight.contracts import UserError
+from leanlight.results.pipeline import PipelineRunner
 from leanlight.results.pipeline_spec import load_pipeline
 
 TEACHER = "${stages.teacher.artifacts.checkpoint}"
@@ -116,7 +117,7 @@ def test_an_export_stage_leaves_an_ordinary_run_folder(suite: Any) -> None:
         {
             "name": "use",
             "config": str(suite.folder / "b.yaml"),
-            "overrides": {"from": "${stages.pack.artifacts.export}"},
+            "overrides": {"weights": "${stages.pack.artifacts.export}/weights.bin"},
         },
     ]
     path = suite.write("pack.yaml", {"method": "classifier", "dataset": "digits", "stages": stages})
@@ -125,9 +126,76 @@ def test_an_export_stage_leaves_an_ordinary_run_folder(suite: Any) -> None:
     summary = json.loads((packed / "summary.json").read_text())
     assert [artifact["path"] for artifact in summary["artifacts"]] == ["artifacts/export/weights.bin"]
     inputs = json.loads(_option(suite.commands()[-1]["argv"], "run.inputs"))
-    assert list(inputs) == ["pack.artifacts.export/weights.bin"]
+    assert inputs == {"pack.artifacts.export": f"{packed}/artifacts/export"}
     assert main([str(path)]) == 0
     assert len(suite.commands()) == 3
+
+
+def _with_command(suite: Any, **stage: Any) -> str:
+    pack = {"name": "pack", "command": "export", "inputs": {"source": "${stages.train.run_dir}"}, **stage}
+    stages = [{"name": "train", "config": str(suite.folder / "a.yaml")}, pack]
+    return str(suite.write("pack.yaml", {"method": "classifier", "dataset": "digits", "stages": stages}))
+
+
+def test_options_of_a_stage_command_are_its_overrides(suite: Any) -> None:
+    assert main([_with_command(suite)]) == 0
+    assert main([_with_command(suite, overrides={"checkpoint": "best"})]) == 0
+    _, first, second = (command["argv"] for command in suite.commands())
+    assert first[1].startswith("runs/classifier/digits/pack-train-")
+    assert "--checkpoint=best" not in first
+    assert "--checkpoint=best" in second
+    assert len(list(Path("runs/classifier/digits").glob("pack-pack-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"overrides": {"chekpoint": "best"}}, "stage pack: --chekpoint=best: not an option of `leanlight export`"),
+        ({"overrides": {"checkpoint": "newest"}}, "invalid choice: 'newest'"),
+        ({"overrides": {"output": "x"}}, "overrides: output is set by the pipeline itself"),
+        ({"inputs": {}}, "export takes no config and one input"),
+        ({"config": "a.yaml"}, "export takes no config and one input"),
+    ],
+)
+def test_a_wrong_stage_command_is_found_before_the_first_stage(suite: Any, stage: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        main([_with_command(suite, **stage)])
+    assert not Path("runs").exists()
+
+
+def test_what_is_checked_stands_in_for_outputs_of_earlier_stages(suite: Any) -> None:
+    """Neither the path nor the number is there yet when all stages are parsed."""
+    spec = load_pipeline(str(_pipeline(suite)))
+    PipelineRunner(spec, Path("runs")).check()
+    assert suite.commands() == []
+    assert not Path("runs").exists()
+
+
+def test_a_folder_of_many_files_is_one_input(suite: Any) -> None:
+    path = str(_pipeline(suite, overrides={"bank": "${stages.teacher.artifacts.bank}", "teacher": TEACHER}))
+    assert main([path, "--set", "teacher.files=3000"]) == 0
+    (bank,) = Path("runs/classifier/digits").glob("chain-teacher-*/artifacts/bank")
+    inputs = json.loads(_option(suite.commands()[-1]["argv"], "run.inputs"))
+    assert inputs["teacher.artifacts.bank"] == str(bank)
+    assert len(inputs) == 2
+    assert main([path, "--set", "teacher.files=3000"]) == 0
+    assert len(suite.commands()) == 2
+    (bank / "7" / "1007.txt").write_text("changed")
+    assert main([path, "--set", "teacher.files=3000"]) == 0
+    assert len(suite.commands()) == 3
+
+
+def test_a_killed_predict_stage_goes_on_where_it_was(suite: Any, rewrite: Callable[..., None]) -> None:
+    path = str(_pipeline(suite, command="predict"))
+    assert main([path]) == 0
+    (student,) = Path("runs/classifier/digits").glob("chain-student-*")
+    rewrite(student, status="running")
+    assert main([path]) == 0
+    assert suite.commands()[-1]["argv"] == ["predict", "--resume", str(student)]
+    rewrite(student, status="running")
+    (student / "artifacts/predictions/0.safetensors").unlink()
+    assert main([path]) == 0
+    assert "--resume" not in suite.commands()[-1]["argv"]
 
 
 def test_a_missing_output_is_named(suite: Any) -> None:
@@ -150,11 +218,14 @@ def test_a_missing_metric_is_named(suite: Any) -> None:
         ({"overrides": {"t": ["${stages.teacher.weights}"]}}, "expected ${stages.STAGE.run_dir}"),
         ({"inputs": {"t": "${stages.teacher.artifacts.../../secret}"}}, "expected ${stages.STAGE.run_dir}"),
         ({"overrides": {"run.id": "x"}}, "overrides: run.id is set by the pipeline itself"),
-        ({"command": "export"}, "export takes one input and nothing else"),
+        ({"command": "export"}, "export takes no config and one input"),
         ({"command": "train"}, "command must be one of fit, validate, test, predict, export, got 'train'"),
         ({"name": "teacher"}, "name 'teacher' stands twice"),
         ({"inputs": {"t": 3}}, "inputs must map names to paths"),
         ({"config": "classifier/no_such"}, "config 'classifier/no_such'"),
+        ({"overrides": {"resume": "x"}}, "overrides: resume is set by the pipeline itself"),
+        ({"overrides": {"unknown": 1}}, "stage student: unknown: not a key of the model"),
+        ({"inputs": {"t": "nowhere.npz"}}, "stage student: input 't': nothing at nowhere.npz"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_and_nothing_runs(suite: Any, changes: dict[str, Any], message: str) -> None:
@@ -173,11 +244,16 @@ def test_a_mistake_in_the_file_is_one_line_and_nothing_runs(suite: Any, changes:
         (["--set", "lr=1"], "--set: lr: no stage 'lr'"),
         (["--set", "student"], "--set: expected stage.key=value, got 'student'"),
         (["--set", "student=1"], "--set: student: names no key of stage 'student'"),
+        (["--set", "student.unknown=1"], "stage student: unknown: not a key of the model"),
+        (["--id", "../../x"], "--id: '../../x' is not a folder name"),
+        (["--seed", "100000000000000"], "--seed: expected 0 to 4294967295, got 100000000000000"),
+        (["--seed", "-1"], "--seed: expected 0 to 4294967295, got -1"),
     ],
 )
 def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         main([str(_pipeline(suite)), *options])
+    assert not Path("runs").exists()
 
 
 def test_references_to_other_things_are_left_to_the_config(suite: Any) -> None:
@@ -192,7 +268,7 @@ def test_a_table_row_can_be_a_stage_of_a_pipeline(suite: Any) -> None:
     ]
     table = str(suite.table(rows=rows, seeds=[0, 1]))
     assert reproduce([table]) == 0
-    document = json.loads(Path("docs/results/classifier/two.json").read_text())
+    document = json.loads(Path("runs/results/classifier/two.json").read_text())
     good = document["rows"][0]
     assert good["metrics"]["test/accuracy"]["by_seed"] == pytest.approx({"0": 0.8, "1": 0.81})
     assert good["wall_s"] == 4.0  # both stages

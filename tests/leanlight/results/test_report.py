@@ -29,7 +29,7 @@ from leanlight.results.profile import confidence_band, shares_above
 EVIL = (
     "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\" onload='x' $x^2$ | [a](javascript:1)"
 )
-RESULTS = Path("docs/results/classifier")
+RESULTS = Path("runs/results/classifier")
 
 
 class Page(HTMLParser):
@@ -195,7 +195,9 @@ def test_learning_curves_and_pictures_of_run_folders_are_shown(suite: Any) -> No
     with Image.open(RESULTS / "two_curves.png") as figure:
         assert min(figure.size) > 100
     assert "two_curves.png" in (RESULTS / "two.md").read_text()
-    main(["--all", "--output", "out", "--runs-root", "elsewhere"])  # where there are no runs, those drawn are kept
+    main(
+        [str(RESULTS / "two.json"), "--output", "out", "--runs-root", "elsewhere"]
+    )  # where there are no runs, those drawn are kept
     assert "two_curves.png" in (RESULTS / "two.md").read_text()
     (picture,) = [a for a in images if a["alt"] == "confusion (test)"]
     with Image.open(io.BytesIO(base64.b64decode(str(picture["src"]).partition(",")[2]))) as decoded:
@@ -283,7 +285,7 @@ def test_numbers_read_as_expected() -> None:
 
 
 def test_readme_tables_are_rewritten_between_their_markers(suite: Any) -> None:
-    suite.reproduced()
+    reproduce([str(suite.reproduced()), "--publish"])
     own = Path("lit_modules/classifier/README.md")
     own.parent.mkdir(parents=True)
     for path in (Path("README.md"), own):
@@ -302,8 +304,20 @@ def test_readme_tables_are_rewritten_between_their_markers(suite: Any) -> None:
     assert Path("README.md").read_text() == before
 
 
+def test_a_table_of_this_machine_stands_above_the_published_one(suite: Any) -> None:
+    published = ["--publish", "--only", "good", "--seed", "0"]
+    reproduce([str(suite.reproduced()), *published])
+    assert main(["--all", "--output", "out"]) == 0
+    assert Path("out/index.html").read_text().count('id="table-') == 1
+    assert (RESULTS / "two.md").is_file()
+    assert not Path("docs/results/classifier/two.md").exists()
+    Path("runs/results").rename("aside")
+    assert main(["--all", "--output", "out"]) == 0
+    assert Path("docs/results/classifier/two.md").is_file()
+
+
 def test_a_readme_without_markers_is_named_and_none_is_written(suite: Any) -> None:
-    suite.reproduced()
+    reproduce([str(suite.reproduced()), "--publish"])
     Path("README.md").write_text(f"{BEGIN}\nold\n{END}\n")
     with pytest.raises(UserError, match=r"--readme: no file lit_modules/classifier/README.md"):
         main(["--all", "--readme", "--output", "out"])
@@ -315,7 +329,7 @@ def test_a_readme_without_markers_is_named_and_none_is_written(suite: Any) -> No
     [
         ([], "expected either result files or --all"),
         (["x.json", "--all"], "expected either result files or --all"),
-        (["--all"], "no results in docs/results; `leanlight reproduce TABLE` writes them"),
+        (["--all"], "no results in docs/results or runs/results; `leanlight reproduce TABLE` writes them"),
         (["x.json"], "x.json: no such file"),
         (["other.json"], "other.json: not a result table"),
         (["half.json"], "half.json: a table has no 'checkpoint_rule'; write it anew"),

@@ -21,8 +21,9 @@ import yaml
 from leanlight.cli.reproduce import main
 from leanlight.contracts import UserError
 from leanlight.results.launch import Job, run_jobs
+from leanlight.results.state import clear
 
-RESULT = Path("docs/results/classifier/two.json")
+RESULT = Path("runs/results/classifier/two.json")
 Rewrite = Callable[..., None]
 
 
@@ -179,7 +180,7 @@ def test_one_cell_is_repeated_and_merged_into_what_is_published(suite: Any) -> N
 def test_cells_whose_folders_are_gone_stay_published_unless_asked_for(suite: Any, rewrite: Rewrite) -> None:
     suite.reproduced()
     before = _document()
-    Path("runs").rename("elsewhere")
+    Path("runs/classifier").rename("elsewhere")
     assert main(["two.yaml", "--only", "bad", "--seed", "0"]) == 0
     assert len(suite.commands()) == 7
     assert _document() == before
@@ -189,6 +190,46 @@ def test_cells_whose_folders_are_gone_stay_published_unless_asked_for(suite: Any
     assert main(["two.yaml", "--only", "bad", "--seed", "0"]) == 0
     assert _row(_document(), "good")["runs"] == []
     assert _row(_document(), "bad")["seeds"] == [0, 1, 2]
+
+
+def test_published_results_are_written_only_when_asked_and_are_where_others_begin(suite: Any) -> None:
+    published = Path("docs/results/classifier/two.json")
+    suite.reproduced()
+    assert main(["two.yaml"]) == 0
+    assert not published.exists()
+    assert main(["two.yaml", "--publish"]) == 0
+    assert len(suite.commands()) == 6
+    assert json.loads(published.read_text()) == _document()
+    Path("runs").rename("elsewhere")
+    before = published.read_bytes()
+    assert main(["two.yaml", "--only", "bad", "--seed", "0"]) == 0
+    assert published.read_bytes() == before
+    assert _document()["complete"]  # five cells from the published results, one of this machine
+
+
+def test_a_stage_that_does_not_parse_is_found_in_the_dry_run(suite: Any) -> None:
+    stages = [{"name": "only", "config": str(suite.folder / "a.yaml")}]
+    pipeline = suite.write("one.yaml", {"method": "classifier", "dataset": "digits", "stages": stages})
+    row = {"name": "good", "pipeline": str(pipeline), "stage": "only", "overrides": {"only.unknown": 1}}
+    table = suite.table(rows=[row], claims=[])
+    with pytest.raises(UserError, match=r"row good: stage only: unknown: not a key of the model"):
+        main([str(table), "--dry-run"])
+
+
+@pytest.mark.parametrize("place", ["..", "../outside", ".", "inside/../../outside"])
+def test_nothing_outside_the_runs_root_is_ever_removed(tmp_path: Path, place: str) -> None:
+    root, outside = tmp_path / "runs", tmp_path / "outside"
+    for folder in (root, outside):
+        folder.mkdir()
+        (folder / "precious").touch()
+    with pytest.raises(UserError, match="outside the runs root"):
+        clear(root / place, root)
+    assert (root / "precious").exists()
+    assert (outside / "precious").exists()
+    (root / "link").symlink_to(outside)
+    with pytest.raises(UserError, match="outside the runs root"):
+        clear(root / "link", root)
+    assert (outside / "precious").exists()
 
 
 def test_a_dry_run_starts_and_writes_nothing(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,6 +315,7 @@ def test_a_child_that_ignores_the_interrupt_is_killed(tmp_path: Path, monkeypatc
         (["--seed", "7"], "--seed: 7 is not one of this table's seeds"),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--output", "x.txt"], "--output: expected a .json file"),
+        (["--output", "x.json", "--publish"], "--publish: writes to docs/results, --output somewhere else"),
         (["--rerun-stal"], "--rerun-stal: not an option of `leanlight reproduce` (did you mean '--rerun-stale'?)"),
         (["--seed", "x"], "argument --seed: invalid int value"),
     ],

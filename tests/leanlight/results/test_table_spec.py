@@ -64,11 +64,19 @@ MISTAKES = [
         "two.yaml: profile: groups 'a' must be a list of rows, got 'good'",
     ),
     (_set("scale", "tiny"), "two.yaml: scale must be one of small, paper, got 'tiny'"),
-    (_set("method", "../x"), "two.yaml: method '../x' is not a folder name"),
+    (_set("method", "../x"), "two.yaml: method: '../x' is not a folder name"),
     (_set("seeds", [0, 0]), "names a seed twice"),
     (_set("seeds", []), "seeds must be a list of whole numbers"),
     (_set("seeds", [True]), "seeds must be a list of whole numbers"),
     (_set("seeds", [-1]), "seeds must be a list of whole numbers"),
+    (_set("seeds", [10**14]), "seeds must be a list of whole numbers from 0 to 4294967295"),
+    (_set("rows.0.method", "../../x"), "rows[0] good: method: '../../x' is not a folder name"),
+    (_set("rows.0.name", "two words"), "rows[0]: name 'two words' must be letters"),
+    (
+        _set("metrics.accuracy", {"label": "A", "higher_is_better": True}),
+        "metrics accuracy: is not the name of a metric",
+    ),
+    (_set("metrics.test/an accuracy", {"label": "A"}), "metrics test/an accuracy: is not the name of a metric"),
     (_set("rows", []), "rows is empty"),
     (_set("rows.0.lable", "x"), "rows[0]: key 'lable' is unknown (did you mean 'label'?)"),
     (_set("rows.1.name", "good"), "rows: name 'good' stands twice"),
@@ -100,6 +108,12 @@ def test_a_mistake_is_one_line_that_says_where(suite: Any, change: Any, message:
         load_table(str(suite.write("two.yaml", content)))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_file_of_a_table_names_its_runs_so_its_name_is_checked(suite: Any) -> None:
+    path = suite.table().rename(suite.folder / "two words.yaml")
+    with pytest.raises(UserError, match=r"two words.yaml: file name: 'two words' is not a folder name"):
+        load_table(str(path))
 
 
 def test_a_key_written_twice_is_refused(suite: Any) -> None:
