@@ -341,8 +341,8 @@ def test_prediction_goes_through_the_test_part_in_order(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"dataset": "cifar_10"}, "did you mean 'cifar10'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size: expected at least 1, got -3"),
         ({"eval_batch_size": 0}, "eval_batch_size"),
         ({"image_size": -1}, "image_size"),
         ({"val_fraction": 1.0}, "val_fraction"),
@@ -351,6 +351,7 @@ def test_prediction_goes_through_the_test_part_in_order(tmp_path: Path) -> None:
         ({"train_fraction": 1.1}, "train_fraction"),
         ({"augment": "flipp"}, "did you mean 'flip'"),
         ({"variant": "small"}, "variant"),
+        ({"predict_split": "all"}, "predict_split: expected one of train, val, test, got 'all'"),
         ({"dataset": "image_folder"}, "path"),
         ({"dataset": "digits", "path": "x"}, "path"),
         ({"dataset": "digits", "variant": "subset"}, "fashion_mnist only"),
