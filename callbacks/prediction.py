@@ -184,7 +184,7 @@ def _sweep(folder: Path, kept: Mapping[str, Any]) -> None:
 
 def _index(folder: Path, name: str) -> Tensor:
     with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-        return file.get_tensor("index")  # type: ignore[no-any-return]
+        return file.get_tensor("index")
 
 
 def _checked(outputs: Any, name: str) -> Outputs:

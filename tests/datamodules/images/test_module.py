@@ -1,6 +1,7 @@
 """ImageDataModule: splits, order, resume and what several processes see."""
 
 import gzip
+import hashlib
 from itertools import chain
 from pathlib import Path
 
@@ -332,6 +333,26 @@ def test_prediction_goes_through_the_test_part_in_order(tmp_path: Path) -> None:
     predicted = trainer(tmp_path).predict(Recorder(), datamodule=module(eval_batch_size=100))
     assert predicted is not None
     assert torch.cat(predicted).tolist() == list(range(360))
+
+
+# Identity: what was published was made of exactly these items in exactly this order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        ({}, "29fd11336deba818"),
+        ({"val_fraction": 0.2, "train_fraction": 0.5, "split_seed": 3, "image_size": 12}, "be35d600e419b009"),
+        ({"dataset": "fashion_mnist", "variant": "subset"}, "58cd3509b96148c8"),
+    ],
+)
+def test_fingerprints_are_those_of_the_published_results(arguments: dict, start: str) -> None:
+    assert module(**arguments).meta.fingerprint.startswith(start)
+
+
+def test_order_is_that_of_the_published_results() -> None:
+    order = torch.tensor(joined(positions(module(seed=3).train_dataloader())))
+    assert hashlib.sha256(order.numpy().tobytes()).hexdigest().startswith("e0cc07d7924f1d92")
 
 
 # Wrong input
