@@ -24,4 +24,3 @@ from .images.module import ImageDataModule as ImageDataModule
 from .images.stream import ImageFolderStream as ImageFolderStream
 from .images.substitute import DistilledDataModule as DistilledDataModule
 from .images.substitute import SubsetDataModule as SubsetDataModule
-from .images.substitute import SubstituteDataModule as SubstituteDataModule

@@ -53,6 +53,8 @@ _TRAINER_KEYS = [
     "reload_dataloaders_every_n_epochs",
 ]
 _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data lies, not what it is
+# Arguments that came after results had been published: at their default a run is what it was without them.
+_LATER_DEFAULTS = {"predict_split": "test"}
 
 
 @dataclass
@@ -103,7 +105,8 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS}
+            later = {k for k, v in _LATER_DEFAULTS.items() if value.get(k) == v}
+            return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS | later}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         return digests.get(str(value), value) if isinstance(value, (str, Path)) else value

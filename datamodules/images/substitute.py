@@ -118,7 +118,7 @@ class DistilledDataModule(SubstituteDataModule):
 
 
 class SubsetDataModule(SubstituteDataModule):
-    """Trains on chosen items of the real training split, for instance a coreset; validates and tests on all others.
+    """Trains on chosen items of the real training split, such as a coreset; validation and test sets stay whole.
 
     Positions are those of ``index`` in training batches; they mean the same items only with the same `dataset`,
     `variant`, `val_fraction`, `train_fraction` and `split_seed`.
