@@ -34,7 +34,16 @@ class TrainOrder:
     process with the global batch would. Every rank has equally many batches, of equal size: the last, shorter global
     batch is dropped (`drop_last`) or filled up from the start of the order to a multiple of `world`.
 
-    epoch: chosen by `set_epoch`. position: batches handed out in this epoch.
+    Args:
+        size: items of the split.
+        batch_size: items of a batch on each rank.
+        seed: makes the order, together with the epoch.
+        shuffle: whether to shuffle; else the split's own order.
+        drop_last: leave out the last, shorter global batch.
+        rank: of this process.
+        world: number of processes.
+
+    Attributes: ``epoch``, chosen by `set_epoch`; ``position``, batches handed out in this epoch.
     """
 
     def __init__(
@@ -159,6 +168,12 @@ def eval_blocks(size: int, batch_size: int, rank: int = 0, world: int = 1) -> li
 
     Shards differ by one item at most. All ranks have equally many batches (some an item shorter), because
     DistributedDataParallel synchronises buffers at every forward pass, in evaluation too.
+
+    Args:
+        size: items of the split.
+        batch_size: items of a batch on each rank.
+        rank: of this process.
+        world: number of processes.
     """
     if size < world:
         raise UserError(f"a split of {size} items cannot be spread over {world} processes")
@@ -176,6 +191,13 @@ def remaining_blocks(size: int, batch_size: int, done: Tensor, rank: int = 0, wo
     Batches are those of an undisturbed pass by as many processes, because what comes out for an item may depend, in
     its last bits, on its neighbours. They are dealt out anew, in equal numbers: sharded models compute together. A rank
     that lacks one goes through a batch again whose items it, or an earlier process, has done.
+
+    Args:
+        size: items of the split.
+        batch_size: items of a batch on each rank.
+        done: (N,) int64 positions to leave out.
+        rank: of this process.
+        world: number of processes.
     """
     is_done = torch.zeros(size, dtype=torch.bool)
     is_done[done] = True

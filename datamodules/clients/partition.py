@@ -234,5 +234,11 @@ class ClassImbalance(Partition):
 
 
 def class_matrix(labels: np.ndarray, parts: Parts, num_classes: int) -> np.ndarray:
-    """(clients, num_classes) int: how many items of each class a client holds."""
+    """(clients, num_classes) int: how many items of each class a client holds.
+
+    Args:
+        labels: (N,) int class of every item.
+        parts: positions of the items of every client.
+        num_classes: number of columns.
+    """
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])

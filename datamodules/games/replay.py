@@ -78,7 +78,13 @@ class ReplayMemory:
         self._push(frame, 0)
 
     def record(self, action: int, reward: float, end: int = GOES_ON) -> None:
-        """Write what was done at the newest frame, and what became of it."""
+        """Write what was done at the newest frame, and what became of it.
+
+        Args:
+            action: the action taken there.
+            reward: what it earned, as it is to be learned from.
+            end: ``GOES_ON``, ``TERMINAL`` (no value is bootstrapped) or ``TRUNCATED``.
+        """
         at = (self.head - 1) % self.size
         self.actions[at], self.rewards[at], self.ends[at] = action, reward, end
 

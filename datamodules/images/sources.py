@@ -174,7 +174,13 @@ def idx_folder(query: Query, folder: Path) -> Raw | None:
 
 
 def idx_family(query: Query, folders: list[Path], torchvision_name: str) -> Raw | None:
-    """A set of the MNIST family: idx files in one of `folders`, or torchvision's download."""
+    """A set of the MNIST family: idx files where they may lie, or torchvision's download.
+
+    Args:
+        query: what is asked for.
+        folders: places of the idx files; torchvision's own comes after the first.
+        torchvision_name: class of `torchvision.datasets`, whose name is the folder of its download.
+    """
     layout = query.root / torchvision_name / "raw"
     for folder in [*folders[:1], layout, *folders[1:]]:
         if raw := idx_folder(query, folder):
