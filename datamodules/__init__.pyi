@@ -23,3 +23,4 @@ from .images.catalog import DatasetInfo as DatasetInfo
 from .images.module import ImageDataModule as ImageDataModule
 from .images.stream import ImageFolderStream as ImageFolderStream
 from .images.substitute import DistilledDataModule as DistilledDataModule
+from .images.substitute import SubsetDataModule as SubsetDataModule

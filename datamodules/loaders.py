@@ -34,7 +34,16 @@ class TrainOrder:
     process with the global batch would. Every rank has equally many batches, of equal size: the last, shorter global
     batch is dropped (`drop_last`) or filled up from the start of the order to a multiple of `world`.
 
-    epoch: chosen by `set_epoch`. position: batches handed out in this epoch.
+    Args:
+        size: items of the split.
+        batch_size: items of a batch on each rank.
+        seed: makes the order, together with the epoch.
+        shuffle: whether to shuffle; else the split's own order.
+        drop_last: leave out the last, shorter global batch.
+        rank: of this process.
+        world: number of processes.
+
+    Attributes: ``epoch``, chosen by `set_epoch`; ``position``, batches handed out in this epoch.
     """
 
     def __init__(
@@ -95,7 +104,12 @@ class TrainOrder:
 
 
 class TrainLoader:
-    """Batches in a `TrainOrder`. After `load_state_dict` the next iteration goes on with exactly the next batch."""
+    """Batches in a `TrainOrder`. After `load_state_dict` the next iteration goes on with exactly the next batch.
+
+    Args:
+        order: which items come in which batch.
+        fetch: from blocks of positions to batches.
+    """
 
     def __init__(self, order: TrainOrder, fetch: Fetch) -> None:
         self.sampler, self._fetch = order, fetch  # Lightning calls `loader.sampler.set_epoch`
@@ -125,9 +139,17 @@ class TrainLoader:
 def train_loader(
     datamodule: pl.LightningDataModule, size: int, fetch: Fetch, batch_size: int, seed: int | None, drop_last: bool
 ) -> TrainLoader:
-    """The training loader of a DataModule on this rank; seed None: that of ``seed_everything``, else 0.
+    """The training loader of a DataModule on this rank.
 
     Not shuffled while Lightning overfits a few batches, so that every epoch has the same ones.
+
+    Args:
+        datamodule: asked for its trainer alone.
+        size: items of the split.
+        fetch: from blocks of positions to batches.
+        batch_size: items of a batch on each rank.
+        seed: of the order; None: that of ``seed_everything``, else 0.
+        drop_last: leave out the last, shorter global batch.
     """
     rank, world = rank_and_world()
     seed = run_seed(seed)
@@ -141,24 +163,74 @@ def train_loader(
     return TrainLoader(order, fetch)
 
 
-class EvalLoader:
-    """A split in its own order, each item exactly once over all ranks.
+def eval_blocks(size: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """Positions of a rank's evaluation batches: a contiguous shard of ``range(size)``, cut into batches.
 
-    Ranks hold contiguous shards whose sizes differ by one at most. All ranks have equally many batches (some an item
-    shorter), because DistributedDataParallel synchronises buffers at every forward pass, in evaluation too.
-    Metrics must weight by items, as torchmetrics and `self.log` do.
+    Shards differ by one item at most. All ranks have equally many batches (some an item shorter), because
+    DistributedDataParallel synchronises buffers at every forward pass, in evaluation too.
+
+    Args:
+        size: items of the split.
+        batch_size: items of a batch on each rank.
+        rank: of this process.
+        world: number of processes.
+    """
+    if size < world:
+        raise UserError(f"a split of {size} items cannot be spread over {world} processes")
+    begin, end = (size * r // world for r in (rank, rank + 1))
+    # With batches of one item the shorter shards set the number, and the longer ones end with a batch of two.
+    batches = min(math.ceil(math.ceil(size / world) / batch_size), size // world)
+    # A shard that is one item short may lack one for its last batch: the batch before it then gives one up.
+    cuts = [begin + min(i * batch_size, end - begin - batches + i) for i in range(batches)]
+    return [torch.arange(*bounds) for bounds in zip(cuts, [*cuts[1:], end], strict=True)]
+
+
+def remaining_blocks(size: int, batch_size: int, done: Tensor, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """Positions of a rank's batches when the items at `done` are left out.
+
+    Batches are those of an undisturbed pass by as many processes, because what comes out for an item may depend, in
+    its last bits, on its neighbours. They are dealt out anew, in equal numbers: sharded models compute together. A rank
+    that lacks one goes through a batch again whose items it, or an earlier process, has done.
+
+    Args:
+        size: items of the split.
+        batch_size: items of a batch on each rank.
+        done: (N,) int64 positions to leave out.
+        rank: of this process.
+        world: number of processes.
+    """
+    is_done = torch.zeros(size, dtype=torch.bool)
+    is_done[done] = True
+    blocks = [block for r in range(world) for block in eval_blocks(size, batch_size, r, world)]
+    left = [rest for block in blocks if len(rest := block[~is_done[block]])]
+    begin, end = (len(left) * r // world for r in (rank, rank + 1))
+    own = left[begin:end]
+    if len(own) < math.ceil(len(left) / world):
+        # There are at least `world` blocks, so where a rank has none, one of them is done.
+        own.append(own[0] if own else next(block for block in blocks if is_done[block].all()))
+    return own
+
+
+class EvalLoader:
+    """A split in its own order, each item exactly once over all ranks. Metrics must weight by items.
+
+    Args:
+        size: items of the split.
+        batch_size: items of a batch.
+        fetch: from blocks of positions to batches.
+        rank: of this process.
+        world: number of processes.
+        done: positions (N,) int64 to leave out; none by default. See `remaining_blocks`.
     """
 
-    def __init__(self, size: int, batch_size: int, fetch: Fetch, rank: int = 0, world: int = 1) -> None:
-        if size < world:
-            raise UserError(f"a split of {size} items cannot be spread over {world} processes")
+    def __init__(
+        self, size: int, batch_size: int, fetch: Fetch, rank: int = 0, world: int = 1, done: Tensor | None = None
+    ) -> None:
         self._fetch = fetch
-        begin, end = (size * r // world for r in (rank, rank + 1))
-        # With batches of one item the shorter shards set the number, and the longer ones end with a batch of two.
-        batches = min(math.ceil(math.ceil(size / world) / batch_size), size // world)
-        # A shard that is one item short may lack one for its last batch: the batch before it then gives one up.
-        cuts = [begin + min(i * batch_size, end - begin - batches + i) for i in range(batches)]
-        self._blocks = [torch.arange(*bounds) for bounds in zip(cuts, [*cuts[1:], end], strict=True)]
+        if done is None or not len(done):
+            self._blocks = eval_blocks(size, batch_size, rank, world)
+        else:
+            self._blocks = remaining_blocks(size, batch_size, done, rank, world)
 
     def __len__(self) -> int:
         return len(self._blocks)

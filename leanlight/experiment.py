@@ -139,7 +139,7 @@ class LeanlightCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in users):
             added.append(RichProgressBar(leave=sys.stdout.isatty()))
         if self.only == "predict":
-            added.append(callbacks.PredictionWriter())
+            added.append(callbacks.PredictionWriter(resume=True))
         return {
             "default_root_dir": str(self.run_dir),
             "logger": [RunCSVLogger(self.run_dir), *loggers],

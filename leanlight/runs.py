@@ -75,6 +75,10 @@ def results_folder(runs_root: Path, publish: bool) -> Path:
     return _PUBLISHED if publish else runs_root / "results"
 
 
+# Arguments that came after results had been published: at their default a run is what it was without them.
+_LATER_DEFAULTS = {"predict_split": "test"}
+
+
 @dataclass
 class RunSettings:
     """Settings of a run.
@@ -163,7 +167,8 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS}
+            later = {k for k, v in _LATER_DEFAULTS.items() if value.get(k) == v}
+            return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS | later}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         return without_place(str(value)) if isinstance(value, (str, Path)) else value

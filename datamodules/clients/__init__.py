@@ -1,1 +1,5 @@
-"""Clients of a simulated federation: partitions of images and the DataModule that hands them out."""
+"""Clients of a simulated federation.
+
+`partition`: pure functions that spread labelled items over clients. `module`: `FederatedDataModule`, which hands them
+out.
+"""

@@ -43,9 +43,9 @@ class FederatedDataModule(ImageDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if clients < 1:
-            raise UserError(f"data.init_args.clients: expected at least 1, got {clients}")
+            raise UserError(f"clients: expected at least 1, got {clients}")
         if self.augment is not None:
-            raise UserError("data.init_args.augment: local training augments; set model.init_args.local.augment")
+            raise UserError("augment: expected none, since local training augments; set local.augment of the module")
         self.clients, self.partition = clients, partition or IID()
         self.partition_seed = run_seed(partition_seed)
         self.parts: list[np.ndarray] = []
@@ -60,7 +60,7 @@ class FederatedDataModule(ImageDataModule):
         super().setup(stage)
         labels = self.train_split.labels.numpy()
         if labels.ndim > 1:
-            raise UserError(f"data.init_args.dataset: expected one label an image, {self.dataset} has attributes")
+            raise UserError(f"dataset: expected one label an image, {self.dataset} has attributes")
         self.parts = self.partition.split(labels, self.clients, self.partition_seed)
         self.class_matrix = torch.from_numpy(class_matrix(labels, self.parts, self.meta.num_classes))
         self.client_sizes = [len(part) for part in self.parts]
@@ -81,7 +81,12 @@ class FederatedDataModule(ImageDataModule):
         self._reserved = clients
 
     def schedule(self, round_number: int, work: Mapping[int, float]) -> None:
-        """Say which clients the coming round trains, and what share of its local steps each manages."""
+        """Say which clients the coming round trains.
+
+        Args:
+            round_number: of the round, from 0.
+            work: client → share of its local steps that it manages, in (0, 1].
+        """
         if len(work) > self._reserved:
             raise UserError(f"a round of {len(work)} clients is longer than the {self._reserved} that were reserved")
         self._round, self._work = round_number, dict(work)
@@ -125,7 +130,11 @@ class FederatedDataModule(ImageDataModule):
 
 
 class ClientLoader:
-    """The batches of the scheduled round. After `load_state_dict` the next iteration goes on with the next batch."""
+    """The batches of the scheduled round. After `load_state_dict` the next iteration goes on with the next batch.
+
+    Args:
+        data: asked for its round when iteration begins.
+    """
 
     def __init__(self, data: FederatedDataModule) -> None:
         self._data = data

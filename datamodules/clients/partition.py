@@ -18,10 +18,19 @@ _TRIES = 1000
 
 
 class Partition:
-    """Base of all schemes."""
+    """Base of all schemes: how the training items of a federation are spread over its clients."""
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
-        """labels: (N,) int. Returns `clients` sorted arrays of positions."""
+        """Spread items; raises UserError when it cannot be done.
+
+        Args:
+            labels: (N,) int class of every item.
+            clients: number of clients.
+            seed: makes everything random in it.
+
+        Returns:
+            `clients` sorted arrays of positions in `labels`.
+        """
         raise NotImplementedError
 
 
@@ -31,11 +40,10 @@ def _generator(seed: int) -> np.random.Generator:
 
 def _check(labels: np.ndarray, clients: int, smallest: int = 1) -> None:
     if clients < 1:
-        raise UserError(f"data.init_args.clients: expected at least 1, got {clients}")
+        raise UserError(f"clients: expected at least 1, got {clients}")
     if clients * smallest > len(labels):
         raise UserError(
-            f"data.init_args.clients: {clients} of at least {smallest} items each need more than the {len(labels):,} "
-            "there are"
+            f"clients: {clients} of at least {smallest} items each need more than the {len(labels):,} there are"
         )
 
 
@@ -52,8 +60,12 @@ class IID(Partition):
 class Dirichlet(Partition):
     """Label skew: each class is spread over clients by a Dirichlet(alpha) draw (Wang et al. 2020, FedMA).
 
-    Uses all items. capped: a client that holds its share N / clients or more gets no further class. Drawn anew until
-    each client has `min_size` items; 0 allows empty clients.
+    Uses all items.
+
+    Args:
+        alpha: concentration α > 0; the smaller, the fewer classes a client has.
+        min_size: items that every client has at least, else all is drawn anew; 0 allows empty clients.
+        capped: whether a client that holds its share N / clients or more gets no further class.
     """
 
     alpha: float = 0.3
@@ -62,7 +74,7 @@ class Dirichlet(Partition):
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.alpha <= 0:
-            raise UserError(f"data.init_args.partition.init_args.alpha: expected a positive number, got {self.alpha}")
+            raise UserError(f"alpha: expected a positive number, got {self.alpha}")
         _check(labels, clients, self.min_size)
         generator = _generator(seed)
         for _ in range(_TRIES):
@@ -70,7 +82,7 @@ class Dirichlet(Partition):
             if min(map(len, parts)) >= self.min_size:
                 return parts
         raise UserError(
-            f"data.init_args.partition: no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} "
+            f"partition: no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} "
             f"clients gave each {self.min_size} items in {_TRIES} tries; lower min_size or clients, or raise alpha"
         )
 
@@ -79,6 +91,7 @@ class Dirichlet(Partition):
         held, room = np.zeros(clients, int), len(labels) / clients
         for label in np.unique(labels):
             members = generator.permutation(np.flatnonzero(labels == label))
+            # Without the cap one client can draw most of every class (Wang et al. stop giving at the mean size).
             open_to = held < room if self.capped else np.ones(clients, bool)
             weight = generator.dirichlet(np.full(clients, self.alpha)) * open_to
             if weight.sum() == 0:  # rounding: everybody who has room drew 0
@@ -94,7 +107,9 @@ class Dirichlet(Partition):
 class QuantitySkew(Partition):
     """Sizes by a Dirichlet(alpha) draw, contents IID. Uses all items.
 
-    guarantee_all_classes: give each client one item of each class first.
+    Args:
+        alpha: concentration α > 0; the smaller, the more the sizes differ.
+        guarantee_all_classes: give each client one item of each class first.
     """
 
     alpha: float = 0.5
@@ -122,7 +137,7 @@ class QuantitySkew(Partition):
 
 
 def _sizes(total: int, clients: int, alpha: float, least: int, generator: np.random.Generator) -> np.ndarray:
-    """Sizes that sum to `total`, in proportion to a Dirichlet draw, each at least `least`."""
+    """Sizes that sum to `total`, each at least `least`, the rest by a Dirichlet draw and largest remainder."""
     share = generator.dirichlet(np.full(clients, alpha))
     exact = share * (total - least * clients)
     sizes = np.floor(exact).astype(int)
@@ -136,6 +151,9 @@ class ClassesPerClient(Partition):
     """Each client owns `classes` classes: class ``i mod C`` and others at random (NIID-Bench, Li et al. 2022).
 
     A class is cut evenly among its owners. Leaves out the items of a class that nobody owns.
+
+    Args:
+        classes: classes of a client, 1 to C.
     """
 
     classes: int = 3
@@ -143,9 +161,7 @@ class ClassesPerClient(Partition):
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         names = np.unique(labels)
         if not 1 <= self.classes <= len(names):
-            raise UserError(
-                f"data.init_args.partition.init_args.classes: expected 1 to {len(names)}, got {self.classes}"
-            )
+            raise UserError(f"classes: expected 1 to {len(names)}, got {self.classes}")
         _check(labels, clients)
         generator = _generator(seed)
         own = np.zeros((clients, len(names)), bool)
@@ -167,13 +183,16 @@ class Shards(Partition):
     """Sort by label, cut into ``clients * shards`` equal shards, deal `shards` to each (McMahan et al. 2017).
 
     Uses all items.
+
+    Args:
+        shards: shards of a client; 2 in McMahan et al.
     """
 
     shards: int = 2
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.shards < 1:
-            raise UserError(f"data.init_args.partition.init_args.shards: expected at least 1, got {self.shards}")
+            raise UserError(f"shards: expected at least 1, got {self.shards}")
         _check(labels, clients, self.shards)
         generator = _generator(seed)
         order = generator.permutation(len(labels))
@@ -187,8 +206,13 @@ class Shards(Partition):
 class ClassImbalance(Partition):
     """Make the whole set imbalanced, then spread it: the first half of the classes is kept, of each other 1 / ratio.
 
-    spread: by ``label`` (Dirichlet(alpha) a class) or by ``quantity`` (sizes only). Drawn without replacement; leaves
-    out what the imbalance drops.
+    Drawn without replacement; leaves out what the imbalance drops.
+
+    Args:
+        ratio: of the sizes of an early and a late class, at least 1.
+        alpha: concentration α > 0 of the draw that spreads the set.
+        spread: by ``label`` (`Dirichlet`, capped) or by ``quantity`` (`QuantitySkew`).
+        min_size: items that every client has at least, where it is spread by label.
     """
 
     ratio: float = 3.0
@@ -198,7 +222,7 @@ class ClassImbalance(Partition):
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.ratio < 1:
-            raise UserError(f"data.init_args.partition.init_args.ratio: expected at least 1, got {self.ratio}")
+            raise UserError(f"ratio: expected at least 1, got {self.ratio}")
         generator, names = _generator(seed), np.unique(labels)
         kept = []
         for column, label in enumerate(names):
@@ -210,5 +234,11 @@ class ClassImbalance(Partition):
 
 
 def class_matrix(labels: np.ndarray, parts: Parts, num_classes: int) -> np.ndarray:
-    """(clients, num_classes) int: how many items of each class a client holds."""
+    """(clients, num_classes) int: how many items of each class a client holds.
+
+    Args:
+        labels: (N,) int class of every item.
+        parts: positions of the items of every client.
+        num_classes: number of columns.
+    """
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])

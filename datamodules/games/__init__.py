@@ -1,1 +1,5 @@
-"""Games: environments, replay, and the DataModule that plays them."""
+"""Games.
+
+`module`: `GameDataModule`, training batches from a replay memory and evaluation episodes. `play`: decisions in several
+games at once. `replay`: the memory, in files. `atari`: wrappers and scores of Atari games. `catch`: a game for tests.
+"""

@@ -16,7 +16,12 @@ NOOP, FIRE, SECOND = 0, 1, 2
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean scores of a random policy and of a human player (Mnih et al. 2015, Wang et al. 2016)."""
+    """Mean scores of a game (Mnih et al. 2015, Wang et al. 2016).
+
+    Args:
+        random: of a random policy.
+        human: of a human player.
+    """
 
     random: float
     human: float
@@ -50,6 +55,9 @@ class EpisodicLife(gymnasium.Wrapper[Any, Any, Any, Any]):
     `reset` then takes one step without action; it starts a new game when the old one is over, or when a seed is given.
     ``info["life_lost"]`` says of a step whether a life was lost in a game that goes on, ``info["new_game"]`` of a reset
     whether a new game began. Games without a counter of lives are left alone.
+
+    Args:
+        env: an Atari game.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
@@ -108,10 +116,19 @@ def make_atari(
 ) -> gymnasium.Env[np.ndarray, int]:
     """A game whose observations are single frames (screen_size, screen_size) uint8, with the paper's wrappers.
 
-    Up to `noop_max` steps without action at the start; each action is repeated `frame_skip` times, and the brighter of
-    the last two pictures counts; grey, resized; at most `max_decisions` actions a game; in training a lost life ends an
-    episode (`episodic_life`); FIRE after a reset (`fire_reset`) where the game has it. sticky: probability that the
-    emulator repeats the last action. Rewards are the game's. Raises UserError for an unknown game.
+    Frames are grey; of the last two pictures of an action the brighter counts. Rewards are the game's. Raises UserError
+    for an unknown game.
+
+    Args:
+        game: name of the ROM, e.g. ``breakout``.
+        training: whether `episodic_life` applies.
+        noop_max: most steps without action at the start of a game.
+        frame_skip: times that an action is repeated.
+        screen_size: side of a frame in pixels.
+        max_decisions: actions after which a game is cut off.
+        sticky: probability that the emulator repeats the last action.
+        episodic_life: whether a lost life ends an episode.
+        fire_reset: whether to press FIRE after a reset, where the game has it.
     """
     base = _emulator(game, sticky)
     try:
@@ -128,14 +145,14 @@ def make_atari(
 def _emulator(game: str, sticky: float) -> gymnasium.Env[Any, Any]:
     roms = atari_games()
     if game not in roms:
-        raise UserError(f"data.init_args.game: {game!r} is neither catch nor an Atari game{nearest(game, roms)}")
+        raise UserError(f"game: {game!r} is neither catch nor an Atari game{nearest(game, roms)}")
     name = "".join(word.capitalize() for word in game.split("_"))
     options: dict[str, Any] = {"frameskip": 1, "repeat_action_probability": sticky}
     options |= {"obs_type": "grayscale", "render_mode": "rgb_array"}  # AtariPreprocessing fetches its pictures itself
     try:
         return gymnasium.make(f"ALE/{name}-v5", disable_env_checker=True, **options)
     except gymnasium.error.Error as error:
-        raise UserError(f"data.init_args.game: gymnasium cannot make {game!r} ({error})") from error
+        raise UserError(f"game: gymnasium cannot make {game!r} ({error})") from error
 
 
 def atari_games() -> list[str]:

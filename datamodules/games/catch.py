@@ -14,7 +14,9 @@ class Catch(gymnasium.Env[np.ndarray, int]):
     Observations are (8, 8) uint8, 255 at ball and paddle. After 7 steps the ball is at the ground: reward 1 if the
     paddle is there, -1 otherwise, and the episode ends. The best policy scores 1, a random one about -0.74.
 
-    size: side of the board. The paddle starts in the middle.
+    Args:
+        size: side of the board in pixels; the paddle starts in the middle.
+        render_mode: as gymnasium wants it; pictures are always arrays.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012  # gymnasium's own way

@@ -42,9 +42,15 @@ _SHARES = ("gamma", "epsilon_start", "epsilon_end", "eval_epsilon", "sticky")
 
 
 class PlayLoader:
-    """Training batches: `rounds` decisions in each training game, then `batch_size` transitions of their memories.
+    """Training batches: some decisions in each training game, then transitions drawn from their memories.
 
-    batches: of an epoch; the Trainer counts them. Iteration has no state: the games have, and the DataModule keeps it.
+    Iteration has no state: the games have, and the DataModule keeps it.
+
+    Args:
+        training: the games.
+        batches: of an epoch; the Trainer counts them.
+        batch_size: transitions of a batch.
+        rounds: decisions in each game before a batch.
     """
 
     def __init__(self, training: TrainingGames, batches: int, batch_size: int, rounds: int) -> None:
@@ -68,7 +74,14 @@ class PlayLoader:
 
 
 class EpisodeLoader:
-    """Evaluation episodes in groups that are played side by side; ranks share them."""
+    """Evaluation episodes in groups that are played side by side; ranks share them.
+
+    Args:
+        seeds: (N,) int64, one an episode.
+        size: episodes of a group.
+        rank: of this process.
+        world: number of processes.
+    """
 
     def __init__(self, seeds: torch.Tensor, size: int, rank: int = 0, world: int = 1) -> None:
         if len(seeds) < world:
@@ -91,24 +104,35 @@ class GameDataModule(pl.LightningDataModule):
 
     Args:
         game: an Atari game by the name of its ROM (``breakout``, ``space_invaders``), or ``catch``.
-        batch_size: transitions of an update.
-        decisions_per_update: decisions between two updates.
+        batch_size: transitions of an update; 32 in the paper.
+        decisions_per_update: decisions between two updates, of all training games together; 4 in the paper.
         decisions_per_epoch: decisions of an epoch, that is, between two evaluations.
-        training_games: games played side by side, whose greedy decisions are made together; they share the decisions of
-            an update, the replay memory and the schedule of exploration.
-        replay_size: rows of the replay memory. replay_start: of them, rows filled at random before training.
-        slack: rows that may be written between two checkpoints.
-        keep_replay: keep the memory's files when training has ended, so that it can be made longer.
-        gamma: discount γ. n_step: steps of a transition, 1 for plain Q-learning.
-        epsilon_start, epsilon_end, epsilon_decisions: exploration falls linearly from start to end.
-        eval_epsilon: exploration in evaluation. eval_episodes, test_episodes: how many. eval_together: of them, played
-            side by side.
-        history: frames of a state. frame_skip, noop_max, screen_size, max_decisions, sticky, episodic_life, fire_reset:
-            see `datamodules.games.atari.make_atari`; Catch has none of them.
-        clip_rewards: learn from the sign of rewards.
+        training_games: games side by side, decided for together; they share updates, replay and exploration; paper: 1.
+        replay_size: rows of the replay memory, a decision each; 1,000,000 in the paper.
+        replay_start: rows filled by random play before training; 50,000 in the paper.
+        slack: rows that may be written between two checkpoints, at least `decisions_per_update`.
+        keep_replay: keep the memory's files when training has ended, so that the run can be made longer.
+        gamma: discount γ of a decision, in [0, 1]; 0.99 in the paper.
+        n_step: steps of a transition; 1 is plain Q-learning, as in the paper.
+        epsilon_start: probability ε of a random action when training begins, in [0, 1].
+        epsilon_end: ε after `epsilon_decisions` decisions; it falls linearly.
+        epsilon_decisions: decisions until ε is `epsilon_end`.
+        eval_epsilon: ε in evaluation episodes, in [0, 1]; 0.05 in the paper.
+        eval_episodes: episodes of a validation.
+        test_episodes: episodes of the test; 30 in the paper.
+        eval_together: evaluation episodes played side by side; changes the speed alone.
+        history: frames K of a state, the newest last; 4 in the paper.
+        frame_skip: emulator frames that an action lasts; Catch: always 1.
+        noop_max: most steps without action at the start of a game; not in Catch.
+        screen_size: side of a frame in pixels; not in Catch, whose board has 8.
+        max_decisions: actions after which a game is cut off; 18,000 of 4 frames are 20 minutes; not in Catch.
+        sticky: probability that the emulator repeats the last action, in [0, 1]; not in Catch.
+        episodic_life: whether a lost life ends a training episode; not in Catch.
+        fire_reset: whether to press FIRE after a reset, where the game has it; not in Catch.
+        clip_rewards: learn from the sign of rewards; scores stay unclipped.
         bootstrap_on_truncation: let transitions that meet `max_decisions` have a future; the paper does not.
-        seed: of training games and exploration; default that of ``seed_everything``. split_seed: of evaluation
-            episodes.
+        seed: of training games and exploration; default that of ``seed_everything``, else 0.
+        split_seed: of evaluation episodes, which are the same for every run.
     """
 
     meta: GameMeta
@@ -326,20 +350,20 @@ def _check(given: Mapping[str, Any]) -> None:
     """Raise UserError for the first argument that makes no sense."""
     for name in _COUNTS:
         if given[name] < 1:
-            raise UserError(f"data.init_args.{name}: expected at least 1, got {given[name]}")
+            raise UserError(f"{name}: expected at least 1, got {given[name]}")
     for name in _SHARES:
         if not 0 <= given[name] <= 1:
-            raise UserError(f"data.init_args.{name}: expected a number in [0, 1], got {given[name]}")
+            raise UserError(f"{name}: expected a number in [0, 1], got {given[name]}")
     for small, large in (
         ("replay_start", "replay_size"),
         ("decisions_per_update", "decisions_per_epoch"),
         ("decisions_per_update", "slack"),
     ):
         if given[small] > given[large]:
-            raise UserError(f"data.init_args.{small}: expected at most {large} ({given[large]}), got {given[small]}")
+            raise UserError(f"{small}: expected at most {large} ({given[large]}), got {given[small]}")
     if given["decisions_per_update"] % given["training_games"]:
         raise UserError(
-            f"data.init_args.training_games: expected a divisor of decisions_per_update "
+            f"training_games: expected a divisor of decisions_per_update "
             f"({given['decisions_per_update']}), got {given['training_games']}"
         )
 

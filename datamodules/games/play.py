@@ -29,7 +29,13 @@ def _game_seed(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Exploration:
-    """Probability of a random action: linearly from `start` to `end` over `decisions`, then `end`."""
+    """Probability ε of a random action as a function of the decisions made; it falls linearly, then stays.
+
+    Args:
+        start: ε before the first decision.
+        end: ε after the last of `decisions`.
+        decisions: until `end` is reached; 0: at once.
+    """
 
     start: float = 1.0
     end: float = 0.1
@@ -46,8 +52,13 @@ class TrainingGame:
     Everything random is a function of `seed` and of counters. So the whole state is: counters, the cursor of the
     memory, and the actions since the game last began from a seed; a resumed run takes these actions again.
 
-    clip: keep only the sign of rewards in the memory. bootstrap_on_truncation:
-    whether a transition that meets the time limit has a future.
+    Args:
+        game: observations are single frames (H, W) uint8.
+        memory: where experience goes.
+        exploration: probability of a random action.
+        seed: of games and exploration.
+        clip: keep only the sign of rewards in the memory.
+        bootstrap_on_truncation: whether a transition that meets the time limit has a future.
     """
 
     def __init__(
@@ -170,10 +181,12 @@ class TrainingGame:
 
 
 class TrainingGames:
-    """Training games played side by side, each with a replay memory of its own; what the agent decides, it decides for
-    all at once.
+    """Training games played side by side, each with its replay memory; the agent decides for all at once.
 
     Everything random is a function of seeds and of counters, so all of them together go on exactly, too.
+
+    Args:
+        games: the games.
     """
 
     def __init__(self, games: Sequence[TrainingGame]) -> None:
@@ -240,7 +253,7 @@ class TrainingGames:
         """Bring all games to where `state_dict` was taken. UserError for another number of games."""
         if len(state["games"]) != len(self.games):
             asked, there = len(self.games), len(state["games"])
-            raise UserError(f"data.init_args.training_games: got {asked}, but the checkpoint is of {there}")
+            raise UserError(f"training_games: got {asked}, but the checkpoint is of {there}")
         for game, own in zip(self.games, state["games"], strict=True):
             game.load_state_dict(own)
 
@@ -296,8 +309,15 @@ def play(
 ) -> list[Episode]:
     """Play one episode a game, side by side, so that greedy decisions are made together.
 
-    An episode is a function of its seed and of `values`. epsilon: probability of a random action. pictures: how many
-    pictures of the first episode to keep.
+    An episode is a function of its seed and of `values`.
+
+    Args:
+        games: as many as `seeds`, or more.
+        seeds: one an episode.
+        values: of the actions, for greedy decisions.
+        epsilon: probability of a random action.
+        history: frames of a state.
+        pictures: how many pictures of the first episode to keep.
     """
     running = episodes = [
         _Evaluation(game, seed, history, pictures if number == 0 else 0)

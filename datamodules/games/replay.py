@@ -27,10 +27,14 @@ class ReplayMemory:
     Write in this order: `begin` with an episode's first frame; for every action `record`, then `observe` or, at the
     end, `close` with the next frame.
 
-    folder: where the arrays lie (7 kB a row for 84x84 frames); files of an earlier process are gone on with after
-    `load_state_dict`. capacity: rows that may be sampled. slack: rows that may be written after a `state_dict` without
-    touching what it describes; a killed run goes on from the state and writes the same rows again. history, n_step,
-    gamma: frames of a state, steps of a transition, discount a step.
+    Args:
+        folder: of the arrays, 7 kB a row for 84x84 frames; `load_state_dict` goes on with those of an earlier process.
+        capacity: rows that may be sampled.
+        frame_shape: (H, W) of a frame, uint8.
+        history: frames of a state.
+        n_step: steps n of a transition.
+        gamma: discount γ a step.
+        slack: rows written after a `state_dict` that leave what it describes alone; a killed run writes them again.
     """
 
     def __init__(
@@ -74,7 +78,13 @@ class ReplayMemory:
         self._push(frame, 0)
 
     def record(self, action: int, reward: float, end: int = GOES_ON) -> None:
-        """Write what was done at the newest frame, and what became of it."""
+        """Write what was done at the newest frame, and what became of it.
+
+        Args:
+            action: the action taken there.
+            reward: what it earned, as it is to be learned from.
+            end: ``GOES_ON``, ``TERMINAL`` (no value is bootstrapped) or ``TRUNCATED``.
+        """
         at = (self.head - 1) % self.size
         self.actions[at], self.rewards[at], self.ends[at] = action, reward, end
 
@@ -130,7 +140,7 @@ class ReplayMemory:
             if len(rows) == number:
                 return self.transitions(rows)
         raise UserError(
-            f"data.init_args.replay_size: {self.capacity} rows hold hardly a transition of {self.n_step} steps on "
+            f"replay_size: {self.capacity} rows hold hardly a transition of {self.n_step} steps on "
             f"{self.history} frames; raise it"
         )
 
@@ -161,13 +171,13 @@ class ReplayMemory:
         if state["size"] != self.size or written < state["head"]:
             raise UserError(
                 f"{self.folder}: the replay memory of this checkpoint ({state['size']} rows, {state['head']} written) "
-                f"is not there (found {self.size} rows, {written} written); keep data.init_args.replay_size and slack, "
+                f"is not there (found {self.size} rows, {written} written); keep replay_size and slack, "
                 "and keep_replay for runs that shall go on after their end; or start the run anew"
             )
         if written - state["head"] > self.slack:
             raise UserError(
                 f"{self.folder}: {written - state['head']} rows were written after this checkpoint, more than "
-                f"data.init_args.slack ({self.slack}); start anew with more slack or more frequent checkpoints"
+                f"slack ({self.slack}); start anew with more slack or more frequent checkpoints"
             )
         self.head = state["head"]
 
@@ -180,6 +190,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"data.init_args.replay_size: its frames need {needed / 1e9:.1f} GB in {folder}, which has "
+            f"replay_size: its frames need {needed / 1e9:.1f} GB in {folder}, which has "
             f"{free / 1e9:.1f} GB free; lower it or choose another trainer.default_root_dir"
         )

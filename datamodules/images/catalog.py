@@ -9,12 +9,21 @@ from leanlight.contracts.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One data set.
+    """What is known of a data set before it is loaded.
 
-    shape: (C, H, W) of an item; H and W are the default of `image_size` where the files' sizes differ.
-    classes: label names, index = label; or their number where names come with the files (0: any number).
-    train, test: items of the official parts (0: depends on the files). mean, std: per channel of the training part in
-    [0, 1]. licence, origin: whose it is. size_mb: what a download or the files take. get: how to come by it.
+    Args:
+        name: by which `ImageDataModule` and ``leanlight data`` know it.
+        title: its full name.
+        shape: (C, H, W) of an item; H and W are the default of `image_size` where the files' sizes differ.
+        classes: label names, index = label; or their number where names come with the files (0: any number).
+        train: items of the official training part; 0: depends on the files.
+        test: items of the official test part; 0: depends on the files.
+        mean: of the training part in [0, 1], a channel each.
+        std: standard deviation of the training part in [0, 1], a channel each.
+        licence: under which it may be used.
+        origin: who made it.
+        size_mb: what a download, or the files, take in MB.
+        get: how to come by it.
     """
 
     name: str

@@ -68,7 +68,14 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def as_part(images: npt.NDArray[Any], labels: npt.NDArray[Any], origin: Path | str, num_classes: int) -> Part:
-    """Bring images (N, H, W), (N, H, W, C) or (N, C, H, W) and their labels to the common layout, checking both."""
+    """Bring images and their labels to the common layout, checking both.
+
+    Args:
+        images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W).
+        labels: integers (N,), (N, 1) or, for attributes, (N, K).
+        origin: file to name in errors.
+        num_classes: labels (N,) must lie below it.
+    """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
         raise UserError(f"{origin}: images must be uint8 (N, H, W[, C]), got {images.dtype} {images.shape}")
     if images.ndim == 3:
@@ -108,7 +115,13 @@ def read_npz(path: Path, num_classes: int) -> tuple[dict[str, Part], tuple[str, 
 
 
 def write_npz(path: Path, parts: Mapping[str, Part], classes: Sequence[str] = ()) -> None:
-    """Write parts for `read_npz`, whole or not at all."""
+    """Write parts for `read_npz`, whole or not at all.
+
+    Args:
+        path: of the file.
+        parts: ``train``, ``test`` and perhaps ``val`` → images and labels.
+        classes: label names; none by default.
+    """
     arrays = {f"{kind}_{name}": array for name, part in parts.items() for kind, array in zip("xy", part, strict=True)}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, classes=np.array(classes, dtype=str), **arrays)  # type: ignore[arg-type]
@@ -188,7 +201,13 @@ def unpickle(path: Path) -> dict[str, Any]:
 
 
 def read_cifar_batches(paths: Iterable[Path], label_key: str, num_classes: int) -> Part:
-    """Read official CIFAR "python version" batches: rows of 3072 bytes, planes red, green, blue."""
+    """Read official CIFAR "python version" batches: rows of 3072 bytes, planes red, green, blue.
+
+    Args:
+        paths: of the batches, in order.
+        label_key: name of the labels in a batch.
+        num_classes: labels must lie below it.
+    """
     images, labels = [], []
     for path in paths:
         batch = unpickle(path)
@@ -219,7 +238,13 @@ def open_picture(source: Path | bytes, mode: str = "RGB") -> Iterator[Image.Imag
 
 
 def decode_picture(source: Path | bytes, size: int, crop: int | None = None) -> Images:
-    """Decode one picture to (3, size, size): its centre square (of side `crop` if given), resized bilinearly."""
+    """Decode one picture to (3, size, size): its centre square, resized bilinearly.
+
+    Args:
+        source: a file, or its bytes.
+        size: side of the result.
+        crop: side of the centre square that is cut out; the picture's shorter side by default.
+    """
     with open_picture(source) as picture:
         side = crop or min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -229,7 +254,7 @@ def decode_picture(source: Path | bytes, size: int, crop: int | None = None) -> 
 
 
 def decode_pictures(sources: Sequence[Path | bytes], size: int, crop: int | None = None) -> Images:
-    """Decode many pictures to one array (N, 3, size, size), on all cores."""
+    """Decode many pictures to one array (N, 3, size, size), on all cores; arguments as for `decode_picture`."""
     out = np.empty((len(sources), 3, size, size), np.uint8)
 
     def decode(position: int) -> None:

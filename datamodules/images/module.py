@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,12 +18,13 @@ from datamodules.images import sources
 from datamodules.images.catalog import describe
 from datamodules.images.sources import Raw, Variant
 from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
-from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, UserError, nearest
+from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, Split, UserError, nearest
 from leanlight.ops.augment import AUGMENTATIONS
 
 
 def _share(counts: np.ndarray, fraction: float) -> np.ndarray:
     """Split ``round(fraction * sum(counts))`` over the classes in proportion, by largest remainder."""
+    # Rounding each class by itself would miss the total by up to half the number of classes.
     exact = counts * fraction
     shares = np.floor(exact).astype(int)
     missing = round(float(exact.sum())) - shares.sum()
@@ -37,6 +38,12 @@ def stratified_split(
     """Positions (train, val), each sorted, with the same fraction of every class; no position is in both.
 
     Every class keeps one training item at least. Attributes (2-D labels) are not stratified.
+
+    Args:
+        labels: (N,) int64 classes or (N, K) attributes.
+        val_fraction: share held out, in [0, 1).
+        train_fraction: share of the rest that is kept, in (0, 1]; a larger share holds every item of a smaller one.
+        seed: makes the permutation of each class.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     groups = np.zeros(len(labels), int) if labels.ndim > 1 else labels
@@ -88,6 +95,7 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: leave out the last, shorter training batch of an epoch.
         path: folder of data set ``image_folder``.
         download: whether missing files may be downloaded.
+        predict_split: part that `predict` goes through: ``train``, ``val`` or ``test``; without augmentation, in order.
 
     Attributes (after `setup`): ``meta``; ``train_split``, ``val_split`` (None without one), ``test_split``.
     """
@@ -113,32 +121,38 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: bool = False,
         path: str | Path | None = None,
         download: bool = True,
+        predict_split: Split = "test",
     ) -> None:
         super().__init__()
         describe(dataset)
-        if variant not in ("auto", "full", "subset"):
-            raise UserError(f"variant must be auto, full or subset, got {variant!r}")
+        for name, given, known in (
+            ("variant", variant, get_args(Variant)),
+            ("predict_split", predict_split, get_args(Split)),
+        ):
+            if given not in known:
+                raise UserError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
         for name, value in sizes.items():
             if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name}: expected at least 1, got {value}")
         if not 0 <= val_fraction < 1:
-            raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}")
+            raise UserError(f"val_fraction: expected a number in [0, 1), got {val_fraction}")
         if not 0 < train_fraction <= 1:
-            raise UserError(f"train_fraction must lie in (0, 1], got {train_fraction}")
+            raise UserError(f"train_fraction: expected a number in (0, 1], got {train_fraction}")
         if augment is not None and augment not in AUGMENTATIONS:
-            known = ", ".join(AUGMENTATIONS)
-            raise UserError(f"augment {augment!r} is unknown{nearest(augment, AUGMENTATIONS)}; there are {known}")
-        if (path is None) == (dataset == "image_folder"):
             raise UserError(
-                f"`path` belongs to dataset image_folder and is needed there; got {path!r} with {dataset!r}"
+                f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {augment!r}{nearest(augment, AUGMENTATIONS)}"
             )
+        if (path is None) == (dataset == "image_folder"):
+            raise UserError(f"path: expected with dataset image_folder, and there alone; got {path!r} with {dataset!r}")
         self.dataset, self.variant, self.path, self.download = dataset, variant, path, download
         self.root = Path(root or os.environ.get("LEANLIGHT_DATA") or "data")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 4 * batch_size
         self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
         self.seed, self.augment, self.image_size, self.drop_last = seed, augment, image_size, drop_last
+        self.predict_split = predict_split
         self._raw: Raw | None = None
+        self._predicted: Tensor | None = None
 
     def ensure_available(self) -> None:
         """Find and check the data, downloading if need be; UserError with every place tried. Starts no run."""
@@ -157,12 +171,12 @@ class ImageDataModule(pl.LightningDataModule):
         if hasattr(self, "meta"):
             return
         self._load(self.download and rank_and_world()[1] == 1)  # of several processes only `prepare_data`'s downloads
-        raw, self._raw = self._raw, None
+        raw, self._raw = self._raw, None  # the splits hold copies: the source's arrays may go
         assert raw is not None
         val_fraction = 0.0 if raw.val is not None else self.val_fraction
         train, val = stratified_split(raw.train[1], val_fraction, self.train_fraction, self.split_seed)
         if val_fraction and not len(val):
-            raise UserError(f"val_fraction={val_fraction} of {len(raw.train[0]):,} items leaves none for validation")
+            raise UserError(f"val_fraction: {val_fraction} of {len(raw.train[0]):,} items leaves none for validation")
         self.train_split = self._split(raw.train, train)
         self.test_split = self._split(raw.test)
         self.val_split = self._split(raw.train, val) if len(val) else None
@@ -207,8 +221,8 @@ class ImageDataModule(pl.LightningDataModule):
             self, len(self.train_split), self.train_split.batches, self.batch_size, self.seed, self.drop_last
         )
 
-    def _eval_loader(self, split: ImageSplit) -> EvalLoader:
-        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world())
+    def _eval_loader(self, split: ImageSplit, done: Tensor | None = None) -> EvalLoader:
+        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world(), done)
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         """Held-out validation items; no loader when there are none."""
@@ -219,8 +233,15 @@ class ImageDataModule(pl.LightningDataModule):
         return self._eval_loader(self.test_split)
 
     def predict_dataloader(self) -> EvalLoader:
-        """The test part."""
-        return self._eval_loader(self.test_split)
+        """The part `predict_split`, without the items of `skip_predicted`."""
+        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[self.predict_split]
+        if split is None:
+            raise UserError("predict_split: val, but there is no validation data; raise val_fraction")
+        return self._eval_loader(split, self._predicted)
+
+    def skip_predicted(self, index: Tensor) -> None:
+        """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""
+        self._predicted = index
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Scale to [0, 1] on the device; augment in training."""

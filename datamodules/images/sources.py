@@ -36,7 +36,12 @@ DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer; torchvision itself would w
 class Raw:
     """A data set as arrays: parts are (uint8 (N, C, H, W), int64 (N,) or, for attributes, (N, K)).
 
-    source: where it was found. val: the publisher's own validation part, if it is separate from train and test.
+    Args:
+        train: training part.
+        test: test part.
+        classes: label names; index = label.
+        source: where it was found, in words.
+        val: the publisher's own validation part, if it is separate from train and test.
     """
 
     train: Part
@@ -48,7 +53,17 @@ class Raw:
 
 @dataclass
 class Query:
-    """What is asked for, and the places tried so far (for the error message)."""
+    """What is asked for, and the places tried so far.
+
+    Args:
+        info: entry of the catalogue.
+        root: folder of data sets.
+        variant: which number of items will do.
+        download: whether missing files may be downloaded.
+        path: folder of ``image_folder``.
+        image_size: side to which pictures of mixed size are decoded.
+        tried: places where nothing was, for the error message.
+    """
 
     info: DatasetInfo
     root: Path
@@ -76,15 +91,20 @@ def load(
 ) -> Raw:
     """Find data set `name`, check it and return its arrays.
 
-    root: folder of data sets. variant: ``full`` demands the official number of items; ``subset`` takes the packaged
-    subset; ``auto`` takes the best found. path: folder of ``image_folder``. image_size: side to which pictures of
-    mixed size are decoded (folders of pictures only; arrays are returned in their own size).
     Raises UserError when nothing is found, naming every place, or when a file is damaged.
+
+    Args:
+        name: of the catalogue.
+        root: folder of data sets.
+        variant: ``full``: the official number of items; ``subset``: the packaged one; ``auto``: the best found.
+        download: whether missing files may be downloaded.
+        path: folder of ``image_folder``.
+        image_size: side to which pictures of mixed size are decoded; arrays are returned in their own size.
     """
     info = describe(name)
     query = Query(info, Path(root).expanduser(), variant, download, Path(path) if path else None, image_size, [])
     if variant == "subset" and name != "fashion_mnist":
-        raise UserError(f"variant='subset' exists for fashion_mnist only, not for {name!r}; use variant=auto")
+        raise UserError(f"variant: subset exists for fashion_mnist only, not for {name!r}; use auto")
     raw = packaged_subset(query) if variant == "subset" else _FINDERS[name](query)
     if raw is None:
         offline = any(place.startswith(DOWNLOAD_FAILED) for place in query.tried)
@@ -99,7 +119,7 @@ def _checked_count(raw: Raw, query: Query) -> Raw:
     if info.train and (train, test) != (info.train, info.test):
         if query.variant == "full":
             raise UserError(
-                f"variant=full: {raw.source} holds {train:,} + {test:,} items, the whole of {info.title} has "
+                f"variant: full, but {raw.source} holds {train:,} + {test:,} items, the whole of {info.title} has "
                 f"{info.train:,} + {info.test:,}; to get it: {info.get}"
             )
         return replace(raw, source=f"{raw.source} ({train:,} of {info.train:,} train, {test:,} of {info.test:,} test)")
@@ -154,7 +174,13 @@ def idx_folder(query: Query, folder: Path) -> Raw | None:
 
 
 def idx_family(query: Query, folders: list[Path], torchvision_name: str) -> Raw | None:
-    """A set of the MNIST family: idx files in one of `folders`, or torchvision's download."""
+    """A set of the MNIST family: idx files where they may lie, or torchvision's download.
+
+    Args:
+        query: what is asked for.
+        folders: places of the idx files; torchvision's own comes after the first.
+        torchvision_name: class of `torchvision.datasets`, whose name is the folder of its download.
+    """
     layout = query.root / torchvision_name / "raw"
     for folder in [*folders[:1], layout, *folders[1:]]:
         if raw := idx_folder(query, folder):
@@ -230,7 +256,7 @@ def image_folder(query: Query) -> Raw | None:
     """``path/train/<class>/…`` with ``path/test`` and/or ``path/val``; a lone ``val`` is taken as test."""
     base = query.path
     if base is None:
-        raise UserError("image_folder needs `path`: a folder with train/<class>/ and test/<class>/ or val/<class>/")
+        raise UserError("path: image_folder needs a folder with train/<class>/ and test/<class>/ or val/<class>/")
     if not query.exists(base / "train"):
         return None
     classes = formats.class_folders(base / "train")

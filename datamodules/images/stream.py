@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,13 +18,17 @@ from torchvision.transforms import v2
 from datamodules.images import formats
 from datamodules.images.module import scaled, stratified_split
 from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
-from leanlight.contracts import ImageBatch, ImageMeta, UserError, isolated_rng
+from leanlight.contracts import ImageBatch, ImageMeta, Split, UserError, isolated_rng
 
 
 class PictureFiles(Dataset[ImageBatch]):
     """Pictures by position; an item is a batch of one, uint8 (1, 3, S, S).
 
-    With a seed, the random crop and flip of an item are a pure function of (seed, item).
+    Args:
+        paths: of the pictures.
+        labels: (N,) int64 classes.
+        transform: from a PIL picture to uint8 (3, S, S).
+        seed: the random crop and flip of an item are a function of it and of the position; None where there are none.
     """
 
     def __init__(self, paths: list[Path], labels: Tensor, transform: v2.Transform, seed: str | None) -> None:
@@ -52,10 +56,17 @@ class ImageFolderStream(pl.LightningDataModule):
     random crops, a pure function of (seed, epoch).
 
     Args:
-        path: the folder. image_size: side S of the crops; evaluation resizes the shorter side to S * 8 / 7 first.
-        batch_size, eval_batch_size: items a step and process. num_workers: processes that decode.
-        val_fraction, split_seed, seed, drop_last: as for `ImageDataModule`.
-        min_scale: smallest share of a picture's area that a training crop takes.
+        path: the folder.
+        image_size: side S of the crops in pixels; evaluation resizes the shorter side to S * 8 / 7 first.
+        batch_size: training items a step and process.
+        eval_batch_size: items a step and process elsewhere; default `batch_size`.
+        num_workers: processes that decode pictures, on each rank; 0 decodes in the main process.
+        val_fraction: share of train held out for validation, in (0, 1), by class.
+        split_seed: makes the hold-out; kept apart from `seed`, so that runs of several seeds share their split.
+        seed: makes the order and the crops of training items; default the seed of ``seed_everything``, else 0.
+        drop_last: leave out the last, shorter training batch of an epoch.
+        min_scale: smallest share of a picture's area that a training crop takes, in (0, 1].
+        predict_split: part that `predict` goes through: ``train``, ``val`` or ``test``; centre crops, in order.
     """
 
     meta: ImageMeta
@@ -72,20 +83,30 @@ class ImageFolderStream(pl.LightningDataModule):
         seed: int | None = None,
         drop_last: bool = True,
         min_scale: float = 0.08,
+        predict_split: Split = "test",
     ) -> None:
         super().__init__()
-        if min(image_size, batch_size, eval_batch_size or 1) < 1 or num_workers < 0:
-            raise UserError("image_size, batch_size and eval_batch_size must be at least 1, num_workers at least 0")
-        if not 0 < val_fraction < 1 or not 0 < min_scale <= 1:
-            raise UserError(f"val_fraction must lie in (0, 1) and min_scale in (0, 1], got {val_fraction}, {min_scale}")
+        for name, good, expected, given in (
+            ("image_size", image_size >= 1, "at least 1", image_size),
+            ("batch_size", batch_size >= 1, "at least 1", batch_size),
+            ("eval_batch_size", eval_batch_size is None or eval_batch_size >= 1, "at least 1", eval_batch_size),
+            ("num_workers", num_workers >= 0, "at least 0", num_workers),
+            ("val_fraction", 0 < val_fraction < 1, "a number in (0, 1)", val_fraction),
+            ("min_scale", 0 < min_scale <= 1, "a number in (0, 1]", min_scale),
+            ("predict_split", predict_split in get_args(Split), "train, val or test", predict_split),
+        ):
+            if not good:
+                raise UserError(f"{name}: expected {expected}, got {given}")
         self.path, self.image_size, self.num_workers, self.min_scale = Path(path), image_size, num_workers, min_scale
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.val_fraction, self.split_seed, self.seed, self.drop_last = val_fraction, split_seed, seed, drop_last
+        self.predict_split = predict_split
+        self._predicted: Tensor | None = None
 
     def ensure_available(self) -> None:
         """Raise UserError unless ``train`` and one of ``val``, ``test`` exist."""
         if not (self.path / "train").is_dir() or not self._test_folder().is_dir():
-            raise UserError(f"{self.path} needs the folders train/<class>/ and val/<class>/ or test/<class>/")
+            raise UserError(f"path: {self.path} needs the folders train/<class>/ and val/<class>/ or test/<class>/")
 
     def _test_folder(self) -> Path:
         return self.path / ("test" if (self.path / "test").is_dir() else "val")
@@ -100,7 +121,7 @@ class ImageFolderStream(pl.LightningDataModule):
         test_paths, test_labels = formats.list_pictures(self._test_folder(), classes)
         train, val = stratified_split(labels, self.val_fraction, 1.0, self.split_seed)
         if not len(val):
-            raise UserError(f"val_fraction={self.val_fraction} of {len(paths):,} items leaves none for validation")
+            raise UserError(f"val_fraction: {self.val_fraction} of {len(paths):,} items leaves none for validation")
         self._files: dict[str, tuple[list[Path], Tensor]] = {
             "train": ([paths[i] for i in train], torch.from_numpy(labels[train])),
             "val": ([paths[i] for i in val], torch.from_numpy(labels[val])),
@@ -139,17 +160,17 @@ class ImageFolderStream(pl.LightningDataModule):
         size = len(self._files["train"][0])
 
         def fetch(blocks: Iterable[Tensor]) -> Iterator[Any]:
-            order = loader.sampler
+            order = loader.sampler  # asked when the epoch begins: Lightning sets it after the loader is made
             return self._fetch(blocks, "train", transform, f"{order.seed}/{order.epoch}")
 
         loader = train_loader(self, size, fetch, self.batch_size, self.seed, self.drop_last)
         return loader
 
-    def _eval_loader(self, name: str) -> EvalLoader:
+    def _eval_loader(self, name: str, done: Tensor | None = None) -> EvalLoader:
         resize = v2.Resize(round(self.image_size * 8 / 7), antialias=True)
         transform = v2.Compose([resize, v2.CenterCrop(self.image_size), v2.PILToTensor()])
         fetch = partial(self._fetch, name=name, transform=transform, seed=None)
-        return EvalLoader(len(self._files[name][0]), self.eval_batch_size, fetch, *rank_and_world())
+        return EvalLoader(len(self._files[name][0]), self.eval_batch_size, fetch, *rank_and_world(), done)
 
     def val_dataloader(self) -> EvalLoader:
         """Centre crops of the held-out items."""
@@ -159,7 +180,13 @@ class ImageFolderStream(pl.LightningDataModule):
         """Centre crops of the test part."""
         return self._eval_loader("test")
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> EvalLoader:
+        """Centre crops of the part `predict_split`, without the items of `skip_predicted`."""
+        return self._eval_loader(self.predict_split, self._predicted)
+
+    def skip_predicted(self, index: Tensor) -> None:
+        """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""
+        self._predicted = index
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Scale to [0, 1] on the device."""

@@ -1,106 +1,179 @@
-"""A distilled set for training, and the real images it stands for, brought into its space, for everything else."""
+"""Another training set in the place of the real one; validation, test and prediction stay with the real images."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from datamodules.images.module import ImageDataModule, scaled
-from datamodules.loaders import TrainLoader, train_loader
-from leanlight.contracts import ImageBatch, UserError, sha256_file
+from leanlight.contracts import ImageBatch, ImageSplit, UserError, sha256_file
 from leanlight.ops.differentiable import find_augmentation
 from leanlight.ops.whitening import apply_zca
 
+_WHOLE_NUMBERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
-class DistilledDataModule(ImageDataModule):
-    """Train on a set that `leanlight export` wrote for a distillation run; validate and test on real images.
+
+class SubstituteDataModule(ImageDataModule):
+    """Base of data whose training set comes from a file, and whose validation and test sets are real.
+
+    An heir says what its file holds, in `load_substitute`. After `setup`, ``train_split`` is the substitute, and `meta`
+    describes it in its counts and its fingerprint.
+
+    Args:
+        file: where the substitute lies.
+        kwargs: of `ImageDataModule`; they say which real images.
+    """
+
+    #: The heir's argument that names the file, and what is expected there: for messages.
+    argument: ClassVar[str]
+    expected: ClassVar[str]
+
+    def __init__(self, file: Path, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.file, self._substituted = file, False
+
+    def ensure_available(self) -> None:
+        """Find the real data and the substitute; UserError for what is missing."""
+        if not self.file.is_file():
+            raise UserError(f"{self.argument}: expected {self.expected}; nothing at {self.file}")
+        super().ensure_available()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the real data, then put the substitute into the place of its training split, once."""
+        if self._substituted:
+            return
+        super().setup(stage)
+        self.train_split = self.load_substitute()
+        self._substituted = True
+        labels = self.train_split.labels
+        labels = labels.argmax(1) if labels.ndim > 1 else labels
+        self.meta = dataclasses.replace(
+            self.meta,
+            counts={**self.meta.counts, "train": len(labels)},
+            class_counts=tuple(labels.bincount(minlength=self.meta.num_classes).tolist()),
+            fingerprint=f"{self.meta.fingerprint}+{sha256_file(self.file)}",
+        )
+
+    def load_substitute(self) -> ImageSplit:
+        """The training set in ``file``; ``train_split`` still is the real one. UserError unless it fits `meta`."""
+        raise NotImplementedError
+
+
+class DistilledDataModule(SubstituteDataModule):
+    """Trains on a set that `leanlight export` wrote for a distillation run; validates and tests on real images.
 
     Images of all parts lie in the set's own space, not in [0, 1]: networks want mean 0 and std 1.
 
     Args:
         distilled: folder of the export, or its ``distilled.safetensors``.
-        augment: of training batches; a name in `leanlight.ops.differentiable.ALL_AUGMENTATIONS`.
+        augment: of training batches; a name in `leanlight.ops.differentiable.ALL_AUGMENTATIONS`; none by default.
         kwargs: of `ImageDataModule`; they say which real images.
     """
 
+    argument = "distilled"
+    expected = "the folder that `leanlight export RUN_DIR` wrote for a distillation run, or its distilled.safetensors"
+
     def __init__(self, distilled: str | Path, augment: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         path = Path(distilled)
-        self.distilled = path / "distilled.safetensors" if path.is_dir() else path
-        self._distilled_augment = find_augmentation(augment, "data.init_args.augment")
-        self._tensors: dict[str, Tensor] = {}
+        super().__init__(path / "distilled.safetensors" if path.is_dir() else path, **kwargs)
+        self._distilled_augment = find_augmentation(augment, "augment")
+        self._space: dict[str, Tensor] = {}
 
-    def ensure_available(self) -> None:
-        """Find the real data and the distilled set; UserError for what is missing."""
-        if not self.distilled.is_file():
-            raise UserError(
-                f"data.init_args.distilled: expected the folder that `leanlight export RUN_DIR` wrote for a "
-                f"distillation run, or its distilled.safetensors; nothing at {self.distilled}"
-            )
-        super().ensure_available()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load both; `meta` describes the distilled set in its counts and fingerprint."""
-        if self._tensors:
-            return
-        super().setup(stage)
-        self._tensors = self._load_set()
-        self.images, self.labels = self._tensors["images"], self._tensors["labels"]
-        shape, classes = tuple(self.images.shape[1:]), self.labels.shape[1]
-        for name, got, expected in (
-            ("images of shape", shape, tuple(self.meta.shape)),
-            ("classes", classes, self.meta.num_classes),
-        ):
-            if got != expected:
-                raise UserError(
-                    f"data.init_args.distilled: expected {name} {expected}, as {self.dataset} has; {self.distilled} "
-                    f"has {got}"
-                )
-        self.meta = dataclasses.replace(
-            self.meta,
-            counts={**self.meta.counts, "train": len(self.images)},
-            class_counts=tuple(self.labels.argmax(1).bincount(minlength=classes).tolist()),
-            fingerprint=f"{self.meta.fingerprint}+{sha256_file(self.distilled)}",
-        )
-
-    def _load_set(self) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(self.distilled)
-        except SafetensorError as error:
-            raise UserError(f"data.init_args.distilled: {self.distilled} is damaged ({error})") from error
+    def load_substitute(self) -> ImageSplit:
+        """Images (N, C, H, W) float32 and soft labels (N, K); the rest of the file says what space they lie in."""
+        tensors = _read_safetensors(self.file, self.argument)
         if not {"images", "labels"} <= set(tensors) or not (
             {"whitening"} <= set(tensors) or {"mean", "std"} <= set(tensors)
         ):
             raise UserError(
-                f"data.init_args.distilled: expected images, labels, and whitening or mean and std; {self.distilled} "
-                f"holds {sorted(tensors)}"
+                f"distilled: expected images, labels, and whitening or mean and std; {self.file} holds "
+                f"{sorted(tensors)}"
             )
-        return tensors
-
-    def train_dataloader(self) -> TrainLoader:
-        """Shuffled batches of the distilled set."""
-        return train_loader(self, len(self.images), self._batches, self.batch_size, self.seed, self.drop_last)
-
-    def _batches(self, blocks: Iterable[Tensor]) -> Iterator[ImageBatch]:
-        for index in blocks:
-            yield ImageBatch(self.images[index], self.labels[index], index)
+        images, labels = tensors.pop("images"), tensors.pop("labels")
+        for name, got, expected in (
+            ("images of shape", tuple(images.shape[1:]), tuple(self.meta.shape)),
+            ("classes", labels.shape[1], self.meta.num_classes),
+        ):
+            if got != expected:
+                raise UserError(f"distilled: expected {name} {expected}, as {self.dataset} has; {self.file} has {got}")
+        self._space = tensors
+        return ImageSplit(images, labels, torch.arange(len(images)))
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Augment training batches; bring all others into the set's space."""
-        if self.trainer is not None and self.trainer.training:
-            augment = self._distilled_augment
+        """Augment distilled images in training; bring real ones, which come as uint8, into the set's space."""
+        if batch.image.dtype != torch.uint8:
+            augment = self._distilled_augment if self.trainer is not None and self.trainer.training else None
             return dataclasses.replace(batch, image=augment(batch.image, None)) if augment else batch
         image = scaled(batch).image
-        tensors = {
-            name: value.to(image.device) for name, value in self._tensors.items() if name not in ("images", "labels")
-        }
-        if "whitening" in tensors:
-            return dataclasses.replace(batch, image=apply_zca(image, tensors["whitening"]))
-        return dataclasses.replace(batch, image=(image - tensors["mean"]) / tensors["std"])
+        space = {name: value.to(image.device) for name, value in self._space.items()}
+        if "whitening" in space:
+            return dataclasses.replace(batch, image=apply_zca(image, space["whitening"]))
+        return dataclasses.replace(batch, image=(image - space["mean"]) / space["std"])
+
+
+class SubsetDataModule(SubstituteDataModule):
+    """Trains on chosen items of the real training split, such as a coreset; validation and test sets stay whole.
+
+    Positions are those of ``index`` in training batches; they mean the same items only with the same `dataset`,
+    `variant`, `val_fraction`, `train_fraction` and `split_seed`.
+
+    Args:
+        subset: file with the positions: a list in ``.json``, an array in ``.npy``, or ``index`` in ``.safetensors``.
+        kwargs: of `ImageDataModule`; they say which real images.
+    """
+
+    argument = "subset"
+    expected = "a .json, .npy or .safetensors file of positions"
+
+    def __init__(self, subset: str | Path, **kwargs: Any) -> None:
+        super().__init__(Path(subset), **kwargs)
+
+    def load_substitute(self) -> ImageSplit:
+        """The chosen items, in the order of the file; ``origin`` still points to the source's own train part."""
+        whole, index = self.train_split, self._read()
+        if not len(index):
+            raise UserError(f"subset: expected positions, {self.file} holds none")
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= len(whole):
+            raise UserError(
+                f"subset: expected positions in the training split, 0 to {len(whole) - 1}; {self.file} holds "
+                f"{low if low < 0 else high}"
+            )
+        values, counts = index.unique(return_counts=True)
+        if len(values) < len(index):
+            repeated = int(values[counts > 1][0])
+            raise UserError(f"subset: expected every position once; {self.file} holds {repeated} more than once")
+        return ImageSplit(whole.images[index], whole.labels[index], whole.origin[index])
+
+    def _read(self) -> Tensor:
+        """(N,) int64 positions as they stand in the file; UserError for anything else. Executes no pickle."""
+        kind, index = self.file.suffix, None
+        try:
+            if kind == ".json":
+                index = torch.as_tensor(json.loads(self.file.read_text()))
+            elif kind == ".npy":
+                index = torch.from_numpy(np.load(self.file, allow_pickle=False))
+            elif kind == ".safetensors":
+                index = _read_safetensors(self.file, self.argument).get("index")
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
+            raise UserError(f"subset: {self.file} is damaged, or no list of positions ({error})") from error
+        if index is None or index.ndim != 1 or (index.numel() and index.dtype not in _WHOLE_NUMBERS):
+            got = f"a {index.dtype} of shape {tuple(index.shape)}" if index is not None else "none"
+            raise UserError(f"subset: expected {self.expected}, whole numbers (N,); {self.file} holds {got}")
+        return index.long()
+
+
+def _read_safetensors(file: Path, argument: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{argument}: {file} is damaged ({error})") from error

@@ -82,6 +82,8 @@ from .media import (
     Table as Table,
 )
 from .meta import DataMeta as DataMeta
+from .prediction import ResumablePrediction as ResumablePrediction
+from .prediction import SeenItems as SeenItems
 from .protocols import (
     HasTerms as HasTerms,
 )

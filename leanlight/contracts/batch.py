@@ -22,9 +22,17 @@ class Batch:
     - a mapping of names to any of these: each value alike;
     - a number, a flag or None: a fact of the whole batch, kept as it is.
 
-    Anything else, a single string or a list among them, is refused with a TypeError when the batch is moved or
-    selected.
+    A batch with anything else in a field (a single string or a list among them), or with fields of different numbers
+    of items, cannot be made: TypeError and ValueError name the field.
     """
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, int] = {}
+        for field in fields(self):
+            _check(f"{type(self).__name__}.{field.name}", getattr(self, field.name), sizes)
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"the fields of a batch have one entry an item; got items: {found}")
 
     def _map(self, each: Callable[[Any], Any]) -> Self:
         return replace(self, **{field.name: each(getattr(self, field.name)) for field in fields(self)})
@@ -39,13 +47,52 @@ class Batch:
 
     def select(self, index: Tensor) -> Self:
         """Take the items at `index`: int64 positions or a boolean mask, (N,)."""
+        if index.dtype == torch.bool:
+            if len(index) != len(self):
+                raise IndexError(f"a mask of {len(index)} entries cannot select from {len(self)} items")
+            index = index.nonzero()[:, 0]
+        index = index.long() if index.numel() == 0 else index  # torch.tensor([]) is float32
         return self._map(lambda value: _select(value, index))
 
     def __len__(self) -> int:
+        sizes: dict[str, int] = {}
         for field in fields(self):
-            if (size := _items(getattr(self, field.name))) is not None:
-                return size
+            _check(field.name, getattr(self, field.name), sizes)
+            if sizes:
+                return next(iter(sizes.values()))
         return 0
+
+
+def _check(name: str, value: Any, sizes: dict[str, int]) -> None:
+    """Note in `sizes` how many items a field has; nothing for a fact of the whole batch."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check(f"{name}[{key!r}]", item, sizes)
+    elif isinstance(value, (Batch, tuple)) or (isinstance(value, Tensor) and value.ndim):
+        sizes[name] = len(value)
+        for entry in value if isinstance(value, tuple) else ():
+            _check_entry(name, entry)
+    else:
+        _check_fact(name, value)
+
+
+def _check_entry(name: str, value: Any) -> None:
+    """What belongs to one item may also be a string, and its tuples and mappings may have any length."""
+    if isinstance(value, (tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_entry(name, item)
+    elif not isinstance(value, (Tensor, Batch, str)):
+        _check_fact(name, value)
+
+
+def _check_fact(name: str, value: Any) -> None:
+    if value is None or isinstance(value, (bool, int, float)):
+        return
+    what = "tensor without dimensions" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(
+        f"{name}: a batch holds tensors, batches, tuples with one entry an item, mappings of these, numbers and None; "
+        f"got a {what}"
+    )
 
 
 def _tensors(value: Any, move: Callable[[Any], Any]) -> Any:
@@ -53,39 +100,20 @@ def _tensors(value: Any, move: Callable[[Any], Any]) -> Any:
     if isinstance(value, (Tensor, Batch)):
         return move(value)
     if isinstance(value, tuple):
-        return tuple(item if isinstance(item, str) else _tensors(item, move) for item in value)
+        return tuple(_tensors(item, move) for item in value)
     if isinstance(value, Mapping):
         return {name: _tensors(item, move) for name, item in value.items()}
-    return _fact(value)
+    return value
 
 
 def _select(value: Any, index: Tensor) -> Any:
-    """Take items of a field."""
+    """Take the items at int64 positions of a field."""
     if isinstance(value, Batch):
         return value.select(index)
     if isinstance(value, Tensor):
         return value[index.to(value.device)]
     if isinstance(value, tuple):
-        positions = index.nonzero()[:, 0] if index.dtype == torch.bool else index
-        return tuple(value[position] for position in positions.tolist())
+        return tuple(value[position] for position in index.tolist())
     if isinstance(value, Mapping):
         return {name: _select(item, index) for name, item in value.items()}
-    return _fact(value)
-
-
-def _items(value: Any) -> int | None:
-    """Number of items of a field; None for a fact of the whole batch."""
-    if isinstance(value, (Tensor, Batch, tuple)):
-        return len(value)
-    if isinstance(value, Mapping):
-        return next((size for item in value.values() if (size := _items(item)) is not None), None)
-    return None
-
-
-def _fact(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    raise TypeError(
-        f"a batch holds tensors, batches, tuples with one entry an item, mappings of these, numbers and None; "
-        f"got a {type(value).__name__}"
-    )
+    return value

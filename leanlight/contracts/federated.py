@@ -99,16 +99,34 @@ class Selector:
     scored: Literal["never", "before", "after"] = "never"
 
     def candidates(self, sizes: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
-        """Draw `count` different clients, ascending. sizes: items of every client; the empty ones are never drawn."""
-        able = torch.tensor([client for client, size in enumerate(sizes) if size > 0])
-        return sorted(able[torch.randperm(len(able), generator=generator)[:count]].tolist())
+        """Draw different clients, ascending.
+
+        Args:
+            sizes: items of every client; the empty ones are never drawn.
+            count: how many to draw.
+            generator: a function of (seed, round).
+        """
+        eligible = torch.tensor([client for client, size in enumerate(sizes) if size > 0])
+        return sorted(eligible[torch.randperm(len(eligible), generator=generator)[:count]].tolist())
 
     def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
-        """Score of one candidate; after and update: None where `scored` is ``before``."""
+        """Score of one candidate; the higher, the sooner it is taken.
+
+        Args:
+            before: measurement with the received weights.
+            after: measurement with its own weights; None where `scored` is ``before``.
+            update: what it sends; None where `scored` is ``before``.
+        """
         raise NotImplementedError
 
     def choose(self, scores: Mapping[int, float], count: int, generator: torch.Generator) -> list[int]:
-        """The `count` clients to take of those that were scored; here the highest, of equals the smaller id."""
+        """The clients to take of those that were scored; here the highest, of equals the smaller id.
+
+        Args:
+            scores: client → its score.
+            count: how many to take.
+            generator: a function of (seed, round).
+        """
         return sorted(scores, key=lambda client: (-scores[client], client))[:count]
 
     def may_win(self, scores: Mapping[int, float], count: int) -> Collection[int]:
@@ -147,14 +165,23 @@ class FederatedModule(Protocol):
     def start_round(self, round_number: int, joined: Sequence[int], mine: Sequence[int]) -> None:
         """Called on every process before the first batch of a round.
 
-        joined: clients of the round, those who drop out included. mine: those that this process is still to train.
+        Args:
+            round_number: of the round, from 0.
+            joined: clients of the round, those who drop out included.
+            mine: those that this process is still to train.
         """
 
     def network_of(self, client: int) -> nn.Module:
         """The global network that a client trains in this round."""
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
-        """Measure the global weights on a client's data."""
+        """Measure the global weights on a client's data.
+
+        Args:
+            data: of the client, images float32 in [0, 1].
+            round_number: of the round, from 0.
+            client: its id.
+        """
 
     def take_updates(self) -> list[ClientUpdate]:
         """The updates made since it was last called."""

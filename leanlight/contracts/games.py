@@ -97,7 +97,13 @@ class GameData(Protocol):
         """Let training decisions be made by `values` from now on (with the exploration of this DataModule)."""
 
     def play(self, seeds: Sequence[int], values: QFunction, pictures: int = 0) -> list[Episode]:
-        """Play one evaluation episode a seed; the first keeps its first `pictures` frames."""
+        """Play evaluation episodes.
+
+        Args:
+            seeds: one an episode; it decides everything random in it.
+            values: of the actions, for greedy decisions.
+            pictures: how many pictures of the first episode to keep.
+        """
 
     @property
     def frames(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -110,7 +110,7 @@ def data_of(module: Any, kind: type[Data]) -> Data:
     To be called in the module's ``setup(stage)`` at the earliest. Raises UserError when it is of another kind.
     """
     data = module.trainer.datamodule
-    if isinstance(data, kind):
+    if isinstance(data, kind) and isinstance(data.meta, get_type_hints(kind)["meta"]):  # type: ignore[attr-defined]
         return data
     what = (kind.__doc__ or kind.__name__).split(":")[0].split(".")[0].split(";")[0]
     got = "loaders without a DataModule" if data is None else f"{type(data).__name__}, which is none"

@@ -47,6 +47,14 @@ def test_what_decides_numbers_is_identity(keys):
     assert runs.config_hash(changed(*keys, value=7)) != runs.config_hash(CONFIG)
 
 
+def test_an_argument_that_came_later_counts_only_where_it_is_used():
+    data = {"class_path": "D", "init_args": {"batch_size": 4}}
+    before = runs.config_hash({"data": data})
+    later = {split: {**data, "init_args": {"batch_size": 4, "predict_split": split}} for split in ("test", "val")}
+    assert runs.config_hash({"data": later["test"]}) == before
+    assert runs.config_hash({"data": later["val"]}) != before
+
+
 def test_a_stage_input_counts_by_content_not_by_path(tmp_path):
     hashes = []
     for name, content in (("a", b"same"), ("b", b"same"), ("c", b"other")):

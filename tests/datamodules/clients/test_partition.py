@@ -112,7 +112,7 @@ def test_class_imbalance_keeps_a_third_of_the_later_classes(spread):
 @pytest.mark.parametrize(
     ("scheme", "clients", "words"),
     [
-        (IID(), 2000, "data.init_args.clients"),
+        (IID(), 2000, "clients: 2000"),
         (Dirichlet(0.0), 5, "alpha"),
         (Dirichlet(0.05, min_size=40), 40, "lower min_size"),
         (ClassesPerClient(11), 5, "classes: expected 1 to 10, got 11"),

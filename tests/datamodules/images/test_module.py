@@ -1,6 +1,7 @@
 """ImageDataModule: splits, order, resume and what several processes see."""
 
 import gzip
+import hashlib
 from itertools import chain
 from pathlib import Path
 
@@ -334,6 +335,26 @@ def test_prediction_goes_through_the_test_part_in_order(tmp_path: Path) -> None:
     assert torch.cat(predicted).tolist() == list(range(360))
 
 
+# Identity: what was published was made of exactly these items in exactly this order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        ({}, "29fd11336deba818"),
+        ({"val_fraction": 0.2, "train_fraction": 0.5, "split_seed": 3, "image_size": 12}, "be35d600e419b009"),
+        ({"dataset": "fashion_mnist", "variant": "subset"}, "58cd3509b96148c8"),
+    ],
+)
+def test_fingerprints_are_those_of_the_published_results(arguments: dict, start: str) -> None:
+    assert module(**arguments).meta.fingerprint.startswith(start)
+
+
+def test_order_is_that_of_the_published_results() -> None:
+    order = torch.tensor(joined(positions(module(seed=3).train_dataloader())))
+    assert hashlib.sha256(order.numpy().tobytes()).hexdigest().startswith("e0cc07d7924f1d92")
+
+
 # Wrong input
 
 
@@ -341,8 +362,8 @@ def test_prediction_goes_through_the_test_part_in_order(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"dataset": "cifar_10"}, "did you mean 'cifar10'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size: expected at least 1, got -3"),
         ({"eval_batch_size": 0}, "eval_batch_size"),
         ({"image_size": -1}, "image_size"),
         ({"val_fraction": 1.0}, "val_fraction"),
@@ -351,6 +372,7 @@ def test_prediction_goes_through_the_test_part_in_order(tmp_path: Path) -> None:
         ({"train_fraction": 1.1}, "train_fraction"),
         ({"augment": "flipp"}, "did you mean 'flip'"),
         ({"variant": "small"}, "variant"),
+        ({"predict_split": "all"}, "predict_split: expected one of train, val, test, got 'all'"),
         ({"dataset": "image_folder"}, "path"),
         ({"dataset": "digits", "path": "x"}, "path"),
         ({"dataset": "digits", "variant": "subset"}, "fashion_mnist only"),

@@ -63,7 +63,7 @@ def test_subset_is_balanced_real_and_within_its_size_limit() -> None:
     raw = sources.load("fashion_mnist", "none", "subset")
     assert np.bincount(raw.train[1]).tolist() == [320] * 10
     assert np.bincount(raw.test[1]).tolist() == [80] * 10
-    path = files("datamodules") / "resources" / sources.SUBSET_FILE
+    path = files("datamodules") / "images" / "resources" / sources.SUBSET_FILE
     assert len(path.read_bytes()) <= 1_500_000
     assert sha256_file(str(path)) == sources.SUBSET_SHA256
     assert raw.train[0].mean() / 255 == pytest.approx(describe("fashion_mnist").mean[0], abs=0.005)

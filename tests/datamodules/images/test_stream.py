@@ -86,3 +86,11 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 def test_wrong_input_is_refused(folder: Path, arguments: dict) -> None:
     with pytest.raises(UserError):
         stream(folder, **arguments)
+
+
+@pytest.mark.parametrize(("split", "items"), [("train", 18), ("val", 6), ("test", 8)])
+def test_any_part_is_predicted_in_order_and_items_can_be_left_out(folder: Path, split: str, items: int) -> None:
+    data = stream(folder, predict_split=split, eval_batch_size=4)
+    assert torch.cat([batch.index for batch in data.predict_dataloader()]).tolist() == list(range(items))
+    data.skip_predicted(torch.arange(4))
+    assert torch.cat([batch.index for batch in data.predict_dataloader()]).tolist() == list(range(4, items))
