@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_two_processes import fit
+from short_fit import fit
 
 SHORT = [
     "--config=at_bptt/digits_small",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_two_processes import run
+from short_fit import run
 
 TINY = [
     "--config=dsqn/catch_small",

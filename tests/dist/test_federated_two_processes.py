@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_two_processes import run
+from short_fit import run
 
 # Eleven candidates do not divide by two; power-of-choice is scored before training; SCAFFOLD has states of clients.
 CREDIT = ["--config=sfedca/digits_small", "--trainer.max_epochs=3", "--trainer.callbacks.init_args.candidates=11"]
