@@ -45,7 +45,7 @@ class TimmNet(nn.Module):
         if not timm.is_model(name.partition(".")[0]):
             raise UserError(f"name: timm has no network {name!r}{nearest(name, timm.list_models())}")
         self.normalize = Normalize(in_channels, mean, std)
-        self.network = timm.create_model(
+        self.network: Any = timm.create_model(
             name, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **(options or {})
         )
 
