@@ -18,7 +18,7 @@ from lit_modules.at_bptt.preprocessing import Preprocessing
 
 
 def export_set(
-    data: SyntheticData, preprocessing: Preprocessing, facts: Mapping[str, Any], directory: Path
+    data: SyntheticData, preprocessing: Preprocessing, details: Mapping[str, Any], directory: Path
 ) -> list[Path]:
     """Write the set into `directory` and return the files.
 
@@ -30,7 +30,7 @@ def export_set(
     Args:
         data: the set.
         preprocessing: the space in which it lives.
-        facts: what else stands in the card; ``classes`` and ``ipc`` among it.
+        details: what else stands in the card; ``classes`` and ``ipc`` among it.
         directory: an existing folder.
     """
     from safetensors.torch import save_file
@@ -44,12 +44,12 @@ def export_set(
         "preprocess": preprocessing.kind,
         "use": "train on `images` and `labels`; bring test images into the same space first: zca: subtract each "
         "image's mean, divide by its norm, flatten, multiply by `whitening`; standardize: (image - mean) / std",
-        **facts,
+        **details,
     }
     atomic_write(card, json.dumps(content, indent=2) + "\n")
     pixels = (drawable(data.images, preprocessing.whitening) * 255).round().byte().numpy()
-    folder = _write_folder(pixels, data.labels.detach().cpu(), facts["classes"], directory / "dataset")
-    return [weights, card, _write_grid(pixels, facts["ipc"], directory / "images.png"), *folder]
+    folder = _write_folder(pixels, data.labels.detach().cpu(), details["classes"], directory / "dataset")
+    return [weights, card, _write_grid(pixels, details["ipc"], directory / "images.png"), *folder]
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

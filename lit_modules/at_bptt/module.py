@@ -364,14 +364,14 @@ class DatasetDistillation(LightningModule):
 
     def export(self, directory: Path) -> list[Path]:
         """Write the set for plain PyTorch and for `datasets`: see `lit_modules.at_bptt.export`."""
-        facts = {
+        details = {
             "classes": list(self.classes) or [str(i) for i in range(self.num_classes)],
             "ipc": self.ipc,
             "recipe": {**vars(self.evaluation.full_recipe), "epochs": self.best_epochs or self.evaluation.epochs[-1]},
             "scores": self.scores,
             "outer_steps": self.global_step if self._trainer is not None else 0,
         }
-        return export_set(self.data, self.preprocessing, facts, Path(directory))
+        return export_set(self.data, self.preprocessing, details, Path(directory))
 
     # ---- checkpoints ----
 

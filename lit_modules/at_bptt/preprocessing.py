@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,14 +34,14 @@ class Preprocessing(nn.Module):
     def __init__(
         self,
         kind: Preprocess,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         strength: float,
         mean: float | Sequence[float],
         std: float | Sequence[float],
     ) -> None:
         super().__init__()
         self.kind, self.strength = kind, strength
-        size = image_shape[0] * image_shape[1] * image_shape[2] if kind == "zca" else 0
+        size = math.prod(image_shape) if kind == "zca" else 0
         self.register_buffer("whitening", torch.zeros(size, size))
         for name, value in (("mean", mean), ("std", std)):
             channels = torch.as_tensor(value).float().reshape(-1, 1, 1).expand(image_shape[0], 1, 1)
