@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,71 @@ def test_pure_files_of_a_method_import_neither_lightning_nor_wandb():
             continue
         for name in imported(path):
             assert name.split(".")[0] not in ("lightning", "pytorch_lightning", "wandb"), f"{path}: {name}"
+
+
+def module_graph():
+    """Every module of the suite with the modules of the suite that it imports, at any depth of its code."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in files(package)
+    }
+    graph = {}
+    for module, path in paths.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[module] |= {alias.name for alias in node.names if alias.name in paths}
+            elif isinstance(node, ast.ImportFrom):
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[module] |= (named & set(paths)) or ({node.module} & set(paths))
+    return graph
+
+
+def circle(graph):
+    """A circle in a graph of imports, or None."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " <- ".join(error.args[1])
+    return None
+
+
+def test_a_circle_is_noticed():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
+
+
+def test_no_module_imports_in_a_circle():
+    assert circle(module_graph()) is None
+
+
+def part(module):
+    """leanlight.results for leanlight.results.report; lit_modules for lit_modules.esvae.module."""
+    top, *inside = module.split(".")
+    return f"{top}.{inside[0]}" if top == "leanlight" and inside else top
+
+
+def test_no_package_imports_in_a_circle():
+    parts = {}
+    for module, imports in module_graph().items():
+        parts.setdefault(part(module), set()).update({part(name) for name in imports} - {part(module)})
+    assert "leanlight.cli" in parts
+    assert circle(parts) is None
+
+
+# Lower storeys know nothing of higher ones; what is not named here (experiment, runs, registry, ...) stands between.
+STOREYS = {"contracts": 0, "ops": 0, "results": 2, "benchmarks": 2, "cli": 3, "__main__": 4}
+
+
+def test_imports_inside_leanlight_lead_down():
+    def storey(module):
+        return STOREYS.get(part(module).removeprefix("leanlight."), 1)
+
+    for module, imports in module_graph().items():
+        if module.startswith("leanlight."):
+            above = [name for name in imports if storey(name) > storey(module)]
+            assert not above, f"{module} imports {above}"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "classifier"], ["data", "list"], ["fitt"]])
