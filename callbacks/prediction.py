@@ -55,14 +55,15 @@ class PredictionWriter(pl.Callback):
         self.part = {
             "split": getattr(data, "predict_split", None),
             "data": getattr(getattr(data, "meta", None), "fingerprint", None),
+            "weights": sha256_file(trainer.ckpt_path) if trainer.ckpt_path else None,
         }
         whole = _whole_pieces(self.folder) if self.resume else {}
         trainer.strategy.barrier("pieces found")  # every process has looked before anything is removed
         for name, piece in whole.items():
             if {key: piece.get(key) for key in self.part} != self.part:
                 raise UserError(
-                    f"predict_split: {self.folder / name}.json holds items of {piece.get('split')} of other data than "
-                    f"{self.part['split']}; predict in a run of its own"
+                    f"predict_split: {self.folder / name}.json holds items of another part, of other data or of other "
+                    "weights; predict in a run of its own"
                 )
         if trainer.is_global_zero:
             _sweep(self.folder, whole)

@@ -81,6 +81,8 @@ class LeanlightCLI(LightningCLI):
         parser.add_class_arguments(runs.RunSettings, "run")
         for key, name in STANDARD_CALLBACKS.items():
             parser.add_lightning_class_args(getattr(callbacks, name), key)
+        if self.only == "predict":
+            parser.add_class_arguments(callbacks.PredictionWriter, "predictions", skip={"resume"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -124,7 +126,7 @@ class LeanlightCLI(LightningCLI):
         chosen = self.call.run_dir or (Path(inherited) if inherited else None)
         run_id = self.settings.id or runs.new_run_id(identity)
         self.run_dir = (chosen or root / self.method / self.dataset / run_id).resolve()
-        self.fresh = chosen is None
+        self.fresh = chosen is None or not chosen.exists()
         self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)
         config = dict(self._get(self.config_init, "trainer"))
         return self._instantiate_trainer({**config, **self._standard(config), **kwargs}, [])
@@ -139,7 +141,9 @@ class LeanlightCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in users):
             added.append(RichProgressBar(leave=sys.stdout.isatty()))
         if self.only == "predict":
-            added.append(callbacks.PredictionWriter(resume=True))
+            writer = self._get(self.config_init, "predictions")
+            writer.resume = True  # a new run folder is empty: only a resumed one has anything to go on with
+            added.append(writer)
         return {
             "default_root_dir": str(self.run_dir),
             "logger": [RunCSVLogger(self.run_dir), *loggers],

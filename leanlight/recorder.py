@@ -69,6 +69,9 @@ class RunRecorder(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = True
 
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = True
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._collect(trainer)
 
@@ -98,7 +101,9 @@ class RunRecorder(pl.Callback):
         except (KeyboardInterrupt, SystemExit):
             self.finish(trainer, "interrupted")
             if trainer.is_global_zero:
-                print(f"interrupted; go on with: leanlight fit --resume {self.run_dir}", file=sys.stderr)
+                command = self.summary["command"][0]
+                again = f"{command} --resume {self.run_dir}" if command in ("fit", "predict") else command
+                print(f"interrupted; go on with: leanlight {again}", file=sys.stderr)
             raise
         except BaseException as error:
             self.finish(trainer, "failed", f"{type(error).__name__}: {error}")

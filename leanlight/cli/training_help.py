@@ -50,7 +50,7 @@ def training_help(argv: Sequence[str]) -> str:
         f"usage: leanlight {command} --config NAME [--config OVERLAY ...] [--KEY=VALUE ...]\n\n{_WHAT[command]}",
         _block("What you set first", [*_RUNS[command], *_FIRST]),
         _block("The run (--run.NAME)", _arguments(Path(__file__).parents[1] / "runs.py", "RunSettings", "run")),
-        _block("Callbacks of every run; those of your own go to --trainer.callbacks+=CLASS", list(_callbacks())),
+        _block("Callbacks of every run; those of your own go to --trainer.callbacks+=CLASS", list(_callbacks(command))),
         _block("The trainer (--trainer.NAME)", list(_trainer())),
     ]
     return "\n\n".join(blocks)
@@ -64,7 +64,7 @@ def _block(title: str, rows: Sequence[Row]) -> str:
     return "\n".join([f"{title}:", *(line for wrapped in lines for line in wrapped)])
 
 
-def _callbacks() -> Iterator[Row]:
+def _callbacks(command: str) -> Iterator[Row]:
     source = find_spec("callbacks")
     assert source is not None
     assert source.submodule_search_locations
@@ -75,8 +75,10 @@ def _callbacks() -> Iterator[Row]:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
     }
-    for key, name in STANDARD_CALLBACKS.items():
-        yield from _arguments(homes[name], name, key)
+    for key, name in ({"predictions": "PredictionWriter"} | STANDARD_CALLBACKS).items():
+        if key == "predictions" and command != "predict":
+            continue
+        yield from (row for row in _arguments(homes[name], name, key) if row[0] != "--predictions.resume")
 
 
 def _trainer() -> Iterator[Row]:

@@ -1,0 +1,148 @@
+"""`leanlight predict`: in pieces, resumed after a kill, from any part of the data, also as a stage of a pipeline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from leanlight.predictions import describe_predictions, load_predictions
+from leanlight.registry import config_root
+
+SLOW = '''
+import os, time
+from lit_modules.classifier import ImageClassifier
+
+class Slow(ImageClassifier):
+    """Predicts slowly, and says its class in words, too."""
+    def predict_step(self, batch, batch_idx):
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        outputs = super().predict_step(batch, batch_idx)
+        words = [self.classes[i] for i in outputs["probabilities"].argmax(1)]
+        return {**outputs, "word": words}
+'''
+PIPELINE = {
+    "method": "classifier",
+    "dataset": "digits",
+    "stages": [
+        {"name": "train", "config": "config.yaml", "overrides": {"trainer.max_epochs": 1, "run.wandb": "disabled"}},
+        {
+            "name": "label",
+            "command": "predict",
+            "config": "config.yaml",
+            "overrides": {
+                "ckpt_path": "${stages.train.artifacts.checkpoint}",
+                "run.wandb": "disabled",
+                "predictions.piece_items": 32,
+            },
+        },
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project with a slow classifier, trained for an epoch."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "slow.py").write_text(SLOW)
+    config = yaml.safe_load((config_root() / "classifier" / "digits_small.yaml").read_text())
+    config["model"]["class_path"] = "slow.Slow"
+    config["data"]["init_args"]["eval_batch_size"] = 16
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"run": {"method": "slow"}}))
+    (folder / "pipeline.yaml").write_text(json.dumps(PIPELINE))
+    done = call(folder, "fit", "--config=config.yaml", "--trainer.max_epochs=1", "--run.id=a", "--run.wandb=disabled")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def call(folder, *arguments, **options):
+    command = [sys.executable, "-m", "leanlight", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **options)
+
+
+def killed(folder, pattern, *arguments):
+    """Start a command whose predict is slow, and kill it with all its children once two pieces are written."""
+    command = [sys.executable, "-m", "leanlight", *arguments]
+    process = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "PAUSE": "0.2"}, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        while len(list(folder.glob(f"{pattern}/artifacts/predictions/*_0.json"))) < 2:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for child in Path("/proc").glob("[0-9]*"):  # a pipeline's stages are in groups of their own
+            try:
+                if str(folder).encode() == os.readlink(child / "cwd").encode():
+                    os.kill(int(child.name), signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]) if isinstance(value, torch.Tensor) else value == right[name], name
+
+
+@pytest.fixture(scope="module")
+def whole(project):
+    done = call(project, "predict", "--from=runs/slow/digits/a", "--trust=slow", "--run.wandb=disabled")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_predictions(project / "runs/slow/digits/a/predict")
+
+
+FROM = ["--from=runs/slow/digits/a", "--trust=slow", "--run.wandb=disabled"]
+
+
+def test_predictions_hold_tensors_and_text_of_every_item_once(whole):
+    assert torch.equal(whole["index"], torch.arange(360))
+    assert whole["probabilities"].shape == (360, 10)
+    assert whole["word"] == tuple(str(int(i)) for i in whole["probabilities"].argmax(1))
+
+
+def test_a_killed_predict_goes_on_where_it_was(project, whole):
+    killed(project, "runs/slow/digits/a/predict-*", "predict", *FROM, "--predictions.piece_items=32")
+    (run,) = project.glob("runs/slow/digits/a/predict-*")
+    pieces = {path: path.stat().st_mtime_ns for path in run.glob("artifacts/predictions/*_0.json")}
+    assert 0 < 32 * len(pieces) < 360
+    done = call(project, "predict", "--resume", str(run), "--trust=slow")
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(load_predictions(run), whole)
+    assert all(path.stat().st_mtime_ns == written for path, written in pieces.items())
+    assert describe_predictions(run)["items"] == 360
+
+
+@pytest.mark.slow
+def test_a_killed_predict_stage_of_a_pipeline_goes_on_where_it_was(project):
+    killed(project, "runs/classifier/digits/pipeline-label-*", "run", "pipeline.yaml")
+    (run,) = project.glob("runs/classifier/digits/pipeline-label-*")
+    pieces = {path: path.stat().st_mtime_ns for path in run.glob("artifacts/predictions/*_0.json")}
+    done = call(project, "run", "pipeline.yaml")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "label: resume (running, with predictions)" in done.stdout
+    assert torch.equal(load_predictions(run)["index"], torch.arange(360))
+    assert all(path.stat().st_mtime_ns == written for path, written in pieces.items())
+
+
+def test_another_part_of_the_data_can_be_predicted(project):
+    before = set(project.glob("runs/slow/digits/a/predict-*"))
+    done = call(project, "predict", *FROM, "--data.init_args.predict_split=val")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = set(project.glob("runs/slow/digits/a/predict-*")) - before
+    assert describe_predictions(run)["split"] == "val"
+    assert len(load_predictions(run)["index"]) == 144
+
+
+def test_a_run_of_fit_cannot_be_resumed_as_a_prediction(project):
+    done = call(project, "predict", "--resume", "runs/slow/digits/a", "--trust=slow")
+    assert done.returncode == 2
+    assert "is no run of predict" in done.stderr
