@@ -123,10 +123,10 @@ def test_predictions_carry_the_position_of_their_item(fitted):
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (functools.partial(make_convnet, num_classes=7), ["network.init_args.num_classes", "10", "7"]),
-        (functools.partial(make_convnet, in_channels=3), ["network.init_args", "in_channels 1", "(1, 8, 8)"]),
-        (functools.partial(make_convnet, image_size=32), ["network.init_args", "image_size 8"]),
-        (functools.partial(LinearClassifier, image_size=28), ["network.init_args", "image_size 8"]),
+        (functools.partial(make_convnet, num_classes=7), ["num_classes", "10", "7"]),
+        (functools.partial(make_convnet, in_channels=3), ["network:", "in_channels 1", "(1, 8, 8)"]),
+        (functools.partial(make_convnet, image_size=32), ["network:", "image_size 8"]),
+        (functools.partial(LinearClassifier, image_size=28), ["network:", "image_size 8"]),
     ],
 )
 def test_a_network_that_does_not_fit_the_data_is_one_line(network, words):
