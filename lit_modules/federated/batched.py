@@ -17,7 +17,7 @@ from lit_modules.federated.local import LocalObjective, LocalTraining
 
 def check_batchable(network: nn.Module, local: LocalTraining) -> None:
     """Raise UserError for what several clients at once cannot do."""
-    key = "model.init_args.clients_at_once"
+    key = "clients_at_once"
     for child in network.modules():
         if isinstance(child, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, BaseNode)):
             raise UserError(

@@ -32,7 +32,7 @@ def measure(
     """
     layers = firing_layers(network)
     if not layers:
-        raise UserError("model.init_args.network: expected spiking neurons or ReLUs to measure, got a network without")
+        raise UserError("network: expected spiking neurons or ReLUs to measure, got a network without")
     seen: dict[str, Tensor] = {}
     handles = [network.get_submodule(name).register_forward_hook(_record(seen, name)) for name in layers]
     was_training = network.training

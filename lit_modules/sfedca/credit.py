@@ -42,7 +42,7 @@ class CreditSelection(Selector):
 
     def __post_init__(self) -> None:
         if self.mode == "class_abs" and self.layers != "all":
-            raise UserError(f"selector.init_args.layers: expected all with mode class_abs, got {self.layers}")
+            raise UserError(f"selector.layers: expected all with mode class_abs, got {self.layers}")
 
     def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
         assert after is not None

@@ -133,14 +133,6 @@ def composed_weight(basis: Tensor, factor: Tensor) -> Tensor:
     return (factor.reshape(-1, len(basis)) @ basis.flatten(1)).view(len(factor), -1, *basis.shape[2:])
 
 
-def chunk_by_chunk(x: Tensor, basis: Tensor, factor: Tensor, stride: int = 1, inner: nn.Module | None = None) -> Tensor:
-    """What `DecomConv` computes, as published code does it: one convolution a group, concatenated. For comparison."""
-    padding = basis.shape[-1] // 2
-    chunks = [F.conv2d(chunk, basis, stride=stride, padding=padding) for chunk in x.split(basis.shape[1], dim=1)]
-    responses = torch.cat(chunks, dim=1)
-    return F.conv2d(responses if inner is None else inner(responses), factor)
-
-
 def factorised_layers(network: nn.Module) -> dict[str, DecomConv]:
     """The factorised convolutions of `network` by path, in order of registration, which is that of execution."""
     return {name: module for name, module in network.named_modules() if isinstance(module, DecomConv)}
@@ -154,6 +146,12 @@ def basis_keys(network: nn.Module) -> list[str]:
 def factor_key(layer: str) -> str:
     """Name in the state dict of the factor of the factorised convolution at path `layer`."""
     return f"{layer}.factor"
+
+
+def can_fold(network: nn.Module) -> bool:
+    """Whether `network` has factorised convolutions and nothing stands between their bases and factors."""
+    layers = factorised_layers(network).values()
+    return bool(layers) and all(layer.inner is None for layer in layers)
 
 
 def fold_network(network: nn.Module) -> nn.Module:

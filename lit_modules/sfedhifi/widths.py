@@ -18,6 +18,11 @@ LayerRule = Literal["max_rate", "min_rate", "random", "fixed", "all"]
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
+def percent(width: float) -> str:
+    """A width without a dot, for names of files and modules: 0.25 → ``25``."""
+    return f"{round(100 * width)}"
+
+
 def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, purpose, number))
 
