@@ -55,7 +55,10 @@ class LocalObjective:
     def correct(self, parameters: Sequence[Tensor], start: Tensors, control: Tensors) -> None:
         """Add the gradient of the objective's own term to ``p.grad`` of `parameters`.
 
-        start: the same parameters as they were received. control: server's minus client's control variate, or empty.
+        Args:
+            parameters: as they are now, with the loss's gradient.
+            start: the same as they were received.
+            control: server's minus client's control variate, or empty.
         """
 
 
