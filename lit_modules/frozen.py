@@ -28,9 +28,9 @@ class Frozen:
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
 
-    def to(self, *target: torch.device | str | torch.dtype) -> Frozen:
-        """Move it to a device, a number format or both, in place."""
-        self.network.to(*target)  # type: ignore[call-overload]
+    def to(self, device: torch.device | str) -> Frozen:
+        """Move it to `device`, in place."""
+        self.network.to(device)
         return self
 
     def __call__(self, *inputs: Any) -> Any:

@@ -87,7 +87,7 @@ class ImageClassifier(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.evaluation = ClassifierEvaluation()
-        self._teacher: Frozen | None = None
+        self._teacher: Frozen[nn.Module] | None = None
         self._terms: dict[str, Tensor] = {}
         self._train_images: Tensor | None = None
 
@@ -120,7 +120,7 @@ class ImageClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
-            self._teacher.to(self.device, self.dtype)
+            self._teacher.network.to(self.device, self.dtype)  # of the precision that the trainer gave the student
 
     def configure_optimizers(self) -> Any:
         return configure(self.network.parameters(), self.make_optimizer, self.make_scheduler, self.lr_interval)

@@ -37,7 +37,7 @@ class SpikingCNN(nn.Module):
         time_steps: T; 12 in the paper.
         coding: of the image: ``direct`` (the paper) or ``poisson``.
         v_threshold: of all neurons, hard reset to 0; 1 in the paper.
-        surrogate_gradient: derivative of a spike; arcus tangent in the paper.
+        surrogate_gradient: derivative of a spike; arcus tangent in the published code.
         image_size: H = W.
         mean: of a pixel, one number or one a channel.
         std: of a pixel, one number or one a channel.

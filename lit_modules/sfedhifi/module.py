@@ -74,7 +74,7 @@ class WidthFederation(FederatedClassifier):
     `FederatedClassifier`.
 
     Args:
-        network: makes the network of a width p: float images (N, C, H, W) in [0, 1] → logits (N, K), a `WidthNetwork`.
+        network: makes a width's `WidthNetwork`: float images (N, C, H, W) in [0, 1] → logits (N, K).
         widths: p, ascending; 0.25, 0.5, 0.75 and 1 in the paper.
         sharing: what widths share: ``none``, ``basis`` (FLANC, SFedHIFI) or ``slices`` (HeteroFL).
         hifi: window and form of the fusion across widths; none by default.
@@ -83,7 +83,7 @@ class WidthFederation(FederatedClassifier):
         loss: of a client: ``tet`` (the paper's), or ``mean_output``, cross entropy of the mean over time.
         tet_weight: λ of the TET loss, in [0, 1]; 0.001 in the published code.
         tet_target: φ of the TET loss, the level that outputs are pulled to.
-        orthogonality_weight: λ_R, of the pull of the bases to orthonormal rows; 0 leaves it out.
+        orthogonality_weight: λ_R, of the pull of the bases to orthonormal rows; 10 as published for the ResNet.
         vote_images: held-out validation images on which firing rates are measured before the vote.
         vote_batch: images that cast one vote.
         local: epochs E and batch size B of a client's training; 2 and 32 by default.

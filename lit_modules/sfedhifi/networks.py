@@ -257,7 +257,7 @@ class FactorisedSpikingResNet18(_ResNet18):
         time_steps: T; 10 in the paper.
         tau: share of the potential that a LIF neuron keeps a step; it takes 1 - tau of the input; 1/2 in the paper.
         v_threshold: of all neurons, hard reset to 0; 1 in the paper.
-        surrogate_gradient: derivative of a spike; sigmoid in the paper.
+        surrogate_gradient: derivative of a spike; sigmoid as published.
         detach_reset: keep the reset out of the gradient; published code does not.
         output_neuron: end in neurons, so that outputs are spikes.
         factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
@@ -395,7 +395,7 @@ class FactorisedSpikingCNN(_CNN):
         v_threshold: of the neurons behind convolutions and output, hard reset to 0; 0.5 in the paper.
         inner_neuron: neurons between basis and factor, as published; such convolutions cannot be folded.
         inner_threshold: of those; 1 in the published code.
-        surrogate_gradient: derivative of a spike; sigmoid in the paper.
+        surrogate_gradient: derivative of a spike; sigmoid as published.
         detach_reset: keep the reset out of the gradient; published code does not.
         norm: batch norm behind every convolution; none in the paper.
         output_neuron: end in neurons, so that outputs are spikes.
