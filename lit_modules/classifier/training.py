@@ -1,4 +1,4 @@
-"""Train fresh networks on images and score them without a Trainer: the judge of distilled and selected data."""
+"""Train fresh networks on images and score them without a Trainer: to evaluate distilled and selected data."""
 
 from __future__ import annotations
 
