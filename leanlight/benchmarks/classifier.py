@@ -19,7 +19,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 import yaml
 from rich.console import Console
 from torch import Tensor, nn
@@ -32,13 +31,14 @@ from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import ImageBatch, atomic_write
 from leanlight.ops.augment import AUGMENTATIONS, Augmentation
 from lit_modules.classifier import ImageClassifier
+from lit_modules.classifier.reference import BareClassifierStep
 from lit_modules.nn import ConvNet, SpikingConvNet
 
 _STEP_S = 0.025  # the bound on time outside the step holds for steps of 20 ms and more; this leaves room for noise
 _WARMUP = 10
 _GUARDS = ("ExactResume", "NaNGuard", "DiskGuard")
 _REFERENCE_ITEMS = 12_800
-_BARE_STEP = "leanlight.benchmarks.classifier:BareClassifierStep"
+_BARE_STEP = "lit_modules.classifier.reference:BareClassifierStep"
 _SHAPE = {"in_channels": 1, "num_classes": 10, "image_size": 28}
 _SMALL = {**_SHAPE, "width": 32, "depth": 3}
 
@@ -150,21 +150,6 @@ def same_items(data: ImageDataModule, reference: Any, count: int) -> bool:
 
 
 # -- time outside the step
-
-
-class BareClassifierStep:
-    """The classifier's training step as a plain loop would have it, on a copy of the module's network."""
-
-    def __init__(self, module: ImageClassifier) -> None:
-        self.network = copy.deepcopy(module.network)
-        self.optimizer = module.make_optimizer(self.network.parameters())
-
-    def __call__(self, batch: ImageBatch) -> None:
-        """One step on images in [0, 1]."""
-        loss = F.cross_entropy(self.network(batch.image), batch.label)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
 
 
 def measure_overhead(data: ImageDataModule, measured: Measurement, repeats: int, steps: int) -> None:

@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from callbacks import FederatedRounds
 from datamodules import IID, FederatedDataModule
 from leanlight.benchmarks.core import Measurement, Target, ratios, summarise
-from leanlight.contracts import derived_seed
 from lit_modules.federated import FederatedClassifier, LocalTraining, RandomClients
+from lit_modules.federated.reference import plain_round
 from lit_modules.nn import MLP, ConvNet
 
 _LR, _BATCH, _EPOCHS, _SEED = 0.1, 16, 5, 0
-Client = tuple[Tensor, Tensor]
-
-
-def plain_round(network: nn.Module, clients: Sequence[Client], number: int, epochs: int) -> None:
-    """A round of FedAvg over all clients as a plain loop has it: load the state, train, save the state; then the mean.
-
-    network: trained in place. clients: images (n, C, H, W) in [0, 1] and labels of each. The order of a client's data
-    is that of `FederatedClassifier`, so that both can be compared.
-    """
-    worker = copy.deepcopy(network)
-    states = []
-    for client, (image, label) in enumerate(clients):
-        worker.load_state_dict(network.state_dict())
-        optimizer = torch.optim.SGD(worker.parameters(), lr=_LR)
-        order = torch.Generator().manual_seed(derived_seed(_SEED, "order", number, client))
-        worker.train()
-        for _ in range(epochs):
-            for index in torch.randperm(len(label), generator=order).split(_BATCH):
-                loss = F.cross_entropy(worker(image[index]), label[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        states.append({name: value.clone() for name, value in worker.state_dict().items()})
-    network.load_state_dict(
-        {
-            name: torch.stack([state[name] for state in states]).mean(0)
-            if value.is_floating_point()
-            else torch.stack([state[name] for state in states]).amax(0)
-            for name, value in states[0].items()
-        }
-    )
 
 
 def mlp() -> nn.Module:
@@ -88,7 +55,7 @@ class Rounds(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         middle = time.perf_counter()
-        plain_round(self.plain, self.clients, trainer.current_epoch, self.epochs)
+        plain_round(self.plain, self.clients, trainer.current_epoch, self.epochs, _LR, _BATCH, _SEED)
         self.seconds.append(middle - self._begin)
         self.plain_seconds.append(time.perf_counter() - middle)
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
 from lit_modules.sfedhifi import DecomConv, FactorisedSpikingCNN, FactorisedSpikingResNet18
-from lit_modules.sfedhifi.decomposition import chunk_by_chunk, factorised_layers, fold_network
+from lit_modules.sfedhifi.decomposition import factorised_layers, fold_network
 from lit_modules.sfedhifi.losses import tet_loss
+from lit_modules.sfedhifi.reference import chunk_by_chunk
 from lit_modules.sfedhifi.widths import WIDTHS
 
 

@@ -136,7 +136,7 @@ class Selector:
 
 @runtime_checkable
 class FederatedData(InMemoryImages, Protocol):
-    """A DataModule of images that hands out clients instead of training batches."""
+    """A DataModule of images that hands out clients instead of training batches, as FederatedDataModule does."""
 
     #: Items of every client.
     client_sizes: Sequence[int]

@@ -1,3 +1,4 @@
+from .evaluation import ClassifierEvaluation as ClassifierEvaluation
 from .losses import class_index as class_index
 from .losses import distillation_loss as distillation_loss
 from .module import ImageClassifier as ImageClassifier

@@ -17,8 +17,13 @@ def export_network(network: nn.Module, example: Tensor, directory: Path, classes
     """Write ``network.pt2``, ``weights.safetensors`` and ``card.json`` into `directory` and return their paths.
 
     ``torch.export.load("network.pt2").module()(image)`` gives logits wherever torch is installed, for any batch size
-    (for the example's alone where a network fixes it; the card says which). example: (N, C, H, W) float in [0, 1], N
-    at least 2.
+    (for the example's alone where a network fixes it; the card says which).
+
+    Args:
+        network: images → logits.
+        example: (N, C, H, W) float in [0, 1], N at least 2.
+        directory: where to; it exists.
+        classes: label names; index = label.
     """
     network, example = portable(network), example.cpu()
     program, weights, card = (directory / name for name in ("network.pt2", "weights.safetensors", "card.json"))

@@ -9,8 +9,12 @@ from torch import Tensor
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """Knowledge distillation (Hinton et al. 2015): ``T² KL(softmax(teacher / T) || softmax(student / T))``.
 
-    Mean over items. student, teacher: (N, K) logits. The factor T² keeps the gradient's size independent of the
-    temperature.
+    Mean over items. The factor T² keeps the gradient's size independent of the temperature.
+
+    Args:
+        student: (N, K) logits.
+        teacher: (N, K) logits.
+        temperature: T, positive; 4 by habit of the field.
     """
     return temperature**2 * F.kl_div(
         F.log_softmax(student / temperature, dim=1),

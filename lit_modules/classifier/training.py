@@ -1,4 +1,4 @@
-"""Train fresh networks on images and score them without a Trainer: the judge of distilled and selected data."""
+"""Train fresh networks on images and score them without a Trainer: to evaluate distilled and selected data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ LabelledImages = tuple[Tensor, Tensor]
 class Recipe:
     """How a fresh network is trained.
 
-    epochs: passes over the images. batch_size: the last batch of a pass may be smaller. lr: peak learning rate.
-    optimizer: ``sgd`` (with `momentum`), ``adam`` or ``adamw``. schedule: ``constant``; ``cosine`` to zero, a step at
-    a time; ``halfway`` divides by 10 after half of the epochs (Zhao et al. 2021). augment: a name in
-    `leanlight.ops.differentiable.ALL_AUGMENTATIONS`. label_smoothing: in [0, 1).
+    Args:
+        epochs: passes over the images.
+        batch_size: images a step; fewer in the last one of a pass.
+        lr: peak learning rate.
+        optimizer: ``sgd`` (with `momentum`), ``adam`` or ``adamw``.
+        momentum: of ``sgd``.
+        weight_decay: of any optimiser.
+        schedule: ``constant``, ``cosine`` (to 0, by steps) or ``halfway`` (a tenth after half; Zhao et al. 2021).
+        augment: name of an augmentation, in `leanlight.ops.differentiable.ALL_AUGMENTATIONS`; none by default.
+        label_smoothing: share of the label spread over all classes, in [0, 1).
     """
 
     epochs: int = 20
@@ -68,9 +74,13 @@ def train(
 ) -> nn.Module:
     """Train `network` in place on `data` and return it in evaluation mode.
 
-    data: images (N, C, H, W), float in [0, 1] or uint8 in [0, 255], and labels, (N,) int64 or (N, K) soft, on the
-    network's device. after_epoch: called with the number of epochs done. Draws from the global random state; every
-    batch order and augmentation follows from it.
+    Draws from the global random state; every batch order and augmentation follows from it.
+
+    Args:
+        network: on the device of `data`.
+        data: images (N, C, H, W), float in [0, 1] or uint8 in [0, 255], and labels, (N,) int64 or (N, K) soft.
+        recipe: epochs, optimiser, schedule, augmentation.
+        after_epoch: called with the number of epochs done.
     """
     images, labels = data
     augment = find_augmentation(recipe.augment, "recipe.augment")
@@ -95,7 +105,13 @@ def train(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, data: LabelledImages, batch_size: int = 512) -> float:
-    """Share of `data` that `network` labels right, in [0, 1]; data as in `train`. Leaves it in evaluation mode."""
+    """Share of `data` that `network` labels right, in [0, 1]. Leaves it in evaluation mode.
+
+    Args:
+        network: images → logits.
+        data: as in `train`.
+        batch_size: images at once.
+    """
     network.eval()
     images, labels = data
     right = torch.zeros((), dtype=torch.int64, device=images.device)
@@ -116,8 +132,16 @@ def train_and_score(
     """Train one fresh network a seed on `data` and return their accuracies on `test_data`, in the order of `seeds`.
 
     A score depends on its seed and the arguments alone, not on other seeds, so that seeds may be split over ranks.
-    All random states are left as they were. data, test_data: as in `train`, on any device. on_scored: called with
-    (seed, accuracy) after each network, for a progress bar.
+    All random states are left as they were.
+
+    Args:
+        data: to train on, as in `train`, on any device.
+        factory: makes a fresh network.
+        recipe: how each is trained.
+        seeds: one network each.
+        test_data: to score on, as in `train`, on any device.
+        device: where to train.
+        on_scored: called with (seed, accuracy) after each network, for a progress bar.
     """
     data = (data[0].to(device), data[1].to(device))
     test_data = (test_data[0].to(device), test_data[1].to(device))

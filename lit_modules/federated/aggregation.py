@@ -43,9 +43,12 @@ class Aggregator:
     def __call__(
         self, start: Mapping[str, Tensor], updates: Sequence[ClientUpdate], parameters: Collection[str]
     ) -> State:
-        """The server's new state. start: its present one. updates: at least one, in the order of client ids.
+        """The server's new state.
 
-        parameters: names in `start` that are no buffers.
+        Args:
+            start: its present one.
+            updates: at least one, in the order of client ids.
+            parameters: names in `start` that are no buffers.
         """
         raise NotImplementedError
 
@@ -54,7 +57,8 @@ class Aggregator:
 class FedAvg(Aggregator):
     """Mean of the clients' parameters and buffers (McMahan et al. 2017, arXiv:1602.05629).
 
-    weighting: ``uniform``, as in SFedCA's published code, or ``items``, as in the paper of FedAvg.
+    Args:
+        weighting: of the clients: ``uniform``, as in SFedCA's published code, or by ``items``, as in FedAvg's paper.
     """
 
     weighting: Weighting = "uniform"
@@ -69,7 +73,10 @@ class FedAvg(Aggregator):
 class FedNova(FedAvg):
     """Mean of the clients' changes a step, times the mean number of steps (Wang et al. 2020, arXiv:2007.07481).
 
-    ``w = w_r + tau * sum_k p_k (w_k - w_r) / tau_k`` with tau = sum_k p_k tau_k and tau_k local steps of plain SGD.
+    ``w = w_r + τ Σ_k p_k (w_k - w_r) / τ_k`` with ``τ = Σ_k p_k τ_k`` and τ_k local steps of plain SGD.
+
+    Args:
+        weighting: p_k: ``uniform``, or by ``items``, as in the paper.
     """
 
     def __call__(

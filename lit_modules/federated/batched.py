@@ -17,7 +17,7 @@ from lit_modules.federated.local import LocalObjective, LocalTraining
 
 def check_batchable(network: nn.Module, local: LocalTraining) -> None:
     """Raise UserError for what several clients at once cannot do."""
-    key = "model.init_args.clients_at_once"
+    key = "clients_at_once"
     for child in network.modules():
         if isinstance(child, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, BaseNode)):
             raise UserError(
@@ -40,7 +40,17 @@ def train_clients(
     """Train a copy of `network` for each client by plain SGD; return steps, images, mean loss, and state of each.
 
     The same as `train_client` for each alone, up to the rounding of batched products. Shorter batches are padded with
-    items of weight 0, and clients with fewer steps stand still at the end. controls: of each client, or empty lists.
+    items of weight 0, and clients with fewer steps stand still at the end.
+
+    Args:
+        network: with the received weights; it stays as it is.
+        data: of each client, on the network's device.
+        local: epochs and batch size.
+        lr: η, of all.
+        objective: what is added to the loss's gradient.
+        controls: of each client, server's minus client's control variate by parameter; or empty lists.
+        generators: on the CPU; make the order of each client's data.
+        works: share of all steps after which each client stops, in (0, 1].
     """
     device, clients = data[0].image.device, len(data)
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]

@@ -27,12 +27,18 @@ def measure(
 
     Activity is ``r_l[t]``, the mean over samples and neurons of the layer's spikes at step t, in [0, 1]; of a ReLU the
     mean of its output, with one step. A class' rate is the mean over its samples, layers and steps; 0 where it is
-    absent. reduce: of ``r_l[t]`` over batches of `batch_size`; ``sum`` is what SFedCA's published code does, so that it
-    grows with the number of batches.
+    absent.
+
+    Args:
+        network: with spiking neurons, or ReLUs.
+        data: on the network's device.
+        num_classes: K.
+        batch_size: samples at once; 1,024 in SFedCA's published code.
+        reduce: of ``r_l[t]`` over batches: ``mean`` by size, or ``sum`` as in that code, which grows with their number.
     """
     layers = firing_layers(network)
     if not layers:
-        raise UserError("model.init_args.network: expected spiking neurons or ReLUs to measure, got a network without")
+        raise UserError("network: expected spiking neurons or ReLUs to measure, got a network without")
     seen: dict[str, Tensor] = {}
     handles = [network.get_submodule(name).register_forward_hook(_record(seen, name)) for name in layers]
     was_training = network.training

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import ImageBatch, UserError
+from leanlight.contracts import ClientUpdate, ImageBatch, Measurement, UserError
+from leanlight.contracts.federated import State
 from leanlight.ops.differentiable import find_augmentation
 
 Tensors = list[Tensor]
@@ -21,8 +22,10 @@ LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
 class LocalTraining:
     """How a client trains in a round.
 
-    epochs: passes over its data (E). batch_size: the last batch of a pass may be smaller (B). augment: a name in
-    `leanlight.ops.differentiable.ALL_AUGMENTATIONS`.
+    Args:
+        epochs: passes over its data (E); 5 in SFedCA's paper.
+        batch_size: images a step (B), fewer in the last one of a pass; 128 in SFedCA's paper.
+        augment: name of an augmentation, in `leanlight.ops.differentiable.ALL_AUGMENTATIONS`; none by default.
     """
 
     epochs: int = 5
@@ -31,10 +34,10 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
-            raise UserError(f"model.init_args.local.epochs: expected 0 or more, got {self.epochs}")
+            raise UserError(f"local.epochs: expected 0 or more, got {self.epochs}")
         if self.batch_size < 1:
-            raise UserError(f"model.init_args.local.batch_size: expected at least 1, got {self.batch_size}")
-        find_augmentation(self.augment, "model.init_args.local.augment")
+            raise UserError(f"local.batch_size: expected at least 1, got {self.batch_size}")
+        find_augmentation(self.augment, "local.augment")
 
     def batches(self, items: int, generator: torch.Generator, work: float = 1.0) -> Iterator[Tensor]:
         """Positions (up to `batch_size`,) of each local step: every pass in a new order, the share `work` of all."""
@@ -52,7 +55,10 @@ class LocalObjective:
     def correct(self, parameters: Sequence[Tensor], start: Tensors, control: Tensors) -> None:
         """Add the gradient of the objective's own term to ``p.grad`` of `parameters`.
 
-        start: the same parameters as they were received. control: server's minus client's control variate, or empty.
+        Args:
+            parameters: as they are now, with the loss's gradient.
+            start: the same as they were received.
+            control: server's minus client's control variate, or empty.
         """
 
 
@@ -61,13 +67,16 @@ class FedProx(LocalObjective):
     """Stay near the received weights: ``loss + mu / 2 * |w - w_r|**2`` (Li et al. 2020, arXiv:1812.06127).
 
     Parameters only; buffers are free.
+
+    Args:
+        mu: weight μ of the proximal term, at least 0.
     """
 
     mu: float = 0.1
 
     def __post_init__(self) -> None:
         if self.mu < 0:
-            raise UserError(f"model.init_args.objective.init_args.mu: expected a number of at least 0, got {self.mu}")
+            raise UserError(f"objective.mu: expected a number of at least 0, got {self.mu}")
 
     def correct(self, parameters: Sequence[Tensor], start: Tensors, control: Tensors) -> None:
         torch._foreach_add_(_gradients(parameters), torch._foreach_sub(list(parameters), start), alpha=self.mu)
@@ -113,10 +122,20 @@ def train_client(
 ) -> tuple[int, int, Tensor]:
     """Train `network` in place; return local steps, images seen and the mean loss over them (a scalar tensor).
 
-    generator: on the CPU, makes the order of the data. work: share of all steps after which it stops. loss_of: loss of
-    (network, image, label). Augmentation and dropout draw from the global random state.
+    Augmentation and dropout draw from the global random state.
+
+    Args:
+        network: starts with the received weights.
+        data: all of the client's images, on the network's device.
+        local: epochs, batch size and augmentation.
+        optimizer: of the network's parameters.
+        objective: what is added to the loss's gradient.
+        control: server's minus client's control variate by parameter, or empty.
+        generator: on the CPU; makes the order of the data.
+        work: share of all steps after which it stops, in (0, 1].
+        loss_of: loss of (network, image, label).
     """
-    augment = find_augmentation(local.augment, "model.init_args.local.augment")
+    augment = find_augmentation(local.augment, "local.augment")
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in parameters]
     losses: list[Tensor] = []
@@ -135,3 +154,47 @@ def train_client(
     weights = torch.tensor(counts, dtype=torch.float32, device=data.image.device)
     mean = (torch.stack(losses) * weights).sum() / weights.sum() if losses else weights.sum()
     return len(losses), sum(counts), mean
+
+
+def make_update(
+    client: int,
+    items: int,
+    trained: tuple[int, int, Tensor],
+    start: Mapping[str, Tensor],
+    state: State,
+    extras: State,
+    before: Measurement | None,
+    after: Measurement | None,
+) -> ClientUpdate:
+    """What a client sends and reports after its training.
+
+    Args:
+        client: its id.
+        items: size of its data.
+        trained: steps, images and mean loss, as `train_client` returns them.
+        start: the received parameters, by name.
+        state: its parameters and buffers now.
+        extras: what else it sends.
+        before: measurement with the received weights, where it was asked for.
+        after: measurement with its own weights, where it was asked for.
+    """
+    steps, passes, loss = trained
+    # One number on the device for all tensors, so that it is waited for once.
+    finite = torch.stack([value.isfinite().all() for value in [loss, *state.values()]]).all()
+    moves = torch._foreach_sub([state[name] for name in start], [value.detach() for value in start.values()])
+    traffic = sum(value.numel() * value.element_size() for value in [*state.values(), *extras.values()])
+    return ClientUpdate(
+        client=client,
+        items=items,
+        steps=steps,
+        loss=float(loss),
+        passes=passes,
+        state=state,
+        distance=float(torch.stack(torch._foreach_norm(moves)).norm()),
+        extras=extras,
+        before=before,
+        after=after,
+        received_bytes=traffic,
+        sent_bytes=traffic,
+        finite=bool(finite),
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
@@ -16,8 +18,12 @@ from leanlight.contracts import (
     ClientUpdate,
     FederatedData,
     ImageBatch,
+    ImageData,
     Measurement,
+    MediaItem,
+    PrimaryMetric,
     Progress,
+    Split,
     UserError,
     data_of,
     derived_seed,
@@ -25,15 +31,19 @@ from leanlight.contracts import (
     run_seed,
 )
 from leanlight.contracts.federated import State
-from lit_modules.classifier import ImageClassifier
+from lit_modules.classifier.evaluation import ClassifierEvaluation
+from lit_modules.classifier.export import export_network
 from lit_modules.federated.aggregation import Aggregator, FedAvg
 from lit_modules.federated.batched import check_batchable, train_clients
+from lit_modules.federated.controls import ControlVariates
 from lit_modules.federated.firing import Reduce, measure
-from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, train_client
+from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, make_update, train_client
+from lit_modules.hparams import save_hparams
+from lit_modules.nn.checks import check_classifier
 
 
-class FederatedClassifier(ImageClassifier):
-    """Train an image classifier on clients that keep their data (McMahan et al. 2017).
+class FederatedClassifier(LightningModule):
+    """Train an image classifier on clients that keep their data (McMahan et al. 2017, arXiv:1602.05629).
 
     An epoch is a communication round; `callbacks.FederatedRounds` says who takes part, and
     `datamodules.FederatedDataModule` has the clients. Manual optimisation: each batch trains one client from the global
@@ -42,15 +52,21 @@ class FederatedClassifier(ImageClassifier):
     rounds. Memory grows with the clients that are kept until the end of a round, not with their number. What a client
     draws is a function of (seed, round, client). Satisfies `leanlight.contracts.FederatedModule`.
 
-    network: makes the network, images (N, C, H, W) in [0, 1] → logits (N, K). local: epochs and batches of a client.
-    objective: what local training adds to the loss. aggregator: what the server makes of the clients' weights.
-    optimizer: of a client, made anew each round; SGD with lr 0.1 by default. lr_scheduler: of the clients' learning
-    rate, a step a round. server_optimizer: applies the pseudo-gradient (global minus aggregated weights); by default
-    the server takes the aggregated weights as they are. buffers: of batch norm, ``average`` them with the weights or
-    ``keep`` the server's as they are (what libraries do that send parameters only). rate_reduce: see
-    `lit_modules.federated.firing.measure`. clients_at_once: train so many clients as one batched computation, for small
-    networks without batch norm, dropout and spiking neurons, and plain SGD. seed: that of ``seed_everything`` by
-    default.
+    Subclasses may override `start_round`, `network_of` (which global network a client trains), `local_loss` (what it
+    minimises), `aggregate` (what the server makes of the updates), `evaluate` and `end_evaluation` (what is measured).
+
+    Args:
+        network: makes the network: float images (N, C, H, W) in [0, 1] → logits (N, K).
+        local: epochs E and batch size B of a client's training.
+        objective: what local training adds to the loss, e.g. FedProx; nothing by default.
+        aggregator: what the server makes of the clients' weights; FedAvg by default.
+        optimizer: makes a client's optimiser, anew each round; SGD with lr (η) 0.1 by default.
+        lr_scheduler: makes the schedule of the clients' learning rate, a step a round; constant by default.
+        server_optimizer: applies the pseudo-gradient, global minus aggregated weights; by default these are taken over.
+        buffers: of batch norm: ``average`` them with the weights, or ``keep`` the server's as they are.
+        rate_reduce: of a client's firing rates over batches: ``mean`` by size, or ``sum``, as SFedCA's published code.
+        clients_at_once: clients trained as one batched computation; above 1 without batch norm and spikes only.
+        seed: of the clients' data orders and noise; that of ``seed_everything`` by default.
     """
 
     automatic_optimization = False
@@ -69,15 +85,19 @@ class FederatedClassifier(ImageClassifier):
         clients_at_once: int = 1,
         seed: int | None = None,
     ) -> None:
-        super().__init__(network=network, optimizer=optimizer or _client_sgd, lr_scheduler=lr_scheduler)
+        super().__init__()
+        if clients_at_once < 1:
+            raise UserError(f"clients_at_once: expected at least 1, got {clients_at_once}")
+        save_hparams(self)
+        self.network = network()
+        self.make_optimizer = optimizer or _client_sgd
+        self.make_scheduler = lr_scheduler
         self.local = local or LocalTraining()
         self.objective = objective or LocalObjective()
         self.aggregator = aggregator or FedAvg()
         self.make_server_optimizer = server_optimizer
         self.buffers_rule, self.rate_reduce = buffers, rate_reduce
         self.seed = run_seed(seed)
-        if clients_at_once < 1:
-            raise UserError(f"model.init_args.clients_at_once: expected at least 1, got {clients_at_once}")
         self.clients_at_once = clients_at_once
         self.measures_clients = False
         self.chosen: list[ClientUpdate] = []
@@ -86,16 +106,20 @@ class FederatedClassifier(ImageClassifier):
         self._to_train = 0  # clients of this process that are still to come in this round
         self._copies: dict[int, nn.Module] = {}  # in a dict, hidden from nn.Module: they are scratch
         self._lr: list[float] = []  # of this round, by parameter group
-        self._server_control: State = {}
-        self._client_controls: dict[int, State] = {}
+        self._controls = ControlVariates()
+        self.evaluation = ClassifierEvaluation()
 
     # ---- set-up ----
 
     def setup(self, stage: str) -> None:
-        """Check network, data and what the trainer is asked to do."""
-        super().setup(stage)
-        if stage != "fit":
-            return
+        """Check network, data and what the trainer is asked to do; make metrics for the classes of the data."""
+        meta = data_of(self, ImageData).meta
+        check_classifier(self.network, meta.shape, meta.num_classes, self.device)
+        self.evaluation.prepare(meta.shape, meta.classes)
+        if stage == "fit":
+            self._check_fit()
+
+    def _check_fit(self) -> None:
         if self.trainer.precision == "16-mixed":
             raise UserError(
                 "trainer.precision: 16-mixed scales losses, which local training does not; use bf16-mixed or 32-true"
@@ -103,15 +127,19 @@ class FederatedClassifier(ImageClassifier):
         optimizer = self.make_optimizer(self.network.parameters())
         if (self.objective.has_control or self.clients_at_once > 1) and not _is_plain_sgd(optimizer):
             needs = "Scaffold" if self.objective.has_control else "clients_at_once above 1"
-            raise UserError(f"model.init_args.optimizer: {needs} needs SGD without momentum and weight decay")
+            raise UserError(f"optimizer: {needs} needs SGD without momentum and weight decay")
         if self.clients_at_once > 1:
             check_batchable(self.network, self.local)
         if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
-            raise UserError("model.init_args.lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
+            raise UserError("lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
 
     def configure_optimizers(self) -> Any:
         make = self.make_server_optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=1.0))
         return make(self.network.parameters())
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] → (N, K) logits of the global network."""
+        return self.network(image)
 
     def network_of(self, client: int) -> nn.Module:
         """The global network that a client trains."""
@@ -139,7 +167,7 @@ class FederatedClassifier(ImageClassifier):
                     scheduler.step()
         self._lr = [group["lr"] for group in optimizer.param_groups]
 
-    def training_step(self, batch: ClientBatch, batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: ClientBatch, batch_idx: int) -> None:
         if batch.last:
             self._server_step()
         elif batch.client >= 0:
@@ -165,7 +193,6 @@ class FederatedClassifier(ImageClassifier):
         optimizer = self.make_optimizer(worker.parameters())
         for group, lr in zip(optimizer.param_groups, self._lr, strict=False):
             group["lr"] = lr
-        control = self._control_gap(batch.client)
         with isolated_rng(derived_seed(self.seed, "client", *where)):
             trained = train_client(
                 worker,
@@ -173,7 +200,7 @@ class FederatedClassifier(ImageClassifier):
                 self.local,
                 optimizer,
                 self.objective,
-                control,
+                self._control_gap(batch.client),
                 self._order(batch),
                 batch.work,
                 self.local_loss,
@@ -216,28 +243,15 @@ class FederatedClassifier(ImageClassifier):
         before: Measurement | None,
         after: Measurement | None,
     ) -> ClientUpdate:
-        steps, passes, loss = trained
-        extras = self._control_change(state, steps) if self.objective.has_control else {}
-        finite = torch.stack([value.isfinite().all() for value in [loss, *state.values()]]).all()
-        traffic = _bytes(state) + _bytes(extras)
         start = dict(self.network_of(batch.client).named_parameters())
-        moves = torch._foreach_sub([state[name] for name in start], [value.detach() for value in start.values()])
-        distance = torch.stack(torch._foreach_norm(moves)).norm()
-        return ClientUpdate(
-            client=batch.client,
-            items=len(batch.data),
-            steps=steps,
-            loss=float(loss),
-            passes=passes,
-            state=state,
-            distance=float(distance),
-            extras=extras,
-            before=before,
-            after=after,
-            received_bytes=traffic,
-            sent_bytes=traffic,
-            finite=bool(finite),
+        extras = (
+            self._controls.change(start.items(), state, trained[0], self._lr[0]) if self.objective.has_control else {}
         )
+        return make_update(batch.client, len(batch.data), trained, start, state, extras, before, after)
+
+    def _control_gap(self, client: int) -> list[Tensor]:
+        """SCAFFOLD's ``c - c_k`` by parameter; empty without controls."""
+        return self._controls.gap(client, self.network.named_parameters()) if self.objective.has_control else []
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Loss and activity of the global network on a client's data."""
@@ -246,37 +260,7 @@ class FederatedClassifier(ImageClassifier):
     def _measure(self, network: nn.Module, data: ImageBatch, round_number: int, client: int) -> Measurement:
         # Before and after training the same random numbers, or the credit would measure the input's noise.
         with isolated_rng(derived_seed(self.seed, "measure", round_number, client)):
-            return measure(network, data, len(self.classes), reduce=self.rate_reduce)
-
-    # ---- SCAFFOLD's control variates ----
-
-    def _control_gap(self, client: int) -> list[Tensor]:
-        """Server's minus client's control variate, by parameter; empty without controls."""
-        if not self.objective.has_control:
-            return []
-        own, gap = self._client_controls.get(client, {}), []
-        for name, parameter in self.network.named_parameters():
-            server = self._server_control.setdefault(name, torch.zeros_like(parameter)).to(self.device)
-            gap.append(server - own[name].to(self.device) if name in own else server.clone())
-        return gap
-
-    def _control_change(self, trained: State, steps: int) -> State:
-        """``c_k' - c_k = (w_r - w_k) / (K lr) - c``."""
-        factor = 1.0 / (max(steps, 1) * self._lr[0])
-        return {
-            name: ((start.detach() - trained[name]) * factor) - self._server_control[name].to(self.device)
-            for name, start in self.network.named_parameters()
-        }
-
-    def _update_controls(self, updates: Sequence[ClientUpdate]) -> None:
-        clients = len(data_of(self, FederatedData).client_sizes)
-        for update in updates:
-            own = self._client_controls.setdefault(update.client, {})
-            for name, change in update.extras.items():
-                own[name] = own[name] + change.cpu() if name in own else change.cpu()
-                # A process that has trained nobody yet has no control of the server's either.
-                server = self._server_control.get(name, torch.zeros_like(change)).to(change.device)
-                self._server_control[name] = server + change / clients
+            return measure(network, data, len(self.evaluation.classes), reduce=self.rate_reduce)
 
     # ---- the server ----
 
@@ -301,14 +285,51 @@ class FederatedClassifier(ImageClassifier):
                 if name in state:
                     buffer.copy_(state[name])
         if self.objective.has_control:
-            self._update_controls(updates)
+            self._controls.update(updates, len(data_of(self, FederatedData).client_sizes))
 
     def aggregate(self, updates: Sequence[ClientUpdate]) -> State:
         """The server's new state, before its optimiser; updates: at least one, in the order of client ids."""
         parameters = [name for name, _ in self.network.named_parameters()]
         return self.aggregator(self.network.state_dict(), updates, parameters)
 
+    # ---- evaluation ----
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return ``index`` (N,) and ``probabilities`` (N, K)."""
+        return {"index": batch.index, "probabilities": self(batch.image).softmax(1)}
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation.start("val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.end_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluation.start("test")
+
+    def on_test_epoch_end(self) -> None:
+        self.end_evaluation("test")
+
+    def evaluate(self, batch: ImageBatch, split: Split) -> None:
+        """Measure and log a batch of the server's validation or test data."""
+        values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def end_evaluation(self, split: Split) -> None:
+        """Log what follows from the split as a whole."""
+        self.log_dict(self.evaluation.finish(split), sync_dist=True)
+
     # ---- what callbacks and commands ask ----
+
+    @property
+    def primary_metric(self) -> PrimaryMetric:
+        return PrimaryMetric("val/accuracy", "max")
 
     def progress(self) -> Progress:
         return Progress("round", self.global_step)
@@ -317,18 +338,26 @@ class FederatedClassifier(ImageClassifier):
         # A client that diverges is left out by the server, and does not stop the run.
         return {}
 
+    def media(self, split: Split) -> Mapping[str, MediaItem]:
+        """val, test: see `ClassifierEvaluation.media`. Pictures of rounds are those of `callbacks.FederatedRounds`."""
+        return {} if split == "train" else self.evaluation.media(split, self.network)
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write the global network for plain PyTorch: see `lit_modules.classifier.export`."""
+        return export_network(self.network, self.evaluation.example(), Path(directory), self.evaluation.classes)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
+        checkpoint["classifier"] = self.evaluation.data
         checkpoint["federated"] = {
-            "server_control": self._server_control,
-            "client_controls": self._client_controls,
+            "server_control": self._controls.server,
+            "client_controls": self._controls.clients,
             "waiting": [{**vars(batch), "data": vars(batch.data)} for batch in self._waiting],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._server_control = checkpoint["federated"]["server_control"]
-        self._client_controls = checkpoint["federated"]["client_controls"]
+        self.evaluation.prepare(**checkpoint["classifier"])
+        self._controls.server = checkpoint["federated"]["server_control"]
+        self._controls.clients = checkpoint["federated"]["client_controls"]
         self._waiting = [
             ClientBatch(**{**batch, "data": ImageBatch(**batch["data"])})
             for batch in checkpoint["federated"]["waiting"]
@@ -349,7 +378,3 @@ def _load(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """`load_state_dict` for a network of the same make, without its checks: it runs once a client."""
     own = network.state_dict()
     torch._foreach_copy_([own[name] for name in state], list(state.values()))
-
-
-def _bytes(state: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in state.values())

@@ -21,16 +21,18 @@ class LargestClients(Selector):
     """The clients with most data: a control, to see whether a score is more than size."""
 
     def candidates(self, sizes: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
-        able = [client for client, size in enumerate(sizes) if size > 0]
-        return sorted(sorted(able, key=lambda client: (-sizes[client], client))[:count])
+        holders = [client for client, size in enumerate(sizes) if size > 0]
+        return sorted(sorted(holders, key=lambda client: (-sizes[client], client))[:count])
 
 
 @dataclass(frozen=True)
 class PowerOfChoice(Selector):
     """The candidates on whose data the received weights have the largest mean loss (Cho et al. 2022, arXiv:2010.01243).
 
-    draw: of the candidates, ``by_size`` with probability in proportion to their data, as in the paper, or ``uniform``,
-    as in SFedCA's published code. No training is spent on candidates that are not chosen.
+    No training is spent on candidates that are not chosen.
+
+    Args:
+        draw: of the candidates: ``by_size``, in proportion to their data (the paper), or ``uniform`` (SFedCA's code).
     """
 
     draw: Literal["by_size", "uniform"] = "by_size"
@@ -39,9 +41,9 @@ class PowerOfChoice(Selector):
     def candidates(self, sizes: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
         if self.draw == "uniform":
             return super().candidates(sizes, count, generator)
-        able = sum(size > 0 for size in sizes)
+        holders = sum(size > 0 for size in sizes)
         weights = torch.tensor(sizes, dtype=torch.float64)
-        return sorted(torch.multinomial(weights, min(count, able), generator=generator).tolist())
+        return sorted(torch.multinomial(weights, min(count, holders), generator=generator).tolist())
 
     def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
         return before.loss

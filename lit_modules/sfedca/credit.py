@@ -23,14 +23,18 @@ def firing_intensity(rates: Tensor, layers: Layers = "all") -> float:
 
 @dataclass(frozen=True)
 class CreditSelection(Selector):
-    """Take the candidates with the largest credit.
+    """Take the candidates with the largest credit: those whose firing changes most in local training (SFedCA).
 
-    mode: ``total_abs`` is ``c_k = |F(w_k) - F(w_r)|`` with firing intensity F on the client's own data, w_r the
-    received and w_k the locally trained weights; ``signed`` leaves the absolute value out; ``class_abs`` is
-    ``sum_c |rho_c(w_k) - rho_c(w_r)|`` over classes, with the mean firing rate rho_c of the client's samples of a
-    class. layers: which ones F counts. order: ``top`` takes the largest credits; the others are controls: ``bottom``,
-    ``random``, ``skip_top`` (the largest but the first `skip`) and ``top_and_bottom`` (half and half). per_step: divide
-    by the number of local steps.
+    ``total_abs`` is ``c_k = |F(w_k) - F(w_r)|`` with firing intensity F on the client's own data, w_r the received and
+    w_k the locally trained weights; ``signed`` leaves the absolute value out; ``class_abs``, of the journal version, is
+    ``Σ_c |ρ_c(w_k) - ρ_c(w_r)|`` with the mean firing rate ρ_c of the client's samples of class c.
+
+    Args:
+        mode: of the credit: ``total_abs`` (the paper), ``signed`` or ``class_abs``.
+        layers: those that F counts: ``all`` (the paper), ``first``, ``middle`` (second and third) or ``last``.
+        order: ``top`` (the paper); controls: ``bottom``, ``random``, ``skip_top``, ``top_and_bottom`` (half and half).
+        skip: the largest credits that ``skip_top`` leaves out.
+        per_step: divide the credit by the client's local steps.
     """
 
     mode: Literal["total_abs", "signed", "class_abs"] = "total_abs"
@@ -42,7 +46,7 @@ class CreditSelection(Selector):
 
     def __post_init__(self) -> None:
         if self.mode == "class_abs" and self.layers != "all":
-            raise UserError(f"selector.init_args.layers: expected all with mode class_abs, got {self.layers}")
+            raise UserError(f"selector.layers: expected all with mode class_abs, got {self.layers}")
 
     def score(self, before: Measurement, after: Measurement | None, update: ClientUpdate | None) -> float:
         assert after is not None
@@ -75,7 +79,11 @@ class CreditSelection(Selector):
 
 @dataclass(frozen=True)
 class HighFiring(Selector):
-    """Take the candidates on whose data the received weights fire most: needs no training, and is a control."""
+    """Take the candidates on whose data the received weights fire most: needs no training, and is a control.
+
+    Args:
+        layers: those that the firing intensity F counts: ``all``, ``first``, ``middle`` (second and third) or ``last``.
+    """
 
     layers: Layers = "all"
     scored = "before"

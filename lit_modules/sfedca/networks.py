@@ -23,9 +23,24 @@ class SpikingCNN(nn.Module):
     `time_steps` steps, so what precedes the first neuron is computed once; ``poisson`` draws binary spikes with the
     pixels as probabilities. Neurons start at rest in each forward and hold nothing afterwards.
 
-    channels, strides, pools: of each convolution, pools whether its spikes are max-pooled by 2. padding: of all.
-    hidden: sizes of fully connected layers before the output. batch_norm: after each convolution. bias: of
-    convolutions and fully connected layers. v_threshold: of all neurons, hard reset to 0.
+    Args:
+        in_channels: C of the image.
+        num_classes: K.
+        channels: outputs of each convolution; 32 and 64 in the paper's network for MNIST.
+        strides: of each convolution; 1 by default.
+        pools: of each convolution, whether its output is max-pooled by 2; yes by default.
+        padding: of all convolutions.
+        hidden: sizes of the fully connected layers before the output; 128 in the paper's network for MNIST.
+        batch_norm: after each convolution.
+        bias: of convolutions and fully connected layers.
+        spiking_output: whether the output layer ends in neurons.
+        time_steps: T; 12 in the paper.
+        coding: of the image: ``direct`` (the paper) or ``poisson``.
+        v_threshold: of all neurons, hard reset to 0; 1 in the paper.
+        surrogate_gradient: derivative of a spike; arcus tangent in the published code.
+        image_size: H = W.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
     """
 
     def __init__(
@@ -77,6 +92,20 @@ class ReLUCNN(nn.Module):
     """`SpikingCNN` with a ReLU for each neuron but the output's, and without time: its ordinary twin.
 
     (N, in_channels, image_size, image_size) in [0, 1] → (N, num_classes) logits.
+
+    Args:
+        in_channels: C of the image.
+        num_classes: K.
+        channels: outputs of each convolution; 32 and 64 in the paper's network for MNIST.
+        strides: of each convolution; 1 by default.
+        pools: of each convolution, whether its output is max-pooled by 2; yes by default.
+        padding: of all convolutions.
+        hidden: sizes of the fully connected layers before the output; 128 in the paper's network for MNIST.
+        batch_norm: after each convolution.
+        bias: of convolutions and fully connected layers.
+        image_size: H = W.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
     """
 
     def __init__(

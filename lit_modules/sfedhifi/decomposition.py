@@ -24,12 +24,20 @@ _RESPONSE_COST = 200
 class DecomConv(nn.Module):
     """Factorised convolution (N, in_channels, H, W) → (N, out_channels, H / stride, W / stride), without bias.
 
-    basis: B, (filters, group_channels, kernel_size, kernel_size), rows orthonormal at the start. factor: M,
-    (out_channels, groups · filters, 1, 1), Kaiming-normal by fan-out. inner: a non-linearity between the two; it
-    forbids `fold`. Raises UserError where `group_channels` does not divide `in_channels`.
+    `basis` is B, (filters, group_channels, kernel_size, kernel_size), rows orthonormal at the start; `factor` is M,
+    (out_channels, groups · filters, 1, 1), Kaiming-normal by fan-out.
 
     Training composes the weight first where that is cheaper. Evaluation runs basis and factor one after the other, the
     form whose operations are to be counted; `fold_network` is faster there.
+
+    Args:
+        in_channels: C at this width, a multiple of `group_channels`.
+        out_channels: D at this width.
+        group_channels: a1, the channels that the basis reads.
+        filters: a2, the filters of the basis.
+        kernel_size: k, odd; padding is k // 2.
+        stride: of the basis.
+        inner: a non-linearity between basis and factor; it forbids `fold`.
     """
 
     def __init__(
@@ -109,10 +117,15 @@ def make_orthonormal(convolutions: Sequence[DecomConv]) -> None:
 
 
 def group_responses(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
-    """Every group of a1 channels of x (N, g·a1, H, W) through the basis (a2, a1, k, k) → (N, g·a2, H', W').
+    """Every group of a1 channels of x through the basis → (N, g·a2, H', W').
 
     On a CPU one grouped convolution with channels last in memory, which was measured to be faster there. Elsewhere
     groups are folded into the batch, a view of the memory that an ordinary convolution can read.
+
+    Args:
+        x: (N, g·a1, H, W).
+        basis: (a2, a1, k, k).
+        stride: of the convolution.
     """
     groups, padding = x.shape[1] // basis.shape[1], basis.shape[-1] // 2
     if x.device.type == "cpu":
@@ -122,7 +135,13 @@ def group_responses(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
 
 
 def fold_groups(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
-    """`group_responses` with groups folded into the batch."""
+    """`group_responses` with groups folded into the batch.
+
+    Args:
+        x: (N, g·a1, H, W).
+        basis: (a2, a1, k, k).
+        stride: of the convolution.
+    """
     channels, size = basis.shape[1], basis.shape[-1]
     folded = x.unflatten(1, (-1, channels)).flatten(0, 1)
     return F.conv2d(folded, basis, stride=stride, padding=size // 2).unflatten(0, (len(x), -1)).flatten(1, 2)
@@ -131,14 +150,6 @@ def fold_groups(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
 def composed_weight(basis: Tensor, factor: Tensor) -> Tensor:
     """W (D, g·a1, k, k) of a basis (a2, a1, k, k) and a factor (D, g·a2, 1, 1)."""
     return (factor.reshape(-1, len(basis)) @ basis.flatten(1)).view(len(factor), -1, *basis.shape[2:])
-
-
-def chunk_by_chunk(x: Tensor, basis: Tensor, factor: Tensor, stride: int = 1, inner: nn.Module | None = None) -> Tensor:
-    """What `DecomConv` computes, as published code does it: one convolution a group, concatenated. For comparison."""
-    padding = basis.shape[-1] // 2
-    chunks = [F.conv2d(chunk, basis, stride=stride, padding=padding) for chunk in x.split(basis.shape[1], dim=1)]
-    responses = torch.cat(chunks, dim=1)
-    return F.conv2d(responses if inner is None else inner(responses), factor)
 
 
 def factorised_layers(network: nn.Module) -> dict[str, DecomConv]:
@@ -154,6 +165,12 @@ def basis_keys(network: nn.Module) -> list[str]:
 def factor_key(layer: str) -> str:
     """Name in the state dict of the factor of the factorised convolution at path `layer`."""
     return f"{layer}.factor"
+
+
+def can_fold(network: nn.Module) -> bool:
+    """Whether `network` has factorised convolutions and nothing stands between their bases and factors."""
+    layers = factorised_layers(network).values()
+    return bool(layers) and all(layer.inner is None for layer in layers)
 
 
 def fold_network(network: nn.Module) -> nn.Module:

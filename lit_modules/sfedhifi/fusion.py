@@ -30,15 +30,19 @@ def average_widths(
 ) -> Models:
     """Aggregate within each width: parameters and norm buffers, bases included. A width that nobody trained stays.
 
-    widths: by client. parameters: names that are no buffers, as far as a width has them. aggregator: `FedAvg` by
-    default, or `FedNova`.
+    Args:
+        models: the server's, by width.
+        updates: of the round.
+        widths: by client.
+        parameters: names that are no buffers, as far as a width has them.
+        aggregator: `FedAvg` by default, or `FedNova`.
     """
     aggregate = aggregator or FedAvg()
     result: Models = {}
     for width, model in models.items():
         group = [update for update in _ordered(updates) if widths[update.client] == width]
-        own = [name for name in parameters if name in model]
-        result[width] = aggregate(model, group, own) if group else dict(model)
+        names = [name for name in parameters if name in model]
+        result[width] = aggregate(model, group, names) if group else dict(model)
     return result
 
 
@@ -48,7 +52,14 @@ def share_bases(
     bases: Collection[str],
     weighting: Weighting = "uniform",
 ) -> Models:
-    """Put the mean over the clients of all widths of every basis into every model. bases: keys, see `basis_keys`."""
+    """Put the mean over the clients of all widths of every basis into every model.
+
+    Args:
+        models: the server's, by width.
+        updates: of the round.
+        bases: their keys, see `basis_keys`.
+        weighting: of the clients.
+    """
     ordered = _ordered(updates)
     if not ordered:
         return _copies(models)
@@ -83,8 +94,12 @@ def average_slices(
     """HeteroFL: each element of the wide `state` becomes the mean over the clients whose sub-model holds it; elements
     that nobody holds stay. Counters, which are integers, keep the greatest.
 
-    classes: (K,) bool by client, the classes it has; then the rows of `head`, keys of the classifier, are averaged over
-    clients that have the class.
+    Args:
+        state: of the widest network.
+        updates: of the round, of any width.
+        weighting: of the clients.
+        head: keys of the classifier; with `classes` its rows are averaged over the clients that have the class.
+        classes: (K,) bool by client, the classes that it has.
     """
     ordered = _ordered(updates)
     weights = client_weights(ordered, weighting)
@@ -112,9 +127,12 @@ def average_slices(
 class HIFI:
     """Fusion of one factor over all widths, through the core of its Tucker decomposition.
 
-    rounds: last round that fuses, counted from 1; 0 never does. every: only rounds it divides. rank_ratio: share of the
-    smallest width's rows and columns that the core has. core: ``sign_aligned`` or ``naive``, see `fuse_factors`.
-    residual: ``drop`` what the core leaves out, as published, or ``keep`` it.
+    Args:
+        rounds: last round that fuses, counted from 1; 0 never does; 225 of 500 in the paper.
+        every: only rounds that it divides fuse.
+        rank_ratio: share of the smallest width's rows and columns that the core has; 0.25 as published.
+        core: how cores are averaged: ``sign_aligned``, or ``naive`` as published; see `fuse_factors`.
+        residual: ``drop`` what the core leaves out, as published, or ``keep`` it.
     """
 
     rounds: int = 225
@@ -150,12 +168,18 @@ def fuse_factors(
 ) -> list[Tensor]:
     """Replace the core of every factor by the mean of all cores.
 
-    factors: (D_p, n_p, 1, 1), one a width. They are matrices, so the Tucker decomposition (higher-order orthogonal
+    Factors are matrices, so the Tucker decomposition (higher-order orthogonal
     iteration) is the truncated singular value decomposition with ranks round(rank_ratio · min D) and round(rank_ratio
     · min n), and the core is diagonal: singular values up to sign. The iteration makes the largest entry of each left
     and of each right vector positive, two rules that know nothing of each other, so cores have mixed signs which differ
     between widths. ``naive`` averages those; ``sign_aligned`` turns the vectors so that all cores are positive.
     ``keep`` adds to each factor what its own truncation left out.
+
+    Args:
+        factors: (D_p, n_p, 1, 1), one a width.
+        rank_ratio: share of the smallest width's rows and columns.
+        core: ``sign_aligned`` or ``naive``.
+        residual: ``drop`` or ``keep``.
     """
     rank = _rank(factors, rank_ratio)
     parts = []

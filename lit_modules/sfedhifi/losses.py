@@ -12,8 +12,14 @@ from torch import Tensor
 def tet_loss(outputs: Tensor, label: Tensor, weight: float = 1e-3, target: float = 1.0) -> Tensor:
     """Temporal efficient training (Deng et al., ICLR 2022): cross entropy at every step, and outputs pulled to a level.
 
-    ``(1 - λ) mean_t CE(o[t], y) + λ mean((o - φ)²)``. outputs o: (T, N, K) → scalar. label y: (N,) int64. weight: λ in
-    [0, 1]. target: φ. For outputs in {0, 1} the first term is at least log(e + K - 1) - 1.
+    ``(1 - λ) mean_t CE(o[t], y) + λ mean((o - φ)²)``. For outputs in {0, 1} the first term is at least
+    log(e + K - 1) - 1.
+
+    Args:
+        outputs: o, (T, N, K).
+        label: y, (N,) int64.
+        weight: λ in [0, 1]; 0.001 in the published code.
+        target: φ.
     """
     each_step = F.cross_entropy(outputs.flatten(0, 1), label.repeat(len(outputs)))
     return (1 - weight) * each_step + weight * (outputs - target).square().mean()
@@ -27,7 +33,10 @@ def mean_output_loss(outputs: Tensor, label: Tensor) -> Tensor:
 def masked_cross_entropy(logits: Tensor, label: Tensor, classes: Tensor) -> Tensor:
     """Cross entropy with the logits of classes that a client lacks set to 0 (HeteroFL, Diao et al., ICLR 2021).
 
-    logits: (N, K). label: (N,) int64. classes: (K,) bool, those that the client has.
+    Args:
+        logits: (N, K).
+        label: (N,) int64.
+        classes: (K,) bool, those that the client has.
     """
     return F.cross_entropy(logits.masked_fill(~classes, 0.0), label)
 

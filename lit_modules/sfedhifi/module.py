@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,47 +13,54 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from leanlight.contracts import (
-    Bars,
     ClientUpdate,
-    Curve,
     FederatedData,
     ImageBatch,
     MediaItem,
     PrimaryMetric,
     Split,
-    Table,
     UserError,
     data_of,
 )
 from leanlight.contracts.federated import State
-from lit_modules.classifier.export import export_network
 from lit_modules.classifier.losses import class_index
 from lit_modules.federated import FedAvg, FederatedClassifier, LocalObjective, LocalTraining
-from lit_modules.sfedhifi.decomposition import basis_keys, factor_key, factorised_layers, fold_network
+from lit_modules.history import History
+from lit_modules.sfedhifi import pictures
+from lit_modules.sfedhifi.decomposition import basis_keys, can_fold, factor_key, factorised_layers, fold_network
+from lit_modules.sfedhifi.export import export_widths
 from lit_modules.sfedhifi.fusion import HIFI, average_slices, average_widths, share_bases, start_alike, sub_model
 from lit_modules.sfedhifi.losses import mean_output_loss, orthogonality, tet_loss
 from lit_modules.sfedhifi.networks import WidthNetwork
-from lit_modules.sfedhifi.widths import WIDTHS, DynamicWidths, FixedWidths, InformativeLayer, InputRates, measure_rates
+from lit_modules.sfedhifi.widths import (
+    WIDTHS,
+    DynamicWidths,
+    FixedWidths,
+    InformativeLayer,
+    InputRates,
+    measure_rates,
+    percent,
+)
 
 
 class Widths(nn.Module):
-    """The global networks of all widths; called, it is the widest."""
+    """The global networks of all widths; called, it is the widest.
+
+    Args:
+        make: makes the network of a width.
+        widths: p in (0, 1], ascending.
+    """
 
     def __init__(self, make: Callable[[float], nn.Module], widths: Sequence[float]) -> None:
         super().__init__()
         if not widths or list(widths) != sorted(set(widths)):
-            raise UserError(f"model.init_args.widths: expected different widths, ascending, got {list(widths)}")
-        self.models = nn.ModuleDict({slug(width): make(width) for width in widths})
+            raise UserError(f"widths: expected different widths, ascending, got {list(widths)}")
+        self.models = nn.ModuleDict({percent(width): make(width) for width in widths})
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] → (N, K) of the widest."""
         *_, widest = self.models.values()
         return widest(image)
-
-
-def slug(width: float) -> str:
-    """Name of a width without a dot: 0.25 → ``25``, in percent."""
-    return f"{round(100 * width)}"
 
 
 class WidthFederation(FederatedClassifier):
@@ -63,12 +70,29 @@ class WidthFederation(FederatedClassifier):
     is within each width, and then by `sharing`: ``none`` (FedAvg in a heterogeneous federation), ``basis``, the mean
     of the bases over all widths (FLANC), or ``slices`` (HeteroFL: each element of the widest network is the mean over
     the clients whose part of it was trained). With `hifi` the factor of the most informative layer is fused across
-    widths while its window lasts.
+    widths while its window lasts. What a client trains and what the server makes of it are the extension points of
+    `FederatedClassifier`.
 
-    network: makes the network of a width. loss: ``tet``, or ``mean_output``, cross entropy of the mean over time.
-    tet_weight, tet_target: λ and φ of the former. orthogonality_weight: λ_R. budgets: how widths come to clients.
-    layer: which factor is fused. vote_images: held-out validation images on which firing rates are measured before the
-    vote, vote_batch of them a vote. Others: see `FederatedClassifier`.
+    Args:
+        network: makes a width's `WidthNetwork`: float images (N, C, H, W) in [0, 1] → logits (N, K).
+        widths: p, ascending; 0.25, 0.5, 0.75 and 1 in the paper.
+        sharing: what widths share: ``none``, ``basis`` (FLANC, SFedHIFI) or ``slices`` (HeteroFL).
+        hifi: window and form of the fusion across widths; none by default.
+        layer: which factor is fused; the layer with the greatest input firing rate by default, as in the paper.
+        budgets: how widths come to clients: drawn each round (``dynamic``, the paper) or tied to them (``fixed``).
+        loss: of a client: ``tet`` (the paper's), or ``mean_output``, cross entropy of the mean over time.
+        tet_weight: λ of the TET loss, in [0, 1]; 0.001 in the published code.
+        tet_target: φ of the TET loss, the level that outputs are pulled to.
+        orthogonality_weight: λ_R, of the pull of the bases to orthonormal rows; 10 as published for the ResNet.
+        vote_images: held-out validation images on which firing rates are measured before the vote.
+        vote_batch: images that cast one vote.
+        local: epochs E and batch size B of a client's training; 2 and 32 by default.
+        objective: what local training adds to the loss, e.g. FedProx; nothing by default.
+        aggregator: FedAvg (default) or FedNova, within each width.
+        optimizer: makes a client's optimiser, anew each round; SGD with lr (η) 0.1 by default.
+        lr_scheduler: makes the schedule of the clients' learning rate, a step a round; constant by default.
+        buffers: of batch norm: ``average`` them with the weights, or ``keep`` the server's as they are.
+        seed: of widths, data orders and noise; that of ``seed_everything`` by default.
     """
 
     network: Widths
@@ -113,8 +137,9 @@ class WidthFederation(FederatedClassifier):
         self.vote_images, self.vote_batch = vote_images, vote_batch
         self.width_of: dict[int, float] = {}  # of the clients of this round
         self._round = 0
-        self._traffic: dict[str, float] = {slug(width): 0.0 for width in self.widths}  # MB sent since the first round
-        self._history: dict[str, list[Any]] = {}
+        # MB sent since the first round.
+        self._traffic: dict[str, float] = {percent(width): 0.0 for width in self.widths}
+        self._history = History()
         self._profiles: dict[str, dict[str, float]] = {}
         self._check_rules()
         self._start_alike()
@@ -123,20 +148,18 @@ class WidthFederation(FederatedClassifier):
     def _check_rules(self) -> None:
         factorised = [bool(factorised_layers(self.models[width])) for width in self.widths]
         if self.sharing == "basis" and not all(factorised):
-            raise UserError("model.init_args.sharing: basis needs networks with factorised convolutions")
+            raise UserError("sharing: basis needs networks with factorised convolutions")
         if self.sharing == "slices" and any(factorised):
-            raise UserError(
-                "model.init_args.sharing: slices needs ordinary convolutions; set network factorised: false"
-            )
+            raise UserError("sharing: slices needs ordinary convolutions; set network factorised: false")
         if self.hifi is not None and self.sharing != "basis":
-            raise UserError(f"model.init_args.hifi: needs sharing: basis, got {self.sharing}")
+            raise UserError(f"hifi: needs sharing: basis, got {self.sharing}")
         if self.objective.has_control:
-            raise UserError("model.init_args.objective: control variates are not defined across widths")
+            raise UserError("objective: control variates are not defined across widths")
 
     @property
     def models(self) -> dict[float, WidthNetwork]:
         """The global networks by width."""
-        return {width: cast(WidthNetwork, self.network.models[slug(width)]) for width in self.widths}
+        return {width: cast(WidthNetwork, self.network.models[percent(width)]) for width in self.widths}
 
     def _states(self) -> dict[float, State]:
         return {width: model.state_dict() for width, model in self.models.items()}
@@ -198,12 +221,14 @@ class WidthFederation(FederatedClassifier):
                 states = share_bases(states, updates, basis_keys(self.models[self.widths[0]]), rule.weighting)
             if self.hifi is not None and self.hifi.active(self._round + 1):
                 states = self.hifi.fuse(states, [factor_key(layer) for layer in self._informative_layers()])
-        return {f"models.{slug(width)}.{key}": value for width, state in states.items() for key, value in state.items()}
+        return {
+            f"models.{percent(width)}.{key}": value for width, state in states.items() for key, value in state.items()
+        }
 
     def _count_traffic(self, updates: Sequence[ClientUpdate]) -> None:
         for update in updates:
-            self._traffic[slug(self.width_of[update.client])] += update.sent_bytes / 1e6
-        sent = {f"train/uplink_mb_at_{width}": self._traffic[slug(width)] for width in self.widths}
+            self._traffic[percent(self.width_of[update.client])] += update.sent_bytes / 1e6
+        sent = {f"train/uplink_mb_at_{width}": self._traffic[percent(width)] for width in self.widths}
         self.log_dict(sent, on_step=False, on_epoch=True, batch_size=1)
 
     def _informative_layers(self) -> list[str]:
@@ -211,34 +236,35 @@ class WidthFederation(FederatedClassifier):
         layers = list(factorised_layers(self.models[self.widths[0]]))
         measured = self._rates() if self._round and self.layer.rule in ("max_rate", "min_rate") else {}
         chosen = self.layer.choose(layers, measured, self.seed, self._round)
-        for name, values in {"fused_round": self._round + 1, "fused_layer": chosen}.items():
-            self._history.setdefault(name, []).append(values)
+        self._history.add(fused_round=self._round + 1, fused_layer=chosen)
         return chosen
 
     def _rates(self) -> dict[float, InputRates]:
         split = data_of(self, FederatedData).val_split
         if split is None:
-            raise UserError("model.init_args.layer: votes need validation images; set data.init_args.val_fraction")
+            raise UserError("layer: votes need validation images; set the data's val_fraction")
         images = split.images[: self.vote_images].to(self.device).float() / 255
-        found = {width: measure_rates(model, images.split(self.vote_batch)) for width, model in self.models.items()}
-        self._profiles = {slug(width): rates.profile() for width, rates in found.items()}
-        return found
+        measured = {width: measure_rates(model, images.split(self.vote_batch)) for width, model in self.models.items()}
+        self._profiles = {percent(width): rates.profile() for width, rates in measured.items()}
+        return measured
 
     # ---- evaluation ----
 
     def setup(self, stage: str) -> None:
         """Also make a metric for every width."""
         super().setup(stage)
+        classes = len(self.evaluation.classes)
         for split in ("val", "test"):
             if split not in self.width_metrics:
-                metrics = {slug(width): MulticlassAccuracy(len(self.classes), average="micro") for width in self.widths}
+                metrics = {percent(width): MulticlassAccuracy(classes, average="micro") for width in self.widths}
                 self.width_metrics[split] = nn.ModuleDict(metrics)
 
-    def _evaluate(self, batch: ImageBatch, split: Split) -> None:
-        super()._evaluate(batch, split)
+    def evaluate(self, batch: ImageBatch, split: Split) -> None:
+        """Measure the widest network as a classifier, and the accuracy of every width."""
+        super().evaluate(batch, split)
         label = class_index(batch.label)
         for width, model in self.models.items():
-            metric = self._width_metrics(split)[slug(width)]
+            metric = self._width_metrics(split)[percent(width)]
             metric.update(model(batch.image), label)
             name = f"{split}/accuracy_at_{width}"
             self.log(name, metric, on_epoch=True, on_step=False, batch_size=len(batch))
@@ -246,13 +272,13 @@ class WidthFederation(FederatedClassifier):
     def _width_metrics(self, split: Split) -> dict[str, MulticlassAccuracy]:
         return dict(cast(nn.ModuleDict, self.width_metrics[split]).items())  # type: ignore[arg-type]
 
-    def _end_evaluation(self, split: Split) -> None:
-        super()._end_evaluation(split)
+    def end_evaluation(self, split: Split) -> None:
+        """Log the mean over the widths, too."""
         values = [float(metric.compute()) for metric in self._width_metrics(split).values()]
         self.log(f"{split}/accuracy_mean", sum(values) / len(values))
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._history.setdefault("round", []).append(self.global_step)
-            self._history.setdefault("accuracy", []).append(values)
+            self._history.add(round=self.global_step, accuracy=values)
+        super().end_evaluation(split)
 
     @property
     def primary_metric(self) -> PrimaryMetric:
@@ -262,13 +288,12 @@ class WidthFederation(FederatedClassifier):
 
     def variants(self) -> Mapping[str, nn.Module]:
         """Every width as it runs, and with its convolutions folded where that is the same."""
-        found: dict[str, nn.Module] = {}
+        variants: dict[str, nn.Module] = {}
         for width, model in self.models.items():
-            found[f"at_{width}"] = model
-            layers = factorised_layers(model).values()
-            if layers and all(layer.inner is None for layer in layers):
-                found[f"folded_at_{width}"] = fold_network(model)
-        return found
+            variants[f"at_{width}"] = model
+            if can_fold(model):
+                variants[f"folded_at_{width}"] = fold_network(model)
+        return variants
 
     def media(self, split: Split) -> Mapping[str, MediaItem]:
         """Those of the classifier for the widest, and accuracy by width, fused layers, firing rates, sizes."""
@@ -276,47 +301,27 @@ class WidthFederation(FederatedClassifier):
         if split == "train":
             return items
         history = self._history
-        if len(history.get("round", [])) > 1:
-            by_width = zip(*history["accuracy"], strict=True)
-            series = {f"p = {width}": list(values) for width, values in zip(self.widths, by_width, strict=True)}
-            items["accuracy_by_width"] = Curve(history["round"], series, "round", "accuracy")
-        if history.get("fused_layer"):
+        if len(history["round"]) > 1:
+            curve = pictures.accuracy_by_width(history["round"], history["accuracy"], self.widths)
+            items["accuracy_by_width"] = curve
+        if len(history["fused_round"]) > 1:
             layers = list(factorised_layers(self.models[self.widths[0]]))
-            series = {
-                layer: [float(layer in chosen) for chosen in history["fused_layer"]]
-                for layer in layers
-                if any(layer in chosen for chosen in history["fused_layer"])
-            }
-            if len(history["fused_round"]) > 1:
-                items["fused_layer"] = Curve(history["fused_round"], series, "round", "fused (1) or not (0)")
-        for name, profile in self._profiles.items():
-            items[f"input_rates_at_{name}"] = Bars(profile, "input firing rate")
-        items["widths"] = Table(("width", "parameters", "MB"), [_size(width, m) for width, m in self.models.items()])
-        return items
+            items["fused_layer"] = pictures.fused_layers(history["fused_round"], history["fused_layer"], layers)
+        return items | pictures.input_rates(self._profiles) | {"widths": pictures.sizes(self.models)}
 
     def export(self, directory: Path) -> list[Path]:
-        """Write the widest network, and every other into ``width_<percent>/``; folded where that is the same."""
-        (example,) = self.example_input()
-        files: list[Path] = []
-        variants = self.variants()
-        for width in self.widths:
-            folder = Path(directory) if width == self.widths[-1] else Path(directory) / f"width_{slug(width)}"
-            folder.mkdir(parents=True, exist_ok=True)
-            network = variants.get(f"folded_at_{width}", variants[f"at_{width}"])
-            files += export_network(network, example, folder, self.classes)
-        return files
+        """Write the networks of all widths for plain PyTorch: see `lit_modules.sfedhifi.export`."""
+        return export_widths(self.models, self.evaluation.example(), Path(directory), self.evaluation.classes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["widths"] = {"history": self._history, "profiles": self._profiles, "traffic": self._traffic}
+        checkpoint["widths"] = {
+            "history": self._history.state_dict(),
+            "profiles": self._profiles,
+            "traffic": self._traffic,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._history = {name: list(values) for name, values in checkpoint["widths"]["history"].items()}
+        self._history.load_state_dict(checkpoint["widths"]["history"])
         self._profiles, self._traffic = dict(checkpoint["widths"]["profiles"]), dict(checkpoint["widths"]["traffic"])
-
-
-def _size(width: float, network: nn.Module) -> tuple[float, int, float]:
-    state: Iterable[Tensor] = network.state_dict().values()
-    count = sum(parameter.numel() for parameter in network.parameters())
-    return width, count, sum(value.numel() * value.element_size() for value in state) / 1e6

@@ -28,8 +28,12 @@ CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 class Neuron:
     """Constants of neurons with hard reset to 0 that fire at `v_threshold`.
 
-    leaky: LIF with the input decayed, ``h[t] = tau v[t-1] + (1 - tau) I[t]``; otherwise IF, ``h[t] = v[t-1] + I[t]``.
-    tau: share of the potential kept a step. surrogate_gradient, detach_reset: see `lit_modules.nn.lif`.
+    Args:
+        leaky: LIF, ``h[t] = tau v[t-1] + (1 - tau) I[t]``; otherwise IF, ``h[t] = v[t-1] + I[t]``.
+        tau: share of the potential that a step keeps, in LIF.
+        v_threshold: potential at which a neuron fires.
+        surrogate_gradient: derivative of a spike, see `lit_modules.nn.lif`.
+        detach_reset: keep the reset out of the gradient.
     """
 
     leaky: bool
@@ -44,7 +48,12 @@ class Neuron:
 
 
 class Spikes(nn.Module):
-    """Neurons on time folded into the batch: currents (T·N, ...) → spikes (T·N, ...) in {0, 1}."""
+    """Neurons on time folded into the batch: currents (T·N, ...) → spikes (T·N, ...) in {0, 1}.
+
+    Args:
+        neuron: their constants.
+        time_steps: T.
+    """
 
     def __init__(self, neuron: Neuron, time_steps: int) -> None:
         super().__init__()
@@ -71,6 +80,10 @@ class Factors:
     """How bases follow from a layer's channels at p = 1.
 
     a1 = round(basis_fraction · reference channels), a2 = round(n_basis · output channels).
+
+    Args:
+        basis_fraction: input channels that a basis reads, as a share.
+        n_basis: filters of a basis over output channels.
     """
 
     basis_fraction: float
@@ -88,11 +101,19 @@ class Factors:
 
 
 class WidthNetwork(nn.Module):
-    """Base of the networks of different widths.
+    """Base of the networks of different widths. Subclasses set `stem` and give `body`.
 
-    neuron: None makes the twin with ReLU. factors: None makes ordinary convolutions, the first of them scaled as the
-    others are. spiking, time_steps: whether there are neurons, and T (1 without). Subclasses set `stem` and give
-    `body`.
+    Args:
+        width: p in (0, 1], the share of its `channels` that a layer has.
+        in_channels: C of the image.
+        num_classes: K.
+        channels: of the layers at p = 1.
+        factors: sizes of the bases; None makes ordinary convolutions, the first of them scaled as the others are.
+        neuron: constants of the neurons; None makes the twin with ReLU.
+        time_steps: T; 1 without neurons.
+        output_neuron: end in neurons, so that outputs are spikes.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
     """
 
     stem: nn.Module
@@ -226,12 +247,22 @@ class _ResNet18(WidthNetwork):
 class FactorisedSpikingResNet18(_ResNet18):
     """Spiking ResNet-18 of one width with a 3x3 stem of stride 1; the defaults are the paper's network for CIFAR-10.
 
-    width: p in (0, 1], the share of its `channels` that a stage has. channels: of the stages at p = 1; the stem has
-    the first of them at every p. basis_fraction, n_basis: a basis reads `basis_fraction` of its block's input channels
-    and has `n_basis` of the block's output channels as filters, both counted at p = 1. time_steps: T. tau, v_threshold,
-    surrogate_gradient, detach_reset: of all neurons, LIF that keep `tau` of the potential a step and take 1 - tau of
-    the input. output_neuron: end in neurons, so that outputs are spikes. factorised: false makes ordinary
-    convolutions, also the first of them scaled, for rivals that cut widths out of the weights.
+    Args:
+        width: p in (0, 1], the share of its `channels` that a layer has.
+        in_channels: C of the image.
+        num_classes: K.
+        channels: of the four stages at p = 1; the stem has the first of them at every p.
+        basis_fraction: share of its input channels at p = 1 that a basis reads (a1); 1/8 in the paper.
+        n_basis: filters of a basis (a2) over output channels at p = 1; 1/4 in the paper.
+        time_steps: T; 10 in the paper.
+        tau: share of the potential that a LIF neuron keeps a step; it takes 1 - tau of the input; 1/2 in the paper.
+        v_threshold: of all neurons, hard reset to 0; 1 in the paper.
+        surrogate_gradient: derivative of a spike; sigmoid as published.
+        detach_reset: keep the reset out of the gradient; published code does not.
+        output_neuron: end in neurons, so that outputs are spikes.
+        factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
     """
 
     def __init__(
@@ -267,7 +298,19 @@ class FactorisedSpikingResNet18(_ResNet18):
 
 
 class FactorisedResNet18(_ResNet18):
-    """`FactorisedSpikingResNet18` with ReLU for every hidden neuron, without time: (N, C, H, W) → logits."""
+    """`FactorisedSpikingResNet18` with ReLU for every hidden neuron, without time: (N, C, H, W) → logits.
+
+    Args:
+        width: p in (0, 1], the share of its `channels` that a layer has.
+        in_channels: C of the image.
+        num_classes: K.
+        channels: of the four stages at p = 1; the stem has the first of them at every p.
+        basis_fraction: share of its input channels at p = 1 that a basis reads (a1); 1/8 in the paper.
+        n_basis: filters of a basis (a2) over output channels at p = 1; 1/4 in the paper.
+        factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
+    """
 
     def __init__(
         self,
@@ -336,11 +379,29 @@ class _CNN(WidthNetwork):
 class FactorisedSpikingCNN(_CNN):
     """Four spiking layers of one width; the defaults are the paper's network for Fashion-MNIST.
 
-    conv 3x3 - IF - conv 3x3 - IF - max pooling by 2 - conv 3x3 - IF - max pooling by 2 - linear - IF. channels: of the
-    three convolutions at p = 1; the first has them at every p and is not factorised. inner_neuron: neurons that fire at
-    `inner_threshold` between basis and factor, as published; such convolutions cannot be folded. norm: batch norm
-    behind every convolution (none in the paper). leaky: LIF with `tau` in place of IF. Others: see
-    `FactorisedSpikingResNet18`.
+    conv 3x3 - IF - conv 3x3 - IF - max pooling by 2 - conv 3x3 - IF - max pooling by 2 - linear - IF.
+
+    Args:
+        width: p in (0, 1], the share of its `channels` that a layer has.
+        in_channels: C of the image.
+        num_classes: K.
+        image_size: H = W.
+        channels: of the three convolutions at p = 1; the first has them at every p and is not factorised.
+        basis_fraction: share of its input channels at p = 1 that a basis reads (a1); 1/8 in the paper.
+        n_basis: filters of a basis (a2) over output channels at p = 1; 1/4 in the paper.
+        time_steps: T; 10 in the paper.
+        leaky: LIF in place of IF.
+        tau: share of the potential that a LIF neuron keeps a step; it takes 1 - tau of the input.
+        v_threshold: of the neurons behind convolutions and output, hard reset to 0; 0.5 in the paper.
+        inner_neuron: neurons between basis and factor, as published; such convolutions cannot be folded.
+        inner_threshold: of those; 1 in the published code.
+        surrogate_gradient: derivative of a spike; sigmoid as published.
+        detach_reset: keep the reset out of the gradient; published code does not.
+        norm: batch norm behind every convolution; none in the paper.
+        output_neuron: end in neurons, so that outputs are spikes.
+        factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
     """
 
     def __init__(
@@ -385,7 +446,22 @@ class FactorisedSpikingCNN(_CNN):
 
 
 class FactorisedCNN(_CNN):
-    """`FactorisedSpikingCNN` with ReLU for every hidden neuron, without time: (N, C, H, W) → logits."""
+    """`FactorisedSpikingCNN` with ReLU for every hidden neuron, without time: (N, C, H, W) → logits.
+
+    Args:
+        width: p in (0, 1], the share of its `channels` that a layer has.
+        in_channels: C of the image.
+        num_classes: K.
+        image_size: H = W.
+        channels: of the three convolutions at p = 1; the first has them at every p and is not factorised.
+        basis_fraction: share of its input channels at p = 1 that a basis reads (a1); 1/8 in the paper.
+        n_basis: filters of a basis (a2) over output channels at p = 1; 1/4 in the paper.
+        inner_neuron: a ReLU between basis and factor; such convolutions cannot be folded.
+        norm: batch norm behind every convolution; none in the paper.
+        factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        mean: of a pixel, one number or one a channel.
+        std: of a pixel, one number or one a channel.
+    """
 
     def __init__(
         self,

@@ -18,6 +18,11 @@ LayerRule = Literal["max_rate", "min_rate", "random", "fixed", "all"]
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
+def percent(width: float) -> str:
+    """A width without a dot, for names of files and modules: 0.25 → ``25``."""
+    return f"{round(100 * width)}"
+
+
 def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, purpose, number))
 
@@ -29,13 +34,21 @@ def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
 class DynamicWidths:
     """Budgets that change: each joined client draws a width uniformly, all again until every width occurs (or, of
     fewer clients than widths, until all differ).
+
+    Args:
+        widths: p, ascending.
     """
 
     widths: tuple[float, ...] = WIDTHS
 
     def draw(self, joined: Sequence[int], clients: int, seed: int, number: int) -> dict[int, float]:
-        """Width by client. joined: clients of the round, out of `clients`. The draw follows from (seed, number), the
-        round's number, alone.
+        """Width by client; a function of the arguments alone.
+
+        Args:
+            joined: clients of the round.
+            clients: how many there are in the federation.
+            seed: of the run.
+            number: of the round.
         """
         generator = _generator(seed, number, "widths")
         for _ in range(_TRIES):
@@ -49,7 +62,11 @@ class DynamicWidths:
 
 @dataclass(frozen=True)
 class FixedWidths:
-    """Budgets tied to clients: numbers are cut into as many ranges of equal length as there are widths."""
+    """Budgets tied to clients: their ids are cut into as many ranges of equal length as there are widths.
+
+    Args:
+        widths: p, ascending.
+    """
 
     widths: tuple[float, ...] = WIDTHS
 
@@ -63,8 +80,11 @@ class FixedWidths:
 
 @dataclass(frozen=True)
 class InputRates:
-    """layers: paths of factorised layers with binary inputs. rates: (batches, layers) float64, mean inputs over time,
-    items, channels and space.
+    """Firing rates at the inputs of a network's factorised layers.
+
+    Args:
+        layers: paths of those with binary inputs.
+        rates: (batches, layers) float64, mean inputs over time, items, channels and space.
     """
 
     layers: tuple[str, ...]
@@ -116,7 +136,12 @@ def measure_rates(network: nn.Module, batches: Iterable[Tensor]) -> InputRates:
 
 @dataclass(frozen=True)
 class Vote:
-    """layer: that of most batches of a width. rate: its mean rate over those batches."""
+    """What a width votes for.
+
+    Args:
+        layer: that of most batches.
+        rate: its mean rate over those batches (ρ_p).
+    """
 
     layer: str
     rate: float
@@ -154,16 +179,25 @@ def elect(votes: Mapping[float, Vote], least: bool = False) -> str:
 class InformativeLayer:
     """Which factorised layer is fused.
 
-    rule: ``max_rate`` (paper) or ``min_rate`` of the input firing rate, voted by the widths; ``random``, drawn every
-    round; ``fixed``, the layer `name`; ``all``. Without votes, and where `name` is None, the last layer.
+    The widths vote on ``max_rate`` and ``min_rate`` of the input firing rate; ``random`` draws every round. Before the
+    first vote it is the last layer.
+
+    Args:
+        rule: ``max_rate`` (the paper), ``min_rate``, ``random``, ``fixed`` (the layer `name`) or ``all``.
+        name: path of the layer for ``fixed``; the last one by default.
     """
 
     rule: LayerRule = "max_rate"
     name: str | None = None
 
     def choose(self, layers: Sequence[str], measured: Mapping[float, InputRates], seed: int, number: int) -> list[str]:
-        """Paths of the layers to fuse in round `number`. layers: all factorised ones. measured: rates by width, empty
-        before the first measurement. The random rule follows from (seed, number) alone.
+        """Paths of the layers to fuse; a function of the arguments alone.
+
+        Args:
+            layers: all factorised ones, in order of execution.
+            measured: rates by width; empty before the first measurement.
+            seed: of the run.
+            number: of the round.
         """
         if self.rule == "all":
             return list(layers)

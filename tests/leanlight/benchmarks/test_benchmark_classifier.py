@@ -1,9 +1,7 @@
 """The classifier's benchmark compares like with like."""
 
-import json
 import statistics
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from scipy.stats import trim_mean
@@ -12,7 +10,6 @@ from torchvision.transforms import ToTensor
 from datamodules import ImageDataModule
 from leanlight.benchmarks import classifier as benchmark
 from leanlight.benchmarks.core import Measurement
-from leanlight.benchmarks.probe import StepProbe
 from lit_modules.classifier import ImageClassifier
 from lit_modules.nn import ConvNet, SpikingConvNet
 
@@ -37,48 +34,6 @@ def test_a_single_different_pixel_is_noticed(data, tmp_path):
     reference.data[99, 0, 0] ^= 1
     assert benchmark.same_items(data, reference, 99)
     assert not benchmark.same_items(data, reference, 100)
-
-
-class SlowerLearner(benchmark.BareClassifierStep):
-    """A step that is not the same: another learning rate."""
-
-    def __init__(self, module):
-        super().__init__(module)
-        self.optimizer.param_groups[0]["lr"] *= 0.5
-
-
-class Watcher(pl.Callback):
-    def on_train_batch_end(self, *_):
-        pass
-
-
-def probed(tmp_path, data, bare_step=benchmark._BARE_STEP):
-    output = tmp_path / "times.json"
-    trainer = pl.Trainer(
-        max_steps=8,
-        max_epochs=-1,
-        limit_val_batches=0,
-        callbacks=[StepProbe(output, bare_step, warmup=2), Watcher()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(benchmark._module(ConvNet, TINY), datamodule=data)
-    return json.loads(output.read_text())
-
-
-def test_trainer_and_plain_loop_end_with_the_same_weights(tmp_path, data):
-    report = probed(tmp_path, data)
-    assert report["equal"]
-    assert len(report["cycle"]) == len(report["bare"]) == len(report["outside"]) == 6
-    assert {name: len(values) for name, values in report["hooks"].items()} == {"Watcher": 6}
-    assert all(outside <= cycle for outside, cycle in zip(report["outside"], report["cycle"], strict=True))
-
-
-def test_the_probe_notices_a_plain_loop_that_does_other_work(tmp_path, data):
-    assert not probed(tmp_path, data, f"{__name__}:SlowerLearner")["equal"]
 
 
 def test_shares_stand_outliers_and_count_checkpoints():

@@ -195,7 +195,7 @@ def test_poisson_noise_is_the_same_before_and_after():
     data.setup()
     torch.manual_seed(0)
     module = FederatedClassifier(functools.partial(NETWORK, coding="poisson"), seed=0)
-    module.classes = data.meta.classes
+    module.evaluation.prepare(data.meta.shape, data.meta.classes)
     first, second = (module.measure(data.client_data(1), 3, 1) for _ in range(2))
     assert torch.equal(first.rates, second.rates)
     assert not torch.equal(first.rates, module.measure(data.client_data(1), 4, 1).rates)

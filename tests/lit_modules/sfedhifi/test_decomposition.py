@@ -9,13 +9,13 @@ from leanlight.contracts import UserError
 from lit_modules.sfedhifi import decomposition
 from lit_modules.sfedhifi.decomposition import (
     DecomConv,
-    chunk_by_chunk,
     composed_weight,
     fold_groups,
     fold_network,
     group_responses,
 )
 from lit_modules.sfedhifi.networks import FactorisedResNet18, FactorisedSpikingCNN, FactorisedSpikingResNet18
+from lit_modules.sfedhifi.reference import chunk_by_chunk
 
 TINY = {"channels": (8, 16, 16, 32), "basis_fraction": 0.25}
 

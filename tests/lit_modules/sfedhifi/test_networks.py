@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from callbacks.energy import count_operations
-from lit_modules.sfedhifi.decomposition import DecomConv, basis_keys, chunk_by_chunk, fold_network
+from lit_modules.sfedhifi.decomposition import DecomConv, basis_keys, fold_network
 from lit_modules.sfedhifi.networks import (
     FactorisedCNN,
     FactorisedResNet18,
     FactorisedSpikingCNN,
     FactorisedSpikingResNet18,
 )
+from lit_modules.sfedhifi.reference import chunk_by_chunk
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 

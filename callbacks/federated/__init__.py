@@ -1,0 +1,5 @@
+"""The server of a simulated federation: its rounds, what they cost, and pictures of them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
