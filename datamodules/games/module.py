@@ -228,7 +228,6 @@ class GameDataModule(pl.LightningDataModule):
             source=", ".join(packages),
             actions=tuple(game.unwrapped.get_action_meanings()),
             shape=shape,
-            frame_skip=self.frame_skip,
             counts={"train": self.decisions_per_epoch, **self.episodes},
             fingerprint=hashlib.sha256(repr(facts).encode()).hexdigest(),
             **_scores(self.game),

@@ -54,14 +54,12 @@ class GameMeta(DataMeta):
     Args:
         actions: names of the actions; index = action.
         shape: (K, H, W) of a state: K stacked frames.
-        frame_skip: frames that one decision lasts.
         random_score: mean score of random play, where it is known.
         human_score: score of a human tester, where it is known.
     """
 
     actions: tuple[str, ...]
     shape: tuple[int, int, int]
-    frame_skip: int
     random_score: float | None = None
     human_score: float | None = None
 

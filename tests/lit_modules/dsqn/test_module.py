@@ -207,7 +207,7 @@ def test_noise_leaves_the_weights_as_they_were():
 
 def test_scores_are_normalised_between_random_and_human():
     episodes = [Episode(score, 10, 9, 1.0, 0.1) for score in (10.0, 20.0)]
-    game = GameMeta(name="g", source="", counts={}, fingerprint="", actions=("NOOP",), shape=(1, 8, 8), frame_skip=1)
+    game = GameMeta(name="g", source="", counts={}, fingerprint="", actions=("NOOP",), shape=(1, 8, 8))
     values = summary(episodes, replace(game, random_score=5.0, human_score=25.0))
     assert (values["score"], values["score_std"], values["score_max"]) == (15.0, 5.0, 20.0)
     assert values["human_normalised"] == 0.5
