@@ -1,4 +1,4 @@
-"""The image classifier that all methods share: baseline, teacher, and evaluation of distilled and selected data."""
+"""The image classifier that every method shares: baseline, teacher, and evaluation of distilled or selected data."""
 
 import lazy_loader
 
