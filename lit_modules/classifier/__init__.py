@@ -1,4 +1,4 @@
-"""The image classifier that every method shares: a baseline, a teacher, and the evaluation of distilled or selected data."""
+"""The image classifier that every method shares: baseline, teacher, and evaluation of distilled or selected data."""
 
 import lazy_loader
 

@@ -120,7 +120,7 @@ class ImageClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
-            self._teacher.network.to(self.device, self.dtype)  # of the precision that the trainer gave the student
+            self._teacher.to(self.device)
 
     def configure_optimizers(self) -> Any:
         return configure(self.network.parameters(), self.make_optimizer, self.make_scheduler, self.lr_interval)

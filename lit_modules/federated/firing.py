@@ -68,6 +68,6 @@ def measure(
 def _record(seen: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
         activity = output if isinstance(module, BaseNode) else output.unsqueeze(0)
-        seen[name] = activity.flatten(2).mean(2)  # over neurons: (T, N)
+        seen[name] = activity.float().flatten(2).mean(2)  # over neurons, in full precision under autocast: (T, N)
 
     return hook

@@ -300,6 +300,14 @@ class RateRecorder(FederatedClassifier):
         self.seen.append(self._lr[0])
 
 
+def test_mixed_precision_trains_and_scores_in_full_precision_what_it_measures():
+    options = {"rounds": 1, "server": {"participants": 2, "candidates": 4}}
+    mixed, _, server = federation(SPIKING, CreditSelection(), trainer={"precision": "bf16-mixed"}, **options)
+    _, _, full = federation(SPIKING, CreditSelection(), **options)
+    assert all(value.dtype == torch.float32 for value in mixed.network.parameters())
+    assert list(server.round.scores.values()) == pytest.approx(list(full.round.scores.values()), rel=0.2, abs=0.02)
+
+
 # ---- who takes part
 
 
