@@ -42,9 +42,6 @@ def test_every_argument_of_a_public_class_has_a_help_text(found):
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     names = {name for name, parameter in signature.parameters.items() if parameter.kind not in kinds}
     assert names - documented(found) == set()
-    assert (
-        found.__doc__.strip().splitlines()[0].strip().endswith((".", ":", "?")) or len(found.__doc__.splitlines()) > 1
-    )
 
 
 def test_the_help_of_training_is_short_and_loads_nothing_heavy():
@@ -56,13 +53,9 @@ def test_the_help_of_training_is_short_and_loads_nothing_heavy():
     lines = done.stdout.splitlines()
     assert lines[-1] == "HEAVY []"
     assert len(lines) < 150
-    text = done.stdout
-    assert (
-        text.index("--config NAME")
-        < text.index("--run.id")
-        < text.index("--nan_guard")
-        < text.index("--trainer.max_ep")
-    )
+    marks = ("\n  --config", "\n  --run.id", "\n  --nan_guard", "\n  --trainer.max_epochs")
+    places = [done.stdout.index(mark) for mark in marks]  # what one sets first stands first
+    assert places == sorted(places)
     for line in lines:
         if line.startswith("  --"):
             assert len(line.split(maxsplit=1)) == 2, f"no help text: {line}"

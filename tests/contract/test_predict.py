@@ -24,7 +24,7 @@ class Slow(ImageClassifier):
     def predict_step(self, batch, batch_idx):
         time.sleep(float(os.environ.get("PAUSE", 0)))
         outputs = super().predict_step(batch, batch_idx)
-        words = [self.classes[i] for i in outputs["probabilities"].argmax(1)]
+        words = [self.evaluation.classes[i] for i in outputs["probabilities"].argmax(1)]
         return {**outputs, "word": words}
 '''
 PIPELINE = {
