@@ -19,9 +19,7 @@ from leanlight.runs import results_folder
 def main(argv: list[str]) -> int:
     """Measure, show and write; 0 when every target is met and every check passes, else 1."""
     parser = Parser(prog="leanlight benchmark", description=__doc__)
-    parser.add_argument(
-        "method", nargs="?", help="method, or a benchmark's own name such as federated; default: every one there is"
-    )
+    parser.add_argument("method", nargs="?", help="method; default: every one that has a benchmark")
     parser.add_argument("--output", type=Path, help="default: RUNS_ROOT/results/METHOD/benchmark.json")
     parser.add_argument("--publish", action="store_true", help="write to docs/results/METHOD/benchmark.json instead")
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
@@ -38,8 +36,7 @@ def main(argv: list[str]) -> int:
         return 0
     names = [name for name, info in methods().items() if info.benchmark]
     if args.method:
-        own = {method(name).benchmark.split(":")[0].rsplit(".", 1)[-1]: name for name in names}
-        names = [own.get(args.method) or method(args.method).name]
+        names = [method(args.method).name]
     if args.output and len(names) > 1:
         raise UserError("--output: names one file, but there are several benchmarks; name a method, too")
     if args.output and args.publish:
