@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from wandb_file import read_wandb
 
 from leanlight.registry import METHODS
@@ -91,6 +92,8 @@ def test_pictures_are_written(run):
     for path in media:
         with Image.open(path) as image:
             assert min(image.size) >= 50, path
+            drawn = image.convert("RGB").getcolors(maxcolors=2**24)
+            assert max(count for count, _ in drawn) < 0.995 * image.width * image.height, f"{path} is blank"
 
 
 def test_the_wandb_file_holds_config_metrics_media_and_artefact(run):
@@ -134,6 +137,17 @@ for path in folder.glob("*.safetensors"):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "LOADED" in done.stdout or "WEIGHTS" in done.stdout
     assert "False" not in done.stdout
+
+
+def test_what_is_exported_is_the_trained_state(run):
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    trained = [value for value in saved.values() if value.is_floating_point() and value.numel() > 1]
+    exported = [
+        value for file in (run / "artifacts/export").rglob("*.safetensors") for value in load_file(file).values()
+    ]
+    assert exported
+    assert all(value.numel() and value.float().isfinite().all() for value in exported)
+    assert any(torch.equal(value, weight) for value in exported for weight in trained if value.shape == weight.shape)
 
 
 def test_testing_a_finished_run_gives_the_same_figures(run):
