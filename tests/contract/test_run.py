@@ -63,13 +63,13 @@ def test_every_logged_name_is_split_slash_metric(run):
     assert any(name.startswith("progress/") for name in names)
 
 
-def test_the_saved_config_is_complete_and_runs_again(run, tmp_path):
+def test_the_saved_config_is_complete_and_runs_again(run):
+    from leanlight.experiment import resolve
+
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert "${" not in (run / "config.yaml").read_text()
     assert {"model", "data", "trainer", "run", "seed_everything"} <= set(saved)
-    command = [sys.executable, "-m", "leanlight", "fit", "--config", run / "config.yaml", "--print_config"]
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    again = yaml.safe_load(printed)
+    again = resolve("fit", ["--config", str(run / "config.yaml")])
     assert again["model"] == saved["model"]
     assert again["data"] == saved["data"]
 
