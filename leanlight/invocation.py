@@ -38,18 +38,14 @@ def expand(argv: list[str]) -> Invocation:
     command, args = argv[0], list(argv[1:])
     configs: list[str] = []  # first, in their order: a key on the command line stands above any config
     trusted = trusted_packages()
-    name, args = take(args, "--config", "-c")
-    while name is not None:
-        for path in find_configs(name):
-            content = read_config(path)
-            if not _lies_in_a_run(path):
-                trusted |= named_packages(content)
-            configs.append(f"--config={path}")
-        name, args = take(args, "--config", "-c")
-    package, args = take(args, "--trust")
-    while package is not None:
-        trusted.add(package.split(".")[0])
-        package, args = take(args, "--trust")
+    names, args = take_all(args, "--config", "-c")
+    for path in (path for name in names for path in find_configs(name)):
+        content = read_config(path)
+        if not _lies_in_a_run(path):
+            trusted |= named_packages(content)
+        configs.append(f"--config={path}")
+    packages, args = take_all(args, "--trust")
+    trusted |= {package.split(".")[0] for package in packages}
     resume, args = take(args, "--resume")
     source, args = take(args, "--from")
     trusted |= named_packages([word.partition("=")[2] if word.startswith("--") else word for word in args])
@@ -83,6 +79,16 @@ def take(args: list[str], *flags: str) -> tuple[str | None, list[str]]:
             raise UserError(f"{flag}: expects a value")
         return args[index + 1], args[:index] + args[index + 2 :]
     return None, args
+
+
+def take_all(args: list[str], *flags: str) -> tuple[list[str], list[str]]:
+    """Remove every occurrence, as `take` does the first; return the values in their order, and the rest."""
+    values = []
+    value, args = take(args, *flags)
+    while value is not None:
+        values.append(value)
+        value, args = take(args, *flags)
+    return values, args
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:
     """
     text = " ".join(str(error).split())
     name = re.match(r"[a-z_]\w*", text)
-    if name is None or type(error) not in (UserError, *UserError.__subclasses__()):
+    if name is None or not isinstance(error, UserError):
         return UserError(text)
     parts = ["data", "model"] if "datamodules" in _innermost(error.__traceback__) else ["model", "data"]
     for part in parts:
@@ -135,9 +135,9 @@ def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:
     return _like(error, text)
 
 
-def _like(error: BaseException, text: str) -> UserError:
+def _like(error: UserError, text: str) -> UserError:
     """An error of the same kind with another text."""
-    again: UserError = type(error).__new__(type(error))  # type: ignore[assignment]  # its __init__ may want other arguments
+    again = type(error).__new__(type(error))  # its __init__ may want other arguments
     again.args = (text,)
     return again
 

@@ -10,8 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from leanlight.contracts.errors import UserError, nearest
-
-ENTRY_POINTS = "leanlight.methods"  # the group in which a package names its `MethodInfo`
+from leanlight.contracts.plugins import METHODS_GROUP
 
 
 def config_root() -> Path:
@@ -273,7 +272,7 @@ METHODS: dict[str, MethodInfo] = {
 def methods() -> dict[str, MethodInfo]:
     """The suite's methods and those of installed packages; one that cannot be used is a warning line on stderr."""
     known = dict(METHODS)
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    for point in sorted(entry_points(group=METHODS_GROUP), key=lambda point: point.name):
         try:
             info = point.load()
             _check_plugin(info, known)

@@ -15,6 +15,8 @@ from typing import Any
 
 from jsonargparse import _common, set_parsing_settings
 
+from leanlight.contracts.plugins import METHODS_GROUP
+
 _SUITE = ("lit_modules", "datamodules", "callbacks")
 _LIBRARIES = (
     *("torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "spikingjelly", "timm"),
@@ -29,7 +31,6 @@ _REFUSED = (
 )
 # What experiments name inside a refused part.
 _ADMITTED = ("lightning.pytorch.cli.ReduceLROnPlateau", "torch.distributed.optim", "torch.distributed.fsdp")
-METHODS_GROUP = "leanlight.methods"  # entry points through which installed packages add methods
 TRUST = "LEANLIGHT_TRUST"  # environment: packages, separated by commas, that the user named; child processes inherit it
 
 

@@ -1,12 +1,10 @@
 """The page of every method shows its use from Python, and what it shows runs as it stands, in an empty folder."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_example import run_example
 
 from leanlight.registry import METHODS
 
@@ -20,12 +18,4 @@ def test_the_python_example_of_a_method_runs(name, tmp_path):
     examples = [block for block in blocks if "leanlight.build(" in block]
     assert examples, f"{page.name}: a section 'From Python' with a block that uses leanlight.build"
     for example in examples:
-        done = subprocess.run(
-            [sys.executable, "-c", example],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_example(example, tmp_path)

@@ -1,12 +1,10 @@
 """What the README and the pages beside it show runs, exists, and is what the registry says."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_example import run_example
 
 from leanlight.configs_path import find_config
 from leanlight.registry import METHODS, commands
@@ -23,16 +21,7 @@ def section(title):
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_a_python_example_trains_and_tests(code, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "test/accuracy" in done.stdout
+    assert "test/accuracy" in run_example(code, tmp_path)
 
 
 def test_every_config_it_names_exists():
