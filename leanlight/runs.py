@@ -173,16 +173,28 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
             return [clean(item) for item in value]
         return without_place(str(value)) if isinstance(value, (str, Path)) else value
 
-    trainer = resolved.get("trainer", {})
+    trainer = resolved.get("trainer") or {}
     identity = {
         "model": resolved.get("model"),
         "data": resolved.get("data"),
-        "trainer": {key: trainer.get(key) for key in _TRAINER_KEYS},
+        "trainer": {**{key: trainer.get(key) for key in _TRAINER_KEYS}, "devices": _devices(trainer)},
         "seed": resolved.get("seed_everything"),
         "test": (resolved.get("run") or {}).get("test"),
         "inputs": sorted(digests.values()),
     }
     return hashlib.sha256(json.dumps(clean(identity), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _devices(trainer: Mapping[str, Any]) -> Any:
+    """Devices as they count for a run's identity.
+
+    A run that names neither accelerator nor strategy takes one device. When results were published that default was
+    called ``auto``, and by that name it still counts; whoever asks for ``auto`` today means all devices, -1.
+    """
+    devices = trainer.get("devices")
+    if (trainer.get("accelerator"), trainer.get("strategy")) != ("auto", "auto"):
+        return devices
+    return "auto" if devices in (1, "1") else -1 if devices == "auto" else devices
 
 
 def code_version(files: Iterable[str] | None = None) -> tuple[str, list[str]]:

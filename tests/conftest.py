@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, W&B offline and silent, no colours or terminal width of the machine."""
+"""Settings of every test: one thread, no GPU, W&B offline and silent, no colours or terminal width of the machine."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import pytest
 os.environ.update(
     WANDB_MODE="offline", WANDB_SILENT="true", OMP_NUM_THREADS="1", MPLBACKEND="Agg", COLUMNS="200", NO_COLOR="1"
 )
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a fit in a test, or in its child, trains on the CPU
 ROOT = Path(__file__).parent.parent
 
 

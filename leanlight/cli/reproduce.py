@@ -12,7 +12,9 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="leanlight reproduce", description=__doc__)
     parser.add_argument("table", help="YAML file, or a config's name: METHOD/tables/NAME")
     parser.add_argument("--jobs", type=int, help="processes side by side (default: one for each device, else 1)")
-    parser.add_argument("--devices", default="", help="GPU indices, e.g. 0,1; each process gets one of them")
+    parser.add_argument(
+        "--devices", default="", help="GPUs by index or UUID, e.g. 0,1; each process gets one (default: all there are)"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="only this row; may be repeated")
     parser.add_argument("--seed", action="append", default=[], type=int, help="only this seed; may be repeated")
     parser.add_argument("--fresh", action="store_true", help="repeat the cells asked for even if they have finished")

@@ -44,6 +44,18 @@ def environment(jobs: int = 1, device: str | None = None) -> dict[str, str]:
     return {**limits, **os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
 
 
+def visible_gpus() -> list[str]:
+    """GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` calls them: indices, or UUIDs and MIG parts where it names those.
+
+    They are counted without a CUDA context, which would take memory of each.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(index) for index in range(count)])[:count]
+
+
 def signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None:
     """Send a signal to a child and everything it started."""
     try:
@@ -155,7 +167,7 @@ def run_jobs(
     Args:
         jobs: in order of their start.
         workers: processes side by side.
-        devices: GPU indices, shared out over the workers.
+        devices: GPUs as ``CUDA_VISIBLE_DEVICES`` names them, dealt out to the slots; none: every job sees all.
         started: told of each start.
         ended: told of each end with its exit code.
     """

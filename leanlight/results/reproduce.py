@@ -9,7 +9,7 @@ from pathlib import Path
 
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.results.display import CellProgress, print_document, print_plan
-from leanlight.results.launch import Job, run_jobs, why_failed
+from leanlight.results.launch import Job, run_jobs, visible_gpus, why_failed
 from leanlight.results.state import Decision
 from leanlight.results.table import Cell, Entry, build_document, earlier_entries, make_cells, write_document
 from leanlight.results.table_spec import TableSpec
@@ -22,7 +22,7 @@ class Options:
 
     Args:
         jobs: processes side by side.
-        devices: GPU indices; each process gets one of them.
+        devices: GPUs by index or UUID; each process gets one of them. None: those there are, for several jobs.
         only: names of rows; empty for all.
         seeds: empty for all of the table.
         fresh: repeat cells that have finished.
@@ -128,7 +128,9 @@ def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: T
             for key, cell in todo.items()
         ]
         try:
-            run_jobs(jobs, options.jobs, options.devices, started=progress.started, ended=ended)
+            # One job alone may use several GPUs; several would all train on the first.
+            devices = options.devices or (visible_gpus() if options.jobs > 1 else ())
+            run_jobs(jobs, options.jobs, devices, started=progress.started, ended=ended)
         except KeyboardInterrupt:
             progress.say(
                 "interrupted; finished cells are kept and running ones left a checkpoint: the same command goes on"

@@ -2,6 +2,7 @@
 
 import ast
 import getpass
+import hashlib
 import json
 import shutil
 import socket
@@ -53,6 +54,25 @@ def test_an_argument_that_came_later_counts_only_where_it_is_used():
     later = {split: {**data, "init_args": {"batch_size": 4, "predict_split": split}} for split in ("test", "val")}
     assert runs.config_hash({"data": later["test"]}) == before
     assert runs.config_hash({"data": later["val"]}) != before
+
+
+def of_devices(devices, **trainer):
+    return runs.config_hash({"trainer": {"accelerator": "auto", "strategy": "auto", "devices": devices, **trainer}})
+
+
+def test_one_device_counts_as_the_default_did_when_it_was_called_auto():
+    published = {"accelerator": "auto", "strategy": "auto", "devices": "auto"}
+    content = {key: published.get(key) for key in runs._TRAINER_KEYS}
+    identity = {"model": None, "data": None, "trainer": content, "seed": None, "test": None, "inputs": []}
+    before = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    assert of_devices(1) == of_devices("1") == before
+    assert len({before, of_devices("auto"), of_devices(2), of_devices([1])}) == 4
+    assert of_devices("auto") == of_devices(-1)
+
+
+@pytest.mark.parametrize("named", [{"strategy": "ddp"}, {"accelerator": "cpu"}])
+def test_devices_count_as_they_are_where_accelerator_or_strategy_are_named(named):
+    assert len({of_devices(devices, **named) for devices in (1, "auto", -1)}) == 3
 
 
 def test_a_stage_input_counts_by_content_not_by_path(tmp_path):

@@ -41,6 +41,20 @@ def test_slurm_takes_nodes_and_processes_from_the_job(monkeypatch):
     assert (trainer["num_nodes"], trainer["devices"]) == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("overlays", "devices"),
+    [
+        ((), 1),
+        (("trainer/gpu",), 1),
+        (("trainer/ddp",), "auto"),
+        (("trainer/gpus",), -1),
+        (("trainer/gpus", "trainer/cpu"), 1),
+    ],
+)
+def test_a_run_takes_one_device_unless_an_overlay_asks_for_all(overlays, devices):
+    assert trainer_of(*overlays)["devices"] == devices
+
+
 def test_a_later_overlay_wins():
     trainer = trainer_of("trainer/gpu", "trainer/cpu")
     assert (trainer["accelerator"], trainer["precision"]) == ("cpu", "32-true")

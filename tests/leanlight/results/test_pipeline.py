@@ -57,6 +57,12 @@ def test_a_stage_gets_the_outputs_of_an_earlier_one(suite: Any) -> None:
     assert all((Path("runs") / stage["run_dir"] / "summary.json").is_file() for stage in summary["stages"])
 
 
+def test_the_stages_of_a_pipeline_train_on_the_gpu_it_was_given(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
+    main([str(_pipeline(suite))])
+    assert [command["gpu"] for command in suite.commands()] == ["GPU-8932f937"] * 2
+
+
 def test_finished_stages_are_reused(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(_pipeline(suite))
     main([path])

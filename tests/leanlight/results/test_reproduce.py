@@ -250,6 +250,36 @@ def test_jobs_share_cores_and_devices(suite: Any, monkeypatch: pytest.MonkeyPatc
     assert {command["gpu"] for command in commands} == {"3", "5"}
 
 
+@pytest.mark.parametrize(
+    ("named", "count", "expected"),
+    [
+        (None, 3, {"0", "1"}),
+        ("2,5,7", 3, {"2", "5"}),
+        ("GPU-8932f937, GPU-b1c2", 2, {"GPU-8932f937", "GPU-b1c2"}),
+        ("MIG-a/1/0,MIG-b/1/0", 1, {"MIG-a/1/0"}),  # CUDA uses one MIG part of those it is given
+        ("4,-1,6", 1, {"4"}),  # and stops at the first that is none
+        (None, 0, {None}),
+        ("", 0, {""}),
+    ],
+)
+def test_several_jobs_get_a_visible_gpu_each_by_the_name_it_has(
+    suite: Any, monkeypatch: pytest.MonkeyPatch, named: str | None, count: int, expected: set[str | None]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    main([str(suite.table()), "--jobs", "2", "--seed", "0"])
+    assert {command["gpu"] for command in suite.commands()} == expected
+
+
+def test_one_job_alone_sees_every_gpu(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    main([str(suite.table()), "--seed", "0", "--only", "good"])
+    assert [command["gpu"] for command in suite.commands()] == ["2,5"]
+
+
 def test_a_run_another_process_works_on_is_left_alone(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
     suite.reproduced()
     run_dir = _run_dir("bad", 0)
