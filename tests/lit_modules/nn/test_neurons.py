@@ -6,7 +6,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import neuron
 
-from lit_modules.nn import integrate_and_fire, lif, reset
+from lit_modules.nn import SpikingConvNet, integrate_and_fire, lif, reset
 
 
 def pair(*args, make=lif, **kwargs):
@@ -32,13 +32,15 @@ def run(node, current, upstream, calls=1):
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("calls", [1, 3])
 @pytest.mark.parametrize("leak", ["full input", "decayed input", "none"])
-def test_spikes_potential_and_gradient_equal_the_plain_neuron(surrogate, detach, calls, leak):
+@pytest.mark.parametrize("soft", [False, True])
+def test_spikes_potential_and_gradient_equal_the_plain_neuron(surrogate, detach, calls, leak, soft):
     torch.manual_seed(0)
     current, upstream = torch.randn(2, 6, 5, 4, 3, 3, dtype=torch.float64).mul(0.5)
     if leak == "none":
         plain, fast = pair(0.2, surrogate, detach, make=integrate_and_fire)
     else:
         plain, fast = pair(0.25, 0.2, surrogate, detach, decay_input=leak == "decayed input")
+    plain.v_reset = fast.v_reset = None if soft else 0.0
     for got, expected in zip(run(fast, current, upstream, calls), run(plain, current, upstream, calls), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -71,7 +73,7 @@ def test_steps_too_large_to_be_taken_together_have_the_same_gradient(surrogate, 
     current, upstream = torch.randn(2, 6, 5, 4, dtype=torch.float64)
     _, fast = pair(0.25, 0.2, surrogate)
     together = run(fast, current, upstream)
-    monkeypatch.setattr("lit_modules.nn.neurons._LARGE_STEP", 1)
+    monkeypatch.setattr("lit_modules.nn.scan._LARGE_STEP", 1)
     for got, expected in zip(run(fast, current, upstream), together, strict=True):
         assert torch.equal(got, expected)
 
@@ -105,7 +107,54 @@ def test_a_neuron_whose_surrogate_was_replaced_obeys_the_new_one():
     assert node(torch.full((3, 2), 5.0)).sum() == 0
 
 
-def test_half_precision_runs_as_the_plain_neuron():
-    current = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    plain, fast = pair(0.25, 0.2, "rect")
-    assert torch.equal(fast(current), plain(current))
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("surrogate", ["rect", "rect_zero", "atan", "sigmoid"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_half_currents_give_the_spikes_of_float32_potentials(half, surrogate, soft, decay_input):
+    torch.manual_seed(0)
+    current, upstream = torch.randn(2, 16, 5, 40).to(half)
+    plain, fast = pair(0.9, 0.2, surrogate, decay_input=decay_input)
+    plain.v_reset = fast.v_reset = None if soft else 0.0
+    spikes, potential, grad = run(fast, current, upstream)
+    expected_spikes, expected_potential, expected_grad = run(plain, current.float(), upstream.float())
+    assert (spikes.dtype, potential.dtype, grad.dtype) == (half, torch.float32, half)
+    assert torch.equal(spikes.float(), expected_spikes)
+    torch.testing.assert_close(potential, expected_potential, rtol=1e-5, atol=1e-6)
+    rounding = torch.finfo(half).eps
+    torch.testing.assert_close(grad.float(), expected_grad, rtol=rounding, atol=rounding)
+
+
+def test_half_potentials_would_give_other_spikes():
+    """What the test above guards against: spikingjelly's own path keeps potentials in the currents' type."""
+    current = torch.randn(16, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain, fast = pair(0.9, 0.2, "rect")
+    assert not torch.equal(fast(current), plain(current))
+
+
+def test_what_the_scan_does_not_cover_keeps_float32_potentials_too():
+    current = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain, fast = pair(0.9, 0.2, "rect")
+    plain.store_v_seq = fast.store_v_seq = True
+    spikes = fast(current)
+    assert (spikes.dtype, fast.v_seq.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(spikes.float(), plain(current.float()))
+
+
+def test_a_spiking_network_under_autocast_fires_by_float32_potentials():
+    """Every neuron, on the currents that mixed precision hands it, fires as in float32."""
+    torch.manual_seed(0)
+    network, image = SpikingConvNet(width=8, time_steps=8), torch.rand(4, 1, 28, 28)
+    seen = []
+    for node in network.neurons:
+        node.register_forward_hook(lambda node, inputs, spikes: seen.append((node, inputs[0], spikes, node.v.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(image).sum().backward()
+    assert len(seen) == 3
+    for node, current, spikes, kept in list(seen):
+        assert current.dtype == spikes.dtype == torch.bfloat16
+        assert kept == torch.float32
+        reset(node)
+        assert 0 < spikes.float().mean() < 1
+        assert torch.equal(node(current.detach().float()), spikes.float())
+    assert all(weight.grad.isfinite().all() for weight in network.parameters())
