@@ -45,7 +45,7 @@ def environment(jobs: int = 1, device: str | None = None) -> dict[str, str]:
 
 
 def visible_gpus() -> list[str]:
-    """GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` calls them: indices, or UUIDs and MIG parts where it names those.
+    """GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` calls them: indices, or UUIDs and MIG parts if it does so.
 
     They are counted without a CUDA context, which would take memory of each.
     """
