@@ -53,6 +53,7 @@ class Task:
         ipc: images per class; the set lies class by class.
         epochs: number of outer epochs.
         learn_labels: whether labels want a gradient.
+        device: of the run.
     """
 
     network: NetworkFactory
@@ -60,6 +61,7 @@ class Task:
     ipc: int
     epochs: int
     learn_labels: bool
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class Distiller:
@@ -170,6 +172,7 @@ class TruncatedBPTT(Distiller):
         self._task = task
         self._problem(0, torch.device("cpu"))  # refuses networks that cannot be differentiated twice
         self._selector.prepare(self.inner_steps, task.epochs)
+        self._engine.prepare(task.device)
         self._sampler = BatchSampler(task.num_classes, task.ipc, self.classes_per_batch, self.images_per_class)
 
     def _problem(self, seed: int, device: torch.device) -> InnerProblem:
@@ -190,7 +193,7 @@ class TruncatedBPTT(Distiller):
         problem = self._problem(seed, device)
         batches = self._sampler.draw(self.inner_steps, generator, device)
         state = self.inner_optimizer.start(problem.network.parameters())
-        return torch.stack([norm for _, norm in problem.train(state, data, batches)]).cpu()
+        return torch.stack([norm for _, norm in self._engine.train(problem, state, data, batches)]).cpu()
 
     @property
     def choice(self) -> Any:
@@ -210,7 +213,8 @@ class TruncatedBPTT(Distiller):
         problem = self._problem(seed, device)
         batches = self._sampler.draw(window.end, generator, device)
         state = self.inner_optimizer.start(problem.network.parameters())
-        state = problem.trained(state, data, batches[: window.start])
+        for state, _ in self._engine.train(problem, state, data, batches[: window.start]):  # noqa: B007, B020
+            pass
         if self._outer_augment is not None:
             image = self._outer_augment(image, generator)
         logits: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
-from lit_modules.at_bptt.inner import InnerBatch, InnerOptimizer, InnerProblem, InnerState, SyntheticData
+from lit_modules.at_bptt.graphs import Cotangents, RecordedSteps
+from lit_modules.at_bptt.inner import InnerBatch, InnerProblem, InnerState, SyntheticData
 from lit_modules.at_bptt.lowrank import LowRankHessian
 
 OuterLoss = Callable[[Tensor], Tensor]
@@ -35,6 +36,15 @@ class MetaGradient:
 
 class GradientEngine:
     """Base of the ways to differentiate a window of inner training."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Take the device of the run; UserError when it does not fit."""
+
+    def train(
+        self, problem: InnerProblem, state: InnerState, data: SyntheticData, batches: Sequence[InnerBatch]
+    ) -> Iterator[tuple[InnerState, Tensor]]:
+        """Plain training in front of the window: as `InnerProblem.train`."""
+        return problem.train(state, data, batches)
 
     def meta_gradient(
         self,
@@ -112,16 +122,45 @@ class Adjoint(GradientEngine):
         hessian: Hessian times cotangent: ``exact`` (nearly free), ``lowrank`` (LRHA, Eq. 9 to 12), or ``zero``.
         low_rank: settings of the low-rank factor; LowRankHessian's defaults by default.
         offload: keep the trajectory in main memory instead of the GPU's.
+        graph: record an inner step and its adjoint as CUDA graphs and replay them: one launch a step. CUDA only.
     """
 
     hessian: Literal["exact", "lowrank", "zero"] = "exact"
     low_rank: LowRankHessian | None = None
     offload: bool = False
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.hessian not in ("exact", "lowrank", "zero"):
             raise UserError(f"hessian: expected exact, lowrank or zero, got {self.hessian!r}")
         self._factor = self.low_rank or LowRankHessian()
+        if self.graph and self._factorizes_each_step:
+            raise UserError("graph: a factorisation at each step cannot be recorded; use refresh: cached or window")
+        self._recorded: RecordedSteps | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        if self.graph and device.type != "cuda":
+            raise UserError(f"graph: expected a CUDA device to record on, got {device.type}; use false")
+
+    @property
+    def _factorizes_each_step(self) -> bool:
+        return self.hessian == "lowrank" and self._factor.refresh == "step"
+
+    @property
+    def _steps(self) -> RecordedSteps | None:
+        if self.graph and self._recorded is None:
+            self._recorded = RecordedSteps()
+        return self._recorded
+
+    def train(
+        self, problem: InnerProblem, state: InnerState, data: SyntheticData, batches: Sequence[InnerBatch]
+    ) -> Iterator[tuple[InnerState, Tensor]]:
+        if self._steps is None:
+            yield from problem.train(state, data, batches)
+            return
+        for batch in batches:
+            state, norm = self._steps.step(problem, state, data, batch)
+            yield state, norm
 
     def meta_gradient(
         self,
@@ -133,59 +172,69 @@ class Adjoint(GradientEngine):
         learn_labels: bool,
         weights: Tensor | None = None,
     ) -> MetaGradient:
-        device, thetas, states, norms = state.theta.device, [], [], []
+        device, norms = state.theta.device, []
         state = state.detached()
-        for batch in batches:
-            thetas.append(self._keep(state.theta))
-            _, gradient = problem.gradient(state.theta, data.detached(), batch)
-            state = problem.optimizer.step(state, gradient)
-            states.append(InnerState(state.theta, self._keep(state.m), self._keep(state.v), state.count))
-            norms.append(gradient.norm())
+        trajectory = [self._keep(state)]
+        for state, norm in self.train(problem, state, data, batches):  # noqa: B020
+            trajectory.append(self._keep(state))
+            norms.append(norm)
         norm = torch.stack(norms)
         end = state.theta.requires_grad_()
         loss = outer_loss(end)
         (cotangent,) = torch.autograd.grad(loss, end)
         leaves = _leaves(data, learn_labels)
         total = [torch.zeros_like(x) for x in ((data.images, data.labels) if learn_labels else (data.images,))]
-        ranks = self._refresh(problem, thetas, data, batches, norm)
-        mu = nu = torch.zeros_like(cotangent)
+        ranks = self._refresh(problem, trajectory[-2].theta, data, batches[-1], norm)
+        cotangents = cotangent, torch.zeros_like(cotangent), torch.zeros_like(cotangent)
         # Backwards in time. Each step computes g_t again with a graph, at the same parameters and with the same
         # augmentation; one backward pass from it, weighted by w, gives the products with dg/dX, dg/dY and the Hessian.
         for i in reversed(range(len(batches))):
-            theta, gradient = problem.gradient(thetas.pop().to(device), leaves, batches[i], create_graph=True)
-            w, cotangent, mu, nu = pull_back(problem.optimizer, states.pop(), gradient.detach(), cotangent, mu, nu)
-            inputs = [leaves.images, leaves.labels] if learn_labels else [leaves.images]
-            if self.hessian == "exact":
-                inputs.append(theta)
-            elif self.hessian == "lowrank" and self._factor.refresh == "step":
-                self._factor.factorize(theta, gradient)
-            products = torch.autograd.grad(gradient, inputs, w)
+            after = trajectory.pop()
+            theta = trajectory[-1].theta.to(device)
+            w, cotangents, products = self._pull_back(problem, theta, after, leaves, batches[i], cotangents)
             for part, product in zip(total, products, strict=False):
                 part += product if weights is None else weights[i] * product
+            cotangent, mu, nu = cotangents
             if self.hessian == "exact":
-                cotangent = cotangent + products[-1]
+                cotangents = cotangent + products[-1], mu, nu
             elif self.hessian == "lowrank":
-                cotangent = cotangent + self._factor.product(w, ranks[i])
+                cotangents = cotangent + self._factor.product(w, ranks[i]), mu, nu
         return MetaGradient(total[0], total[1] if learn_labels else None, loss.detach(), norm)
 
-    def _keep(self, value: Tensor) -> Tensor:
-        return value.to("cpu", non_blocking=False) if self.offload else value
-
-    def _refresh(
+    def _pull_back(
         self,
         problem: InnerProblem,
-        thetas: Sequence[Tensor],
-        data: SyntheticData,
-        batches: Sequence[InnerBatch],
-        norms: Tensor,
+        theta: Tensor,
+        after: InnerState,
+        leaves: SyntheticData,
+        batch: InnerBatch,
+        cotangents: Cotangents,
+    ) -> tuple[Tensor, Cotangents, tuple[Tensor, ...]]:
+        """Cotangents before a step: see `RecordedSteps.pull_back`."""
+        exact = self.hessian == "exact"
+        if self._steps is not None:
+            return self._steps.pull_back(problem, theta, after, leaves, batch, cotangents, exact)
+        theta, gradient = problem.gradient(theta, leaves, batch, create_graph=True)
+        w, *before = problem.optimizer.pull_back(after, gradient.detach(), *cotangents)
+        if self._factorizes_each_step:
+            self._factor.factorize(theta, gradient)
+        inputs = [x for x in (leaves.images, leaves.labels) if x.requires_grad]
+        products = torch.autograd.grad(gradient, [*inputs, theta] if exact else inputs, w)
+        return w, (before[0], before[1], before[2]), products
+
+    def _keep(self, state: InnerState) -> InnerState:
+        if not self.offload:
+            return state
+        return InnerState(state.theta.cpu(), state.m.cpu(), state.v.cpu(), state.count)
+
+    def _refresh(
+        self, problem: InnerProblem, theta: Tensor, data: SyntheticData, batch: InnerBatch, norms: Tensor
     ) -> list[int]:
-        """Refresh the shared factor where it is due; return the rank to use at each step."""
+        """Refresh the shared factor, at the window's last step, where it is due; return the rank of each step."""
         if self.hessian != "lowrank":
             return []
         if self._factor.due(norms):
-            theta, gradient = problem.gradient(
-                thetas[-1].to(data.images.device), data.detached(), batches[-1], create_graph=True
-            )
+            theta, gradient = problem.gradient(theta.to(data.images.device), data.detached(), batch, create_graph=True)
             self._factor.factorize(theta, gradient)
         return self._factor.ranks(norms)
 
@@ -195,34 +244,3 @@ class Adjoint(GradientEngine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.hessian == "lowrank":
             self._factor.load_state_dict(state)
-
-
-def pull_back(
-    optimizer: InnerOptimizer, after: InnerState, gradient: Tensor, cotangent: Tensor, mu: Tensor, nu: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pull cotangents of (theta, m, v) back through one optimiser step, all but its dependence on theta through g_t.
-
-    Returns (w, cotangent, mu, nu) before the step, with w the cotangent of g_t; the caller adds the product of Hessian
-    and w to the cotangent of theta. All (P,).
-
-    Args:
-        optimizer: which step it was.
-        after: the state behind the step.
-        gradient: g_t, detached.
-        cotangent: of theta behind the step.
-        mu: cotangent of m behind the step.
-        nu: cotangent of v behind the step.
-    """
-    lr = optimizer.lr
-    if optimizer.kind == "sgd":
-        return -lr * cotangent, cotangent, mu, nu
-    (b1, b2), m, v = optimizer.betas, after.m.to(cotangent.device), after.v.to(cotangent.device)
-    m_correction, v_correction = 1 - b1**after.count, 1 - b2**after.count
-    root = (v / v_correction).sqrt()
-    # Derivative of the square root, 0 where it would be infinite: parameters that never got a gradient.
-    slope = torch.where(root > 0, 0.5 / torch.where(root > 0, root, 1.0), 0.0)
-    denominator = root + optimizer.eps
-    mu = mu - lr / m_correction * cotangent / denominator
-    nu = nu + lr / v_correction * cotangent * (m / m_correction) / denominator**2 * slope
-    w = (1 - b1) * mu + 2 * (1 - b2) * gradient * nu
-    return w, cotangent, b1 * mu, b2 * nu

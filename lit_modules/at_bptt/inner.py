@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,9 @@ class FlatNetwork:
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             raise UserError("network: expected one without batch norm, e.g. norm: instance")
         self.network = network.train()
-        self._shapes = {name: value.shape for name, value in network.named_parameters()}
-        self._sizes = [shape.numel() for shape in self._shapes.values()]
-        self._buffers = dict(network.named_buffers())
+        self.shapes = {name: value.shape for name, value in network.named_parameters()}
+        self.buffers = dict(network.named_buffers())
+        self._sizes = [shape.numel() for shape in self.shapes.values()]
 
     def parameters(self) -> Tensor:
         """The network's present parameters as one vector (P,)."""
@@ -41,8 +41,24 @@ class FlatNetwork:
     def __call__(self, theta: Tensor, image: Tensor) -> Tensor:
         """theta (P,), image (N, C, H, W) → logits (N, K)."""
         pieces = theta.split(self._sizes)
-        values = {name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
-        return functional_call(self.network, {**values, **self._buffers}, (image,))
+        values = {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        return functional_call(self.network, {**values, **self.buffers}, (image,))
+
+
+class Corrections(NamedTuple):
+    """What depends on the count of steps in Adam: numbers, or scalar tensors for a step that is recorded.
+
+    Args:
+        m: 1 - beta_1^count.
+        v: 1 - beta_2^count.
+        m_rate: alpha over `m`.
+        v_rate: alpha over `v`.
+    """
+
+    m: float | Tensor
+    v: float | Tensor
+    m_rate: float | Tensor
+    v_rate: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -69,15 +85,62 @@ class InnerOptimizer:
         """The state before the first step."""
         return InnerState(theta, torch.zeros_like(theta), torch.zeros_like(theta), 0)
 
-    def step(self, state: InnerState, gradient: Tensor) -> InnerState:
-        """One differentiable step; gradient (P,)."""
+    def corrections(self, count: int) -> Corrections:
+        """Those after `count` steps."""
+        m, v = (1 - beta**count for beta in self.betas)
+        return Corrections(m, v, self.lr / m, self.lr / v)
+
+    def step(self, state: InnerState, gradient: Tensor, corrections: Corrections | None = None) -> InnerState:
+        """One differentiable step.
+
+        Args:
+            state: before the step.
+            gradient: g_t (P,).
+            corrections: those after the step, of the state's count by default.
+        """
         if self.kind == "sgd":
             return InnerState(state.theta - self.lr * gradient, state.m, state.v, state.count + 1)
         (b1, b2), count = self.betas, state.count + 1
+        correct = corrections or self.corrections(count)
         m = torch.lerp(gradient, state.m, b1)
         v = b2 * state.v + (1 - b2) * gradient * gradient
-        root = safe_sqrt(v / (1 - b2**count))
-        return InnerState(state.theta - self.lr / (1 - b1**count) * m / (root + self.eps), m, v, count)
+        root = safe_sqrt(v / correct.v)
+        return InnerState(state.theta - correct.m_rate * m / (root + self.eps), m, v, count)
+
+    def pull_back(
+        self,
+        after: InnerState,
+        gradient: Tensor,
+        cotangent: Tensor,
+        mu: Tensor,
+        nu: Tensor,
+        corrections: Corrections | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pull cotangents of (theta, m, v) back through one step, all but its dependence on theta through g_t.
+
+        Returns (w, cotangent, mu, nu) before the step, with w the cotangent of g_t; the caller adds the product of
+        Hessian and w to the cotangent of theta. All (P,).
+
+        Args:
+            after: the state behind the step.
+            gradient: g_t, detached.
+            cotangent: of theta behind the step.
+            mu: cotangent of m behind the step.
+            nu: cotangent of v behind the step.
+            corrections: as in `step`.
+        """
+        if self.kind == "sgd":
+            return -self.lr * cotangent, cotangent, mu, nu
+        (b1, b2), m, v = self.betas, after.m.to(cotangent.device), after.v.to(cotangent.device)
+        correct = corrections or self.corrections(after.count)
+        root = (v / correct.v).sqrt()
+        # Derivative of the square root, 0 where it would be infinite: parameters that never got a gradient.
+        slope = torch.where(root > 0, 0.5 / torch.where(root > 0, root, 1.0), 0.0)
+        denominator = root + self.eps
+        mu = mu - correct.m_rate * cotangent / denominator
+        nu = nu + correct.v_rate * cotangent * (m / correct.m) / denominator**2 * slope
+        w = (1 - b1) * mu + 2 * (1 - b2) * gradient * nu
+        return w, cotangent, b1 * mu, b2 * nu
 
 
 @dataclass(frozen=True)
@@ -148,12 +211,17 @@ class InnerProblem:
     def __init__(self, network: FlatNetwork, optimizer: InnerOptimizer, augment: Augmentation | None) -> None:
         self.network, self.optimizer, self.augment = network, optimizer, augment
 
-    def loss(self, theta: Tensor, data: SyntheticData, batch: InnerBatch) -> Tensor:
+    def inputs(self, data: SyntheticData, batch: InnerBatch) -> tuple[Tensor, Tensor]:
+        """Augmented images (B, C, H, W) and labels (B, K) of the mini-batch."""
         images, labels = data.images, data.labels
         if batch.index is not None:
             images, labels = images[batch.index], labels[batch.index]
         if self.augment is not None:
             images = self.augment(images, torch.Generator().manual_seed(batch.seed))
+        return images, labels
+
+    def loss(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy at theta (P,) of what `inputs` gives."""
         return F.cross_entropy(self.network(theta, images), labels)
 
     def gradient(
@@ -161,7 +229,7 @@ class InnerProblem:
     ) -> tuple[Tensor, Tensor]:
         """Return theta as a leaf (or as given, when it has a graph) and the gradient g_t (P,) there."""
         theta = theta if theta.requires_grad else theta.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss(theta, data, batch), theta, create_graph=create_graph)
+        (gradient,) = torch.autograd.grad(self.loss(theta, *self.inputs(data, batch)), theta, create_graph=create_graph)
         return theta, gradient
 
     def train(

@@ -143,7 +143,9 @@ class DatasetDistillation(LightningModule):
         epochs = self.trainer.max_epochs
         if not isinstance(self.distiller, FixedSet) and (epochs is None or epochs < 1):
             raise UserError("trainer.max_epochs: expected a positive number, since stages are shares of it")
-        self.distiller.prepare(Task(self.make_network, self.num_classes, self.ipc, epochs or 1, self.learn_labels))
+        device = self.trainer.strategy.root_device
+        task = Task(self.make_network, self.num_classes, self.ipc, epochs or 1, self.learn_labels, device)
+        self.distiller.prepare(task)
         if self.preprocessing.kind == "zca":
             self.preprocessing.fit(self._real_images().images)
         with torch.no_grad():
