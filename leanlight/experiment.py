@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
 from leanlight import runs
+from leanlight.checks import check_config
 from leanlight.contracts import UserError
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
@@ -34,7 +35,6 @@ from lit_modules.admission import TRUST, only_admitted
 from lit_modules.hparams import rebuild
 
 _RUN_DIR = "LEANLIGHT_RUN_DIR"  # tells processes that a DDP launch starts where the run of rank zero lives
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class Experiment(NamedTuple):
@@ -88,8 +88,7 @@ class LeanlightCLI(LightningCLI):
         self.config = parser.parse_args(args)
         self._dump_config()
         self.resolved: dict[str, Any] = self.config_dump
-        check_monitors(self.resolved)
-        check_precision(self.resolved["trainer"]["precision"])
+        check_config(self.resolved)
 
     def _parse_ckpt_path(self) -> None:
         """Check that a checkpoint fits the model; the configuration, not the checkpoint, says what to build."""
@@ -118,6 +117,7 @@ class LeanlightCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.settings = self._get(self.config_init, "run")
+        _allow_tf32(self.settings.tf32)
         identity = runs.config_hash(self.resolved, self.settings.inputs)
         self.method = self.settings.method or method_of(self.resolved["model"]["class_path"])
         self.dataset = self.settings.dataset or dataset_of(self.resolved["data"])
@@ -404,26 +404,10 @@ def dataset_of(data: Mapping[str, Any]) -> str:
     return str(named) if named else str(data["class_path"]).rsplit(".", 1)[-1].lower()
 
 
-def check_monitors(config: Any, where: str = "") -> None:
-    """Refuse any `monitor` that looks at test data: nothing is selected or stopped on test."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            here = f"{where}.{key}" if where else str(key)
-            if key == "monitor" and str(value).startswith("test"):
-                raise UserError(f"{here}: {value!r} would select on test data; monitor a val/ metric instead")
-            check_monitors(value, here)
-    elif isinstance(config, list):
-        for index, value in enumerate(config):
-            check_monitors(value, f"{where}[{index}]")
-
-
-def check_precision(precision: Any) -> None:
-    """Refuse a precision that the suite's float32 batches and buffers cannot follow."""
-    known = {None: "32-true", 32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed"}
-    if known.get(precision, precision) not in _PRECISIONS:
-        raise UserError(
-            f"trainer.precision: expected {', '.join(_PRECISIONS)}, got {precision!r}: batches and buffers are float32"
-        )
+def _allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round what they multiply in float32; PyTorch by itself lets cuDNN's convolutions do so."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _listed(value: Any) -> list[Any]:

@@ -92,6 +92,7 @@ class RunSettings:
         wandb: auto logs online when W&B has a key, offline otherwise.
         wandb_project: W&B project.
         test: which weights to test when `fit` ends.
+        tf32: let GPUs multiply float32 numbers with 10 bits of mantissa (TensorFloat-32): faster, but no float32.
         inputs: files and folders of earlier stages this run depends on, by name; their content is part of its identity.
     """
 
@@ -103,6 +104,7 @@ class RunSettings:
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     wandb_project: str = "leanlight"
     test: Literal["none", "last", "best"] = "last"
+    tf32: bool = False
     inputs: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -174,14 +176,15 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
         return without_place(str(value)) if isinstance(value, (str, Path)) else value
 
     trainer = resolved.get("trainer") or {}
+    settings = resolved.get("run") or {}
     identity = {
         "model": resolved.get("model"),
         "data": resolved.get("data"),
         "trainer": {**{key: trainer.get(key) for key in _TRAINER_KEYS}, "devices": _devices(trainer)},
         "seed": resolved.get("seed_everything"),
-        "test": (resolved.get("run") or {}).get("test"),
+        "test": settings.get("test"),
         "inputs": sorted(digests.values()),
-    }
+    } | ({"tf32": True} if settings.get("tf32") else {})
     return hashlib.sha256(json.dumps(clean(identity), sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,3 +1,4 @@
+from .allows import Allows as Allows
 from .batch import Batch as Batch
 from .errors import DivergedError as DivergedError
 from .errors import MissingExtraError as MissingExtraError

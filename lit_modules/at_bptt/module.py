@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from leanlight.contracts import (
+    Allows,
     ImageBatch,
     ImageData,
     ImageSplit,
@@ -73,6 +74,7 @@ class DatasetDistillation(LightningModule):
         seed: of everything drawn here; that of ``seed_everything`` by default.
     """
 
+    allows = Allows(precision=("32-true",), why="inner steps are differentiated twice")
     automatic_optimization = False
 
     def __init__(
@@ -135,11 +137,6 @@ class DatasetDistillation(LightningModule):
         self._check_data(stage)
         if stage != "fit":
             return
-        if self.trainer.precision != "32-true":
-            raise UserError(
-                f"trainer.precision: expected 32-true, since inner steps are differentiated twice; "
-                f"got {self.trainer.precision}"
-            )
         epochs = self.trainer.max_epochs
         if not isinstance(self.distiller, FixedSet) and (epochs is None or epochs < 1):
             raise UserError("trainer.max_epochs: expected a positive number, since stages are shares of it")

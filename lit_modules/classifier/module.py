@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from leanlight.contracts import (
+    Allows,
     ImageBatch,
     ImageData,
     MediaItem,
@@ -50,6 +51,8 @@ class ImageClassifier(LightningModule):
         compile: compile the network with ``torch.compile`` before fitting.
         channels_last: keep images and weights in that memory format, which GPUs' tensor cores prefer.
     """
+
+    allows = Allows()
 
     def __init__(
         self,

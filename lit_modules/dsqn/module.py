@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlight.contracts import (
+    Allows,
     EpisodeBatch,
     GameData,
     MediaItem,
@@ -59,6 +60,7 @@ class GameAgent(LightningModule):
         weight_noise: standard deviations of a random relative change of every weight, for test episodes played again.
     """
 
+    allows = Allows(precision=("32-true",), why="competing actions have values that half precision cannot tell apart")
     network: nn.Module
 
     def __init__(self, input_noise: Sequence[float] = (), weight_noise: Sequence[float] = ()) -> None:

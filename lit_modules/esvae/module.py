@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from leanlight.contracts import (
+    Allows,
     ImageBatch,
     InMemoryImages,
     MediaItem,
@@ -61,6 +62,8 @@ class ImageAutoencoder(LightningModule):
         probe_images: the probe learns from at most so many training images.
         eval_seed: seed of everything that evaluation, pictures and export draw.
     """
+
+    allows = Allows()
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 
 from leanlight.contracts import (
+    Allows,
     ClientBatch,
     ClientUpdate,
     FederatedData,
@@ -69,6 +70,7 @@ class FederatedClassifier(LightningModule):
         seed: of the clients' data orders and noise; that of ``seed_everything`` by default.
     """
 
+    allows = Allows(precision=("32-true", "bf16-mixed"), why="local training does not scale losses")
     automatic_optimization = False
 
     def __init__(
@@ -120,10 +122,6 @@ class FederatedClassifier(LightningModule):
             self._check_fit()
 
     def _check_fit(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise UserError(
-                "trainer.precision: 16-mixed scales losses, which local training does not; use bf16-mixed or 32-true"
-            )
         optimizer = self.make_optimizer(self.network.parameters())
         if (self.objective.has_control or self.clients_at_once > 1) and not _is_plain_sgd(optimizer):
             needs = "Scaffold" if self.objective.has_control else "clients_at_once above 1"

@@ -182,8 +182,8 @@ def test_other_commands_refuse_in_one_line_too(refuse, arguments, words):
 def test_no_config_of_the_suite_looks_at_test_data():
     import yaml
 
+    from leanlight.checks import check_monitors
     from leanlight.configs_path import config_names, find_config
-    from leanlight.experiment import check_monitors
 
     for name in config_names():
         check_monitors(yaml.safe_load(Path(find_config(name)).read_text()), name)

@@ -56,6 +56,12 @@ def test_an_argument_that_came_later_counts_only_where_it_is_used():
     assert runs.config_hash({"data": later["val"]}) != before
 
 
+def test_tensorfloat_counts_only_where_it_is_allowed():
+    before = runs.config_hash({"run": {"test": "last"}})
+    assert runs.config_hash({"run": {"test": "last", "tf32": False}}) == before
+    assert runs.config_hash({"run": {"test": "last", "tf32": True}}) != before
+
+
 def of_devices(devices, **trainer):
     return runs.config_hash({"trainer": {"accelerator": "auto", "strategy": "auto", "devices": devices, **trainer}})
 

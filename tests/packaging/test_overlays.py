@@ -56,5 +56,5 @@ def test_a_run_takes_one_device_unless_an_overlay_asks_for_all(overlays, devices
 
 
 def test_a_later_overlay_wins():
-    trainer = trainer_of("trainer/gpu", "trainer/cpu")
+    trainer = trainer_of("trainer/bf16", "trainer/gpu", "trainer/cpu")
     assert (trainer["accelerator"], trainer["precision"]) == ("cpu", "32-true")

@@ -346,11 +346,6 @@ def test_what_needs_images_in_memory_is_refused_before_training_on_a_stream(tmp_
             trainer().test(model, data)
 
 
-def test_another_precision_than_single_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.precision: expected 32-true"):
-        trainer(precision="64-true").fit(module(), digits())
-
-
 def test_a_network_without_features_is_refused_for_distribution_matching():
     network = functools.partial(nn.Linear, 8, 10)
     with pytest.raises(UserError, match="network: expected one with forward_features"):
