@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-slow lint format bench clean
+.PHONY: help demo venv test test-slow lint format bench gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,7 @@ METHOD ?=
 PUBLISH ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
+ARGS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -55,6 +56,10 @@ format: venv ## mend what ruff can mend
 
 bench: venv ## speed and memory of every method, or of METHOD=classifier, into runs/results; PUBLISH=1: into docs/results
 	$(BIN)/leanlight benchmark $(METHOD) $(if $(PUBLISH),--publish)
+
+# With PYTHON= it takes that interpreter as it is, without .venv and without anything installed of the project.
+gpu: $(if $(PYTHON),,venv) ## check on a GPU, in under ten minutes, what the suite promises there, into docs/results/*/gpu.json; ARGS="--only dsqn"
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON),$(BIN)/python) -m leanlight.benchmarks.gpu $(ARGS)
 
 clean: ## remove .venv, caches and the demo's page; runs and data stay
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,12 +8,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from leanlight.benchmarks.core import Measurement, Target, peak_memory_mb, summarise
+from leanlight.benchmarks.core import Measurement, PaperStep, Target, peak_memory_mb, summarise
+from leanlight.benchmarks.gpu.checks import Check, Found, near
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine, Unrolled
 from lit_modules.at_bptt.lowrank import LowRankHessian
 from lit_modules.at_bptt.reference import ReferenceWindow
@@ -120,6 +124,33 @@ def _measure_cell(setting: dict[str, Any]) -> dict[str, Any]:
         report["refresh"] = [max(0.0, first - statistics.median(report["seconds"]))]
     report["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory_mb() - start
     return report
+
+
+def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:
+    """A window of 40 inner steps at CIFAR's shapes, 1,000 real images, exact adjoint and unrolled."""
+
+    width, size, real, length = (4, 8, 10, 2) if quick else (128, 32, 1000, 40)
+
+    def make(engine: GradientEngine) -> PaperStep:
+        window = ReferenceWindow(width, size, real, length, where)
+        return PaperStep(lambda: window.gradient(engine), real, mixed=False)
+
+    return {"adjoint": partial(make, Adjoint()), "unrolled": partial(make, Unrolled())}
+
+
+def gpu_checks(folder: Path, where: str) -> Iterator[Check]:
+    """What only this method promises on a GPU."""
+    what = "the adjoint's meta-gradient: that of the unrolled engine within 1e-4, without TF32"
+    yield Check("at_bptt", "adjoint", what, partial(adjoint_against_unrolled, where))
+
+
+def adjoint_against_unrolled(where: str, width: int = 128, size: int = 32, real: int = 1000, window: int = 20) -> Found:
+    """Relative distance of both engines' gradients in float32."""
+    gradients = [
+        ReferenceWindow(width, size, real, window, where).gradient(engine) for engine in (Unrolled(), Adjoint())
+    ]
+    unrolled, adjoint = gradients
+    return near(((adjoint - unrolled).norm() / unrolled.norm()).item(), 0.0, 1e-4)
 
 
 if __name__ == "__main__":

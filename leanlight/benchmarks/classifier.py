@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 import yaml
 from rich.console import Console
 from torch import Tensor, nn
@@ -26,13 +27,21 @@ from torch import Tensor, nn
 from callbacks import ExactResume
 from datamodules import ImageDataModule
 from leanlight import runs
-from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import (
+    Measurement,
+    PaperStep,
+    Target,
+    interleave,
+    network_step,
+    ratios,
+    summarise,
+)
 from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import ImageBatch, atomic_write
 from leanlight.ops.augment import AUGMENTATIONS, Augmentation
 from lit_modules.classifier import ImageClassifier
 from lit_modules.classifier.reference import BareClassifierStep
-from lit_modules.nn import ConvNet, SpikingConvNet
+from lit_modules.nn import ConvNet, ResNet18, SpikingConvNet
 
 _STEP_S = 0.025  # the bound on time outside the step holds for steps of 20 ms and more; this leaves room for noise
 _WARMUP = 10
@@ -371,3 +380,24 @@ def compiled_step(
     close = torch.allclose(logits, plain, rtol=1e-3, atol=1e-3)
     measured.checks[f"{name}: the compiled network gives the plain one's logits"] = close
     return functools.partial(step, batch)
+
+
+# -- on a GPU
+
+
+def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:
+    """ResNet-18 on CIFAR's shapes as in `classifier/cifar10`, and the spiking network of the switches."""
+
+    batch = 2 if quick else 128
+
+    def make(network: Callable[[], nn.Module], shape: tuple[int, int, int]) -> PaperStep:
+        torch.manual_seed(0)
+        built = network().to(where)
+        image, label = torch.rand(batch, *shape, device=where), torch.arange(batch, device=where) % 10
+        return network_step(built, lambda: F.cross_entropy(built(image), label), batch)
+
+    spiking = functools.partial(SpikingConvNet, 1, 10, image_size=28, width=32, depth=3, time_steps=4)
+    return {
+        "resnet18": functools.partial(make, functools.partial(ResNet18, 3, 10), (3, 32, 32)),
+        "spiking": functools.partial(make, spiking, (1, 28, 28)),
+    }

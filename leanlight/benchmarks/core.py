@@ -78,6 +78,50 @@ class Measurement:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PaperStep:
+    """A training step at the paper's shapes.
+
+    A method's benchmark offers them by ``paper_steps(device, quick) -> {name: function that makes one}``; `make gpu`
+    times each.
+
+    Args:
+        run: one step: forward, backward, optimiser.
+        samples: of a step.
+        compile: lets the compiler take the step over, from its next run on; None where nothing is compiled.
+        mixed: whether the method allows bf16-mixed.
+    """
+
+    run: Callable[[], object]
+    samples: int
+    compile: Callable[[], object] | None = None
+    mixed: bool = True
+
+
+def network_step(network: Any, loss: Callable[[], Any], samples: int) -> PaperStep:
+    """The usual step of one network, with SGD.
+
+    Args:
+        network: on its device.
+        loss: of a batch, by a forward pass of the network.
+        samples: of the batch.
+    """
+    import torch
+
+    optimizer = torch.optim.SGD(network.train().parameters(), lr=0.01)
+    now = [loss]
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        now[0]().backward()
+        optimizer.step()
+
+    def compile_loss() -> None:
+        now[0] = torch.compile(loss)
+
+    return PaperStep(run, samples, compile_loss)
+
+
 def summarise(samples: Sequence[float], unit: str, better: Better | None = "lower") -> Figure:
     """Median and quartiles of repeated measurements.
 

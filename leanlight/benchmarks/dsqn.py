@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from datamodules import GameDataModule
 from datamodules.games.atari import make_atari
 from datamodules.games.play import Exploration, TrainingGame, TrainingGames, open_memory
-from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import Measurement, PaperStep, Target, interleave, ratios, summarise
+from leanlight.benchmarks.gpu.checks import Check, Found, near
+from leanlight.benchmarks.gpu.training import Runs, run_here
 from lit_modules.dsqn import DQN, DSQN, DeepQLearning
 from lit_modules.dsqn.reference import StepByStep
 
@@ -192,3 +194,38 @@ def measure_training(
             trainer.fit(DeepQLearning(make), datamodule=data)
         frames = [16 / s for s in watch.seconds[2:]]
         measured.figures[f"end_to_end/{name}"] = summarise(frames, "frames/s", "higher")
+
+
+def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:
+    """An update of DSQN at T = 64 and of DQN with 32 transitions of 84x84 pixels."""
+
+    batch = 2 if quick else 32
+
+    def make(network: Callable[[], nn.Module]) -> PaperStep:
+        torch.manual_seed(0)
+        built = network().to(where)
+        state, target = torch.rand(batch, 4, 84, 84, device=where), torch.randn(batch, 4, device=where)
+        optimizer = torch.optim.Adam(built.parameters(), lr=1e-4)
+        return PaperStep(functools.partial(_update, built, optimizer, state, target), batch, built.compile)
+
+    spiking = functools.partial(DSQN, 4, time_steps=64)
+    return {"dsqn_T64": functools.partial(make, spiking), "dqn": functools.partial(make, functools.partial(DQN, 4))}
+
+
+def gpu_checks(folder: Path, where: str) -> Iterator[Check]:
+    """What only this method promises on a GPU."""
+    what = "a converted DQN plays on the GPU, with the score of the CPU within 0.3"
+    yield Check("dsqn", "converted", what, functools.partial(converted, folder, where))
+
+
+def converted(folder: Path, where: str) -> Found:
+    """Train a DQN where it is to be converted; test the spiking network there and on the CPU."""
+    dqn = Runs(["dsqn/catch_small__dqn"], folder / "dqn", where, epochs=4).on_device()
+    converted = Runs(["dsqn/catch_small__converted"], folder / "converted", where)
+    short = [f"--model.init_args.source_checkpoint={dqn.folder / 'checkpoints' / 'last.ckpt'}"]
+    short += ["--model.init_args.states=500", "--data.init_args.test_episodes=100"]
+    scores = []
+    for device in ("cpu", where):
+        options = ["test", "--config", *converted.config, *converted.options(device, device), *short]
+        scores.append(run_here(options).metrics["test/score"])
+    return near(scores[1], scores[0], 0.3)

@@ -19,7 +19,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from datamodules import ImageDataModule
-from leanlight.benchmarks.core import Measurement, Target, interleave, peak_memory_mb, ratios, summarise
+from leanlight.benchmarks.core import (
+    Measurement,
+    PaperStep,
+    Target,
+    interleave,
+    network_step,
+    peak_memory_mb,
+    ratios,
+    summarise,
+)
 from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import ImageBatch
 from lit_modules.esvae import ESVAE, FSVAE, ImageAutoencoder
@@ -229,6 +238,26 @@ class BareAutoencoderStep:
         """One step on images in [0, 1]."""
         step(self.network, batch.image)
         self.optimizer.step()
+
+
+def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:
+    """A step of ESVAE and FSVAE at the paper's shapes: T = 16, 250 images of 32x32."""
+
+    batch = 2 if quick else 250
+
+    def make(kind: type[ESVAE] | type[FSVAE]) -> PaperStep:
+        network = _make(kind, 32, 16).to(where)
+        image = torch.rand(batch, *network.image_shape, device=where)
+
+        def loss() -> Tensor:
+            # The whole step through `forward`'s parts, as `step` takes it.
+            signed = to_signed(image)
+            code = network.encode(signed)
+            return (network.decode(code.z) - signed).square().mean() + 1e-3 * code.divergence
+
+        return network_step(network, loss, batch)
+
+    return {"esvae": functools.partial(make, ESVAE), "fsvae": functools.partial(make, FSVAE)}
 
 
 if __name__ == "__main__":

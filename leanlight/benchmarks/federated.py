@@ -11,13 +11,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from callbacks import FederatedRounds
 from datamodules import IID, FederatedDataModule
-from leanlight.benchmarks.core import Measurement, Target, ratios, summarise
+from leanlight.benchmarks.core import Measurement, PaperStep, Target, network_step, ratios, summarise
 from lit_modules.federated import FederatedClassifier, LocalTraining, RandomClients
 from lit_modules.federated.reference import plain_round
 from lit_modules.nn import MLP, ConvNet
+from lit_modules.sfedca import SpikingCNN
 
 _LR, _BATCH, _EPOCHS, _SEED = 0.1, 16, 5, 0
 
@@ -125,3 +127,19 @@ def run(quick: bool = False) -> Measurement:
             Target(f"{name}/batched_speedup", 2.0, f"{name}: batched at least twice as fast as one by one"),
         ]
     return measured
+
+
+def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:
+    """A client's local step of `sfedca/cifar10`: T = 12, 128 images."""
+
+    batch = 2 if quick else 128
+
+    def make() -> PaperStep:
+        torch.manual_seed(0)
+        layers: dict[str, Any] = {"channels": (64, 192, 384, 256, 256), "strides": (2, 1, 1, 1, 1)}
+        layers |= {"pools": (True, True, False, False, True), "hidden": (4096, 4096), "spiking_output": False}
+        network = SpikingCNN(3, 10, **layers, time_steps=12, image_size=32).to(where)
+        image, label = torch.rand(batch, 3, 32, 32, device=where), torch.arange(batch, device=where) % 10
+        return network_step(network, lambda: cross_entropy(network(image), label), batch)
+
+    return {"spiking_cnn_T12": make}

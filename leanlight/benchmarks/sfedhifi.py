@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import Measurement, PaperStep, Target, interleave, network_step, ratios, summarise
 from lit_modules.sfedhifi import DecomConv, FactorisedSpikingCNN, FactorisedSpikingResNet18
 from lit_modules.sfedhifi.decomposition import factorised_layers, fold_network
 from lit_modules.sfedhifi.losses import tet_loss
@@ -100,3 +101,17 @@ def run(quick: bool = False) -> Measurement:
         (seconds,) = interleave({"training": training_step(cnn, gray, label)}, rounds).values()
         measured.figures[f"four_layers_p{width}/training"] = summarise([1000 * s for s in seconds], "ms")
     return measured
+
+
+def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:
+    """A client's local step of `sfedhifi/cifar10`, smallest and largest width: T = 10, 32 images."""
+
+    batch = 2 if quick else 32
+
+    def make(width: float) -> PaperStep:
+        torch.manual_seed(0)
+        network = FactorisedSpikingResNet18(width, time_steps=10).to(where)
+        image, label = torch.rand(batch, 3, 32, 32, device=where), torch.arange(batch, device=where) % 10
+        return network_step(network, lambda: tet_loss(network.forward_steps(image), label), batch)
+
+    return {f"resnet18_p{width}": partial(make, width) for width in (WIDTHS[0], WIDTHS[-1])}

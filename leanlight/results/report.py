@@ -28,17 +28,18 @@ _CAPTIONS = {
     "_profile": "Performance profile over tasks and seeds",
     "_curves": "Learning curves, means over seeds",
 }
+_NO_TABLES = ("benchmark.json", "gpu.json")
 _PICTURES_A_ROW = 6
 _PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
 
 
 def find_documents(*folders: Path) -> list[Path]:
-    """Every results JSON under `folders`, benchmarks left out; of one table the last folder's. UserError for none."""
+    """Every table's results JSON under `folders`; of one table the last folder's. UserError for none."""
     paths = {
         path.relative_to(folder): path
         for folder in folders
         for path in sorted(folder.glob("*/*.json"))
-        if path.name != "benchmark.json"
+        if path.name not in _NO_TABLES
     }
     if not paths:
         where = " or ".join(map(str, folders))
