@@ -12,8 +12,8 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from leanlight.benchmarks.core import interleave, summarise
-from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, at_least
-from lit_modules.nn import integrate_and_fire, lif, neurons, reset
+from leanlight.benchmarks.gpu.checks import Check, Found, at_least
+from lit_modules.nn import integrate_and_fire, lif, reset, scan
 
 _SURROGATES = ("rect", "rect_zero", "atan", "sigmoid")
 _MARGIN = 2e-3  # potentials nearer than this to a point where a spike or a slope jumps are left out
@@ -27,9 +27,9 @@ def checks(device: str = "cuda") -> Iterator[Check]:
         "lif_decay_input": partial(lif, decay_input=True),
         "if": integrate_and_fire,
     }
-    for (kind, make), surrogate, detach in product(kinds.items(), _SURROGATES, (False, True)):
-        build = partial(make, surrogate_gradient=surrogate, detach_reset=detach)
-        name = f"scan/{kind}/{surrogate}/{'reset_detached' if detach else 'reset'}"
+    for (kind, make), surrogate, soft, detach in product(kinds.items(), _SURROGATES, (False, True), (False, True)):
+        build = partial(_neuron, make, soft, surrogate_gradient=surrogate, detach_reset=detach)
+        name = f"scan/{kind}/{surrogate}/{'soft' if soft else 'hard'}_reset{'_detached' if detach else ''}"
         what = "fused neuron: spikes of the CPU, gradients within 1e-5 of the largest"
         yield Check("nn", name, what, partial(against_cpu, build, device))
     for layout in ("channels_last", "one_view", "from_a_potential"):
@@ -41,6 +41,13 @@ def checks(device: str = "cuda") -> Iterator[Check]:
     for surrogate in ("rect", "atan"):
         what = f"kernels of the scan ({surrogate}): no slower than the loop, T = 64, 131,072 neurons, both ways"
         yield Check("nn", f"kernel/{surrogate}", what, partial(kernel_time, surrogate, device), alone=True)
+
+
+def _neuron(make: Callable[..., Any], soft: bool, **constants: Any) -> Any:
+    node = make(**constants)
+    if soft:
+        node.v_reset = None
+    return node
 
 
 def separated_currents(node: Any, layout: str = "") -> Tensor:
@@ -62,7 +69,7 @@ def separated_currents(node: Any, layout: str = "") -> Tensor:
         h = keep * potential + enter * x
         for jump in (node.v_threshold, node.v_threshold - 0.5, node.v_threshold + 0.5, -0.5, 0.5):
             near |= (h - jump).abs() < _MARGIN
-        potential = torch.where(h >= node.v_threshold, 0.0, h)
+        potential = torch.where(h >= node.v_threshold, h - node.v_threshold if node.v_reset is None else 0.0, h)
     kept = current[:, ~near].float()
     return kept[:, : len(kept[0]) // 64 * 64]
 
@@ -100,7 +107,12 @@ def _spikes_and_gradient(node: nn.Module, current: Tensor, weight: Tensor, devic
 
 def plain(node: Any) -> Any:
     """Spikingjelly's own neuron with the constants of a fused one."""
-    constants = {"v_threshold": node.v_threshold, "v_reset": 0.0, "detach_reset": node.detach_reset, "step_mode": "m"}
+    constants = {
+        "v_threshold": node.v_threshold,
+        "v_reset": node.v_reset,
+        "detach_reset": node.detach_reset,
+        "step_mode": "m",
+    }
     constants["surrogate_function"] = node.surrogate_function
     if isinstance(node, neuron.LIFNode):
         return neuron.LIFNode(tau=node.tau, decay_input=node.decay_input, **constants)
@@ -129,18 +141,15 @@ def under_autocast(make: Callable[[], Any], device: str) -> Found:
     return Found(wrong, 0.0, "none; gradients 2**-7", wrong == 0 and error <= 2**-7 and typed, why, figures)
 
 
-def kernel_time(surrogate: Any, device: str, steps: int = 64, neurons_count: int = 2**17, rounds: int = 10) -> Found:
+def kernel_time(surrogate: Any, device: str, steps: int = 64, count: int = 2**17, rounds: int = 10) -> Found:
     """Forward and backward of the scan by its kernel and by the loop: microseconds and launched kernels."""
-    use_kernel = getattr(neurons, "use_kernel", None)
-    if use_kernel is None:
-        raise NotRun("lit_modules.nn.neurons has no use_kernel: the scan is a loop alone")
     node = lif(surrogate_gradient=surrogate).to(device)
-    x = torch.randn(steps, neurons_count, device=device).mul_(0.3).requires_grad_()
+    x = torch.randn(steps, count, device=device).mul_(0.3).requires_grad_()
     weight = torch.randn_like(x)
 
     def both_ways(kernel: bool) -> None:
         x.grad = None
-        with use_kernel(kernel):
+        with scan.use_kernel(kernel):
             reset(node)
             node(x).backward(weight)
 

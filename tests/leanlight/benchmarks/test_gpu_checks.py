@@ -143,6 +143,6 @@ def test_a_run_that_failed_fails_again_at_once(tmp_path):
 def test_all_checks_that_compare_pass_when_the_cpu_is_compared_with_itself(group, tmp_path):
     lines = [outcome(check) for check in checks(group, tmp_path, "cpu") if not check.alone]
     bad = {line["name"]: line["why"] for line in lines if line["verdict"] == "failed"}
-    bad = {name: why for name, why in bad.items() if "bf16" not in name and not name.startswith("autocast")}
+    bad = {name: why for name, why in bad.items() if "bf16" not in name}  # a CPU's bf16 is no promise of ours
     assert not bad
     assert sum(line["verdict"] == "passed" for line in lines) > len(lines) / 2
