@@ -27,6 +27,7 @@ from leanlight.contracts import (
     data_of,
     derived_seed,
     run_seed,
+    to_device,
 )
 
 
@@ -246,11 +247,12 @@ class FederatedRounds(Callback):
         data, scored, current = data_of(pl_module, FederatedData), self.selector.scored, self.round
         energy = 0.0
         if self.probe and data.val_split is not None:
-            image = data.val_split.images[: self.probe].to(pl_module.device).float() / 255
+            image = to_device(data.val_split.images[: self.probe], pl_module.device).float() / 255
             assert isinstance(pl_module, FederatedModule)
             energy = round_energy(current, scored, pl_module, image, data.client_sizes)
         values = self._costs.add(current, scored, data, energy)
-        named = {f"train/{name}": value for name, value in values.items()}
+        # As tensors on the CPU: numbers Lightning copies to the device, and waits for each.
+        named = {f"train/{name}": torch.tensor(float(value)) for name, value in values.items()}
         pl_module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
         self.history.append(
             {

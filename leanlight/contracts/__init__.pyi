@@ -1,5 +1,6 @@
 from .allows import Allows as Allows
 from .batch import Batch as Batch
+from .batch import to_device as to_device
 from .errors import DivergedError as DivergedError
 from .errors import MissingExtraError as MissingExtraError
 from .errors import UserError as UserError

@@ -9,6 +9,27 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+_TAKEN_AT_ONCE = 2**16  # bytes of a copy to a GPU for which CUDA never makes the host wait (its programming guide)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on `device`, without waiting for what an accelerator still has to do.
+
+    A blocking copy waits until all work queued before it has been done, and so may a non-blocking one from ordinary
+    memory, unless it is small. So larger tensors go through torch's cache of page-locked memory, which keeps a piece
+    until its copy has ended. Copies to the CPU block: their numbers are read right away.
+
+    Args:
+        x: a tensor on any device.
+        device: where to.
+    """
+    kind = torch.device(device).type
+    if x.device.type != "cpu" or kind in ("cpu", "mps"):  # on MPS non-blocking copies are not safe
+        return x.to(device)
+    if kind == "cuda" and x.numel() * x.element_size() > _TAKEN_AT_ONCE:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,9 +58,11 @@ class Batch:
     def _map(self, each: Callable[[Any], Any]) -> Self:
         return replace(self, **{field.name: each(getattr(self, field.name)) for field in fields(self)})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Move every tensor to `device`."""
-        return self._map(lambda value: _tensors(value, lambda x: x.to(device, non_blocking=non_blocking)))
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to `device`, as `to_device` does."""
+        return self._map(
+            lambda value: _tensors(value, lambda x: to_device(x, device) if isinstance(x, Tensor) else x.to(device))
+        )
 
     def pin_memory(self) -> Self:
         """Page-lock every tensor, for asynchronous copies to a GPU."""

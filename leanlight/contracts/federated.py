@@ -9,7 +9,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts.batch import Batch
+from leanlight.contracts.batch import Batch, to_device
 from leanlight.contracts.images import ImageBatch, InMemoryImages
 
 State = dict[str, Tensor]
@@ -85,8 +85,10 @@ class ClientUpdate:
 
     def to(self, device: torch.device | str) -> Self:
         """With all that was sent on `device`."""
-        state = {name: value.to(device) for name, value in self.state.items()}
-        return replace(self, state=state, extras={name: value.to(device) for name, value in self.extras.items()})
+        state = {name: to_device(value, device) for name, value in self.state.items()}
+        return replace(
+            self, state=state, extras={name: to_device(value, device) for name, value in self.extras.items()}
+        )
 
 
 class Selector:

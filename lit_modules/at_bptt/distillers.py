@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import MediaItem, NetworkFactory, UserError, isolated_rng
+from leanlight.contracts import MediaItem, NetworkFactory, UserError, isolated_rng, to_device
 from leanlight.ops.differentiable import find_augmentation, siamese_dsa
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine
 from lit_modules.at_bptt.inner import (
@@ -124,7 +124,7 @@ class FixedSet(Distiller):
 def fresh_network(make: NetworkFactory, seed: int, device: torch.device) -> nn.Module:
     """A network whose initialisation follows from `seed` alone, on any device."""
     with isolated_rng(seed):
-        return make().to(device)
+        return make()._apply(lambda value: to_device(value, device))  # `to` would wait for each tensor's copy
 
 
 @dataclass

@@ -85,7 +85,8 @@ class Processes(Protocol):
 class TrainedNetworks:
     """Networks trained on one or several sets, and how many images each of them labels right.
 
-    Training is spread over the processes; every process then has all networks and counts on its share of the images.
+    Training is spread over the processes, which work side by side; after `exchange` every process has all networks and
+    counts on its share of the images.
 
     Args:
         seeds: one a network; on every set the network of the same position starts the same.
@@ -96,24 +97,45 @@ class TrainedNetworks:
     def __init__(self, seeds: Sequence[int], device: torch.device, processes: Processes) -> None:
         self.seeds, self.device, self.processes = seeds, device, processes
         self._networks: dict[str, list[list[nn.Module]]] = {}  # set → number of epochs → networks
+        self._mine: dict[int, list[nn.Module]] = {}  # number of a network over all sets → its copies
+        self._sets: dict[str, range] = {}  # set → numbers of its networks
         self._right: dict[str, Tensor] = {}  # set → (numbers of epochs, networks)
         self._images = 0
 
     def train(
         self, name: str, data: LabelledImages, factory: NetworkFactory, recipe: Recipe, epochs: Sequence[int]
     ) -> None:
-        """Train a network a seed on `data` and keep them, as they are after each of `epochs`, under `name`."""
-        rank, world = self.processes.global_rank, self.processes.world_size
-        trained: list[list[nn.Module]] = []
-        for number, seed in enumerate(self.seeds):
-            trains_here = number % world == rank
-            copies = train_networks(data, factory, recipe, seed, epochs) if trains_here else []
-            if world > 1:
-                copies = self.processes.broadcast([copy.cpu() for copy in copies], src=number % world)
-                copies = [copy.to(self.device) for copy in copies]
-            trained.append(copies)
-        self._networks[name] = [list(group) for group in zip(*trained, strict=True)]
+        """Train a network a seed on `data`, this process its share, to be kept as they are after each of `epochs`.
+
+        Nothing is sent, so no process waits for another. Numbers go on over the sets, so that a set of one network
+        after the other is spread, too.
+
+        Args:
+            name: of the set.
+            data: see `train_networks`.
+            factory: see `train_networks`.
+            recipe: see `train_networks`.
+            epochs: see `train_networks`.
+        """
+        first = sum(map(len, self._sets.values()))
+        self._sets[name] = range(first, first + len(self.seeds))
+        for number, seed in zip(self._sets[name], self.seeds, strict=True):
+            if number % self.processes.world_size == self.processes.global_rank:
+                self._mine[number] = train_networks(data, factory, recipe, seed, epochs)
         self._right[name] = torch.zeros(len(epochs), len(self.seeds), device=self.device)
+
+    def exchange(self) -> None:
+        """Give every process all networks; to be called once, on all processes, when all sets have been trained on."""
+        trained = self._mine
+        if self.processes.world_size > 1:
+            sent = {number: [copy.cpu() for copy in copies] for number, copies in self._mine.items()}
+            trained = {}
+            for source in range(self.processes.world_size):
+                trained |= self.processes.broadcast(sent, src=source)
+        for name, numbers in self._sets.items():
+            groups = zip(*(trained[number] for number in numbers), strict=True)
+            self._networks[name] = [[network.to(self.device) for network in group] for group in groups]
+        self._mine = {}
 
     def count(self, image: Tensor, label: Tensor) -> None:
         """Let every network label preprocessed images (N, C, H, W) of classes (N,)."""

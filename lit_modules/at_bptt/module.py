@@ -42,6 +42,7 @@ from lit_modules.history import History
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier
 from lit_modules.selection import random_subset
+from lit_modules.step_log import log_step
 
 
 class DatasetDistillation(LightningModule):
@@ -233,8 +234,7 @@ class DatasetDistillation(LightningModule):
         self._epoch_sums += torch.stack([accuracy, torch.ones_like(accuracy)])
         self._terms = {"outer_loss": loss, "gradient_norm": norm}
         values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm, **self.distiller.metrics()}
-        values = {f"train/{name}": value for name, value in values.items()}
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(batch))
+        log_step(self, {f"train/{name}": value for name, value in values.items()}, len(batch))
 
     def _mean_step(self, batch: ImageBatch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Gradients of images and labels, loss and accuracy, averaged over inner runs and processes."""
@@ -279,6 +279,7 @@ class DatasetDistillation(LightningModule):
         if not self.trainer.sanity_checking:
             data = self.images.detach(), self.labels.detach()
             trained.train("set", data, self.make_network, evaluation.full_recipe, evaluation.epochs)
+            trained.exchange()
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self._count(batch)
@@ -313,6 +314,7 @@ class DatasetDistillation(LightningModule):
             real, recipe = self._real_images(), self.full_recipe
             data = self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
             trained.train("full", data, self.make_network, recipe, [recipe.epochs])
+        trained.exchange()
 
     def _random_set(self) -> LabelledImages:
         """As many random real images, under hard labels."""

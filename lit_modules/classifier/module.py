@@ -31,6 +31,7 @@ from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier
 from lit_modules.optim import configure
+from lit_modules.step_log import log_step
 
 
 class ImageClassifier(LightningModule):
@@ -147,8 +148,7 @@ class ImageClassifier(LightningModule):
         if batch_idx == 0:
             self._train_images = batch.image[: pictures.SHOWN].detach().clone()
         right = (logits.detach().argmax(1) == class_index(batch.label)).float().mean()
-        values = {"train/loss": loss, "train/accuracy": right}
-        self.log_dict(values, on_step=True, on_epoch=False, sync_dist=True, batch_size=len(batch))
+        log_step(self, {"train/loss": loss, "train/accuracy": right}, len(batch), over_processes=True)
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import NetworkFactory, UserError, isolated_rng
+from leanlight.contracts import NetworkFactory, UserError, isolated_rng, to_device
 from leanlight.ops.differentiable import find_augmentation
 from lit_modules.classifier.losses import class_index
 
@@ -89,8 +89,7 @@ def train(
     network.train()
     for epoch in range(1, recipe.epochs + 1):
         # The order is drawn on the CPU so that it does not depend on the device.
-        for index in torch.randperm(len(images)).split(recipe.batch_size):
-            index = index.to(images.device)
+        for index in to_device(torch.randperm(len(images)), images.device).split(recipe.batch_size):
             image = _as_float(images[index])
             logits = network(augment(image, None) if augment else image)
             loss = F.cross_entropy(logits, labels[index], label_smoothing=recipe.label_smoothing)
@@ -143,8 +142,8 @@ def train_and_score(
         device: where to train.
         on_scored: called with (seed, accuracy) after each network, for a progress bar.
     """
-    data = (data[0].to(device), data[1].to(device))
-    test_data = (test_data[0].to(device), test_data[1].to(device))
+    data = (to_device(data[0], device), to_device(data[1], device))
+    test_data = (to_device(test_data[0], device), to_device(test_data[1], device))
     scores = []
     for seed in seeds:
         # A callback may call this from a validation hook, where Lightning has gradients and version counting off.

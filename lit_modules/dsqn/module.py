@@ -46,6 +46,7 @@ from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import first_line
+from lit_modules.step_log import log_step
 
 QNetworkFactory = Callable[[int], nn.Module]  # number of actions → network from states in [0, 1] to values
 
@@ -227,7 +228,7 @@ class DeepQLearning(GameAgent):
         values["train/epsilon"] = self.games.epsilon
         if (score := self.games.recent_score) is not None:
             values["train/score"] = score
-        self.log_dict(values, batch_size=len(batch))
+        log_step(self, values, len(batch))
         return loss
 
     def _loss(self, batch: Transition, value: Tensor) -> Tensor:

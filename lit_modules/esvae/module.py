@@ -38,6 +38,7 @@ from lit_modules.esvae.networks import ESVAE, Autoencoder, Code, to_signed, to_u
 from lit_modules.esvae.pictures import noise_curve, pairs, pictures
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
+from lit_modules.step_log import log_step
 
 _PIPELINE = "leanlight run esvae/pipelines/fashion_mnist_small trains one first"
 
@@ -167,7 +168,7 @@ class ImageAutoencoder(LightningModule):
         loss = mse + self.weight() * code.divergence
         self._terms = {"mse": mse.detach(), "divergence": code.divergence.detach()}
         values = {"train/loss": loss, "train/mse": mse, "train/divergence": code.divergence}
-        self.log_dict(values, sync_dist=True, batch_size=len(batch))
+        log_step(self, values, len(batch), over_processes=True)
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:

@@ -10,7 +10,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from leanlight.contracts import ImageBatch, UserError
+from leanlight.contracts import ImageBatch, UserError, to_device
 from leanlight.contracts.federated import State
 from lit_modules.federated.local import LocalObjective, LocalTraining
 
@@ -58,7 +58,8 @@ def train_clients(
     start = [network.get_parameter(name).detach() for name in names]
     stacked = [value.expand(clients, *value.shape).clone() for value in start]
     gaps = [torch.stack(parts) for parts in zip(*controls, strict=True)] if controls[0] else []
-    index, weight = _plan(data, local, generators, works, device)
+    index, weight = _plan(data, local, generators, works)
+    passes, steps = weight.sum((0, 2)).tolist(), (weight.sum(2) > 0).sum(0).tolist()
     longest = max(map(len, data))
     images = torch.stack([F.pad(d.image, (0, 0, 0, 0, 0, 0, 0, longest - len(d))) for d in data])
     labels = torch.stack([F.pad(d.label, (0, longest - len(d))) for d in data])
@@ -71,7 +72,8 @@ def train_clients(
     rows = torch.arange(clients, device=device).unsqueeze(1)
     totals = torch.zeros(clients, device=device)
     network.train()
-    for chosen, used in zip(index, weight, strict=True):  # (clients, batch_size) each
+    # (clients, batch_size) each
+    for chosen, used in zip(to_device(index, device), to_device(weight, device), strict=True):
         counts = used.sum(1)
         share = used / counts.clamp(min=1).unsqueeze(1)
         gradients, losses = step(stacked, images[rows, chosen], labels[rows, chosen], share)
@@ -81,10 +83,8 @@ def train_clients(
         for value, gradient in zip(stacked, gradients, strict=True):
             value.addcmul_(gradient, rate.view(-1, *[1] * (value.ndim - 1)), value=-1)
         totals += losses * counts
-    passes, steps = weight.sum((0, 2)), (weight.sum(2) > 0).sum(0)
     reports = [
-        (int(made), int(seen), total / max(float(seen), 1.0))
-        for made, seen, total in zip(steps, passes, totals, strict=True)
+        (made, int(seen), total / max(seen, 1.0)) for made, seen, total in zip(steps, passes, totals, strict=True)
     ]
     trained = dict(zip(names, stacked, strict=True))
     states = [
@@ -114,9 +114,11 @@ def _plan(
     local: LocalTraining,
     generators: Sequence[torch.Generator],
     works: Sequence[float],
-    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Positions (steps, clients, batch_size) that each client takes in each step, and 1 where they count, else 0."""
+    """Positions (steps, clients, batch_size) that each client takes in each step, and 1 where they count, else 0.
+
+    Both on the CPU.
+    """
     plans = [
         list(local.batches(len(part), generator, work))
         for part, generator, work in zip(data, generators, works, strict=True)
@@ -127,4 +129,4 @@ def _plan(
         for number, batch in enumerate(batches):
             index[number, client, : len(batch)] = batch
             weight[number, client, : len(batch)] = 1.0
-    return index.to(device), weight.to(device)
+    return index, weight

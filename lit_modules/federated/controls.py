@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from leanlight.contracts import ClientUpdate
+from leanlight.contracts import ClientUpdate, to_device
 from leanlight.contracts.federated import State
 
 Named = Iterable[tuple[str, Tensor]]
@@ -27,8 +27,8 @@ class ControlVariates:
         """``c - c_k`` for each of the global network's `parameters` (name, value), on their device."""
         known, gap = self.clients.get(client, {}), []
         for name, parameter in parameters:
-            server = self.server.setdefault(name, torch.zeros_like(parameter)).to(parameter.device)
-            gap.append(server - known[name].to(parameter.device) if name in known else server.clone())
+            server = to_device(self.server.setdefault(name, torch.zeros_like(parameter)), parameter.device)
+            gap.append(server - to_device(known[name], parameter.device) if name in known else server.clone())
         return gap
 
     def change(self, start: Named, trained: Mapping[str, Tensor], steps: int, lr: float) -> State:
@@ -42,7 +42,7 @@ class ControlVariates:
         """
         factor = 1.0 / (max(steps, 1) * lr)
         return {
-            name: ((value.detach() - trained[name]) * factor) - self.server[name].to(value.device)
+            name: ((value.detach() - trained[name]) * factor) - to_device(self.server[name], value.device)
             for name, value in start
         }
 

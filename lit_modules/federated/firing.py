@@ -62,7 +62,11 @@ def measure(
         network.train(was_training)
     of_class = torch.zeros(num_classes, device=loss.device).index_add_(0, data.label, torch.cat(samples))
     counts = data.label.bincount(minlength=num_classes)
-    return Measurement(float(loss) / len(data), torch.stack(rates).sum(0).cpu(), (of_class / counts.clamp(min=1)).cpu())
+    of_layer = torch.stack(rates).sum(0)
+    # In one piece, so that a device is waited for once.
+    found_all = torch.cat([loss.view(1), of_layer.flatten(), of_class / counts.clamp(min=1)]).cpu()
+    total, of_layer_flat, by_class = found_all.split([1, of_layer.numel(), num_classes])
+    return Measurement(total.item() / len(data), of_layer_flat.view_as(of_layer).clone(), by_class.clone())
 
 
 def _record(seen: dict[str, Tensor], name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import ClientUpdate, ImageBatch, Measurement, UserError
+from leanlight.contracts import ClientUpdate, ImageBatch, Measurement, UserError, to_device
 from leanlight.contracts.federated import State
 from leanlight.ops.differentiable import find_augmentation
 
@@ -139,10 +139,11 @@ def train_client(
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in parameters]
     losses: list[Tensor] = []
-    counts: list[int] = []
+    order = list(local.batches(len(data), generator, work))
+    counts = [len(index) for index in order]
     network.train()
-    for index in local.batches(len(data), generator, work):
-        index = index.to(data.image.device)
+    # One copy for all steps: each would hold up a GPU.
+    for index in to_device(torch.cat(order), data.image.device).split(counts) if order else ():
         image, label = data.image[index], data.label[index]
         loss = loss_of(network, augment(image, None) if augment else image, label)
         optimizer.zero_grad(set_to_none=True)
@@ -150,8 +151,7 @@ def train_client(
         objective.correct(parameters, start, control)
         optimizer.step()
         losses.append(loss.detach())
-        counts.append(len(index))
-    weights = torch.tensor(counts, dtype=torch.float32, device=data.image.device)
+    weights = to_device(torch.tensor(counts, dtype=torch.float32), data.image.device)
     mean = (torch.stack(losses) * weights).sum() / weights.sum() if losses else weights.sum()
     return len(losses), sum(counts), mean
 
@@ -179,22 +179,24 @@ def make_update(
         after: measurement with its own weights, where it was asked for.
     """
     steps, passes, loss = trained
-    # One number on the device for all tensors, so that it is waited for once.
     finite = torch.stack([value.isfinite().all() for value in [loss, *state.values()]]).all()
     moves = torch._foreach_sub([state[name] for name in start], [value.detach() for value in start.values()])
+    distance = torch.stack(torch._foreach_norm(moves)).norm()
+    # All that is to be known here in one row, so that a device is waited for once a client.
+    mean_loss, moved, is_finite = torch.stack([loss, distance, finite.to(loss.dtype)]).tolist()
     traffic = sum(value.numel() * value.element_size() for value in [*state.values(), *extras.values()])
     return ClientUpdate(
         client=client,
         items=items,
         steps=steps,
-        loss=float(loss),
+        loss=mean_loss,
         passes=passes,
         state=state,
-        distance=float(torch.stack(torch._foreach_norm(moves)).norm()),
+        distance=moved,
         extras=extras,
         before=before,
         after=after,
         received_bytes=traffic,
         sent_bytes=traffic,
-        finite=bool(finite),
+        finite=bool(is_finite),
     )

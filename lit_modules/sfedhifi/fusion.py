@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leanlight.contracts import ClientUpdate, UserError
+from leanlight.contracts import ClientUpdate, UserError, to_device
 from leanlight.contracts.federated import State
 from lit_modules.federated.aggregation import FedAvg, Weighting, client_weights, weighted_mean
 
@@ -197,7 +197,7 @@ def fuse_factors(
         new = (left * mean) @ right.T
         if residual == "keep":
             new = new + factor.detach().cpu().double().flatten(1) - (left * values) @ right.T
-        fused.append(new.view(factor.shape).to(factor))
+        fused.append(to_device(new.view(factor.shape).to(factor.dtype), factor.device))
     return fused
 
 

@@ -43,9 +43,9 @@ def masked_cross_entropy(logits: Tensor, label: Tensor, classes: Tensor) -> Tens
 
 def orthogonality(bases: Iterable[Tensor]) -> Tensor:
     """``Σ_b mean((B_b B_bᵀ - I)²)``, B_b a basis (a2, a1, k, k) as a matrix (a2, a1·k²); 0 for orthonormal rows."""
-    total = torch.zeros(())
+    terms: list[Tensor] = []
     for basis in bases:
         rows = basis.flatten(1)
         identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        total = total.to(rows) + (rows @ rows.T - identity).square().mean()
-    return total
+        terms.append((rows @ rows.T - identity).square().mean())
+    return sum(terms[1:], terms[0]) if terms else torch.zeros(())

@@ -21,6 +21,7 @@ from leanlight.contracts import (
     Split,
     UserError,
     data_of,
+    to_device,
 )
 from leanlight.contracts.federated import State
 from lit_modules.classifier.losses import class_index
@@ -41,6 +42,7 @@ from lit_modules.sfedhifi.widths import (
     measure_rates,
     percent,
 )
+from lit_modules.step_log import on_host
 
 
 class Widths(nn.Module):
@@ -229,7 +231,7 @@ class WidthFederation(FederatedClassifier):
         for update in updates:
             self._traffic[percent(self.width_of[update.client])] += update.sent_bytes / 1e6
         sent = {f"train/uplink_mb_at_{width}": self._traffic[percent(width)] for width in self.widths}
-        self.log_dict(sent, on_step=False, on_epoch=True, batch_size=1)
+        self.log_dict(on_host(sent), on_step=False, on_epoch=True, batch_size=1)
 
     def _informative_layers(self) -> list[str]:
         """Layers to fuse, by the firing rates of the weights that the clients received, on held-out images."""
@@ -243,7 +245,7 @@ class WidthFederation(FederatedClassifier):
         split = data_of(self, FederatedData).val_split
         if split is None:
             raise UserError("layer: votes need validation images; set the data's val_fraction")
-        images = split.images[: self.vote_images].to(self.device).float() / 255
+        images = to_device(split.images[: self.vote_images], self.device).float() / 255
         measured = {width: measure_rates(model, images.split(self.vote_batch)) for width, model in self.models.items()}
         self._profiles = {percent(width): rates.profile() for width, rates in measured.items()}
         return measured

@@ -102,15 +102,13 @@ def measure_rates(network: nn.Module, batches: Iterable[Tensor]) -> InputRates:
     """
     layers = factorised_layers(network)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    binary: dict[str, bool] = {}
 
     def watch(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             (x,) = inputs
-            if name not in binary:
-                binary[name] = bool(((x == 0) | (x == 1)).all())
-            if binary[name]:
-                seen[name].append(x.sum(dtype=torch.float64) / x.numel())
+            if not seen[name]:
+                seen[name].append(((x == 0) | (x == 1)).all().double())
+            seen[name].append(x.sum(dtype=torch.float64) / x.numel())
 
         return hook
 
@@ -125,10 +123,14 @@ def measure_rates(network: nn.Module, batches: Iterable[Tensor]) -> InputRates:
         network.train(was_training)
         for handle in handles:
             handle.remove()
-    compete = tuple(name for name in layers if seen[name])
-    if not compete:
+    found = [name for name in layers if seen[name]]
+    if not found:
         return InputRates((), torch.empty(0, 0, dtype=torch.float64))
-    return InputRates(compete, torch.stack([torch.stack(seen[name]) for name in compete], dim=1).cpu())
+    # One copy for all: whether a layer's first input was binary, and its rates below.
+    binary, *rates = torch.stack([torch.stack(seen[name]) for name in found], dim=1).cpu()
+    competes = binary.bool()
+    names = tuple(name for name, yes in zip(found, competes.tolist(), strict=True) if yes)
+    return InputRates(names, torch.stack(rates)[:, competes] if names else torch.empty(0, 0, dtype=torch.float64))
 
 
 # ---- the vote ----

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from datamodules import (
     DistilledDataModule,
@@ -27,6 +28,7 @@ from leanlight.contracts import (
     InMemoryImages,
     MethodData,
     Transition,
+    to_device,
 )
 
 
@@ -141,7 +143,7 @@ def test_moving_reaches_every_tensor_and_nothing_else():
     batch = questions().to("meta")
     assert {patches.device.type for patches in batch.patches} == {batch.index.device.type} == {"meta"}
     assert (batch.question, batch.answers) == (questions().question, questions().answers)
-    other = sessions().to(torch.device("meta"), non_blocking=True)
+    other = sessions().to(torch.device("meta"))
     moved = [*other.items, other.features["inner"]["dense"], other.target]
     assert {tensor.device.type for tensor in moved} == {"meta"}
     assert (other.longest, other.features["text"]) == (5, ("p", "q", "r"))
@@ -239,3 +241,39 @@ def test_data_modules_are_what_the_protocols_say_after_setup(pictures, tmp_path)
     assert isinstance(game, MethodData)
     assert not isinstance(game, (InMemoryImages, FederatedData))
     assert issubclass(DistilledDataModule, ImageDataModule)
+
+
+class Copies(TorchFunctionMode):
+    """Notes copies to a device that need not be there; tensors on `meta` stand for those of an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.copied = set(), []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.pin_memory:
+            self.pinned.add(id(args[0]))
+            return args[0]
+        if func is torch.Tensor.to:
+            self.copied.append((args[0].shape, str(args[1]), (kwargs or {}).get("non_blocking", False)))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def test_copies_to_a_gpu_do_not_block_and_large_ones_go_through_page_locked_memory():
+    frames, small = torch.zeros(32, 4, 84, 84, dtype=torch.uint8), torch.zeros(32)
+    batch = Transition(frames, small.long(), small, frames.clone(), small.bool(), small)
+    with Copies() as seen:
+        batch.to("cuda:0")
+    assert [(device, freely) for _, device, freely in seen.copied] == [("cuda:0", True)] * 6
+    assert seen.pinned == {id(batch.state), id(batch.next_state)}
+    with Copies() as seen:
+        ClientBatch(images(3), client=7, round_number=2).to(torch.device("cuda", 1))
+    assert [freely for *_, freely in seen.copied] == [True] * 3
+
+
+@pytest.mark.parametrize(("source", "target"), [("meta", "cpu"), ("cpu", "cpu"), ("cpu", "mps")])
+def test_copies_whose_numbers_are_read_right_away_block(source, target):
+    with Copies() as seen:
+        to_device(torch.zeros(2**20, device=source), target)
+    assert (seen.copied[-1][1:], seen.pinned) == ((target, False), set())

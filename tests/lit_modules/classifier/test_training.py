@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from waits import waits
 
 from leanlight.contracts import UserError
 from lit_modules.classifier import Recipe, accuracy, class_index, distillation_loss, train_and_score
+from lit_modules.classifier.training import train
 from lit_modules.nn import ConvNet, LinearClassifier
 
 make_convnet = functools.partial(ConvNet, 1, 10, width=16, depth=2, image_size=8)
@@ -148,3 +150,13 @@ def test_distillation_loss_is_the_scaled_divergence_of_softened_outputs():
 def test_class_index_takes_the_likeliest_class_of_soft_labels():
     assert class_index(torch.tensor([[0.2, 0.5, 0.3]])).tolist() == [1]
     assert class_index(torch.tensor([4])).tolist() == [4]
+
+
+def test_a_pass_copies_its_order_to_the_device_once():
+    data = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+
+    def passes(batch_size):
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        train(network, data, Recipe(epochs=2, batch_size=batch_size, optimizer="sgd"))
+
+    assert waits(passes, 4) == waits(passes, 40) == 2

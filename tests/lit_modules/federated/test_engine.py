@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import nn
+from waits import waits
 
 from callbacks import FederatedRounds
 from datamodules import ClassesPerClient, Dirichlet, FederatedDataModule
@@ -27,7 +28,9 @@ from lit_modules.federated import (
     RandomClients,
     Scaffold,
 )
-from lit_modules.federated.local import train_client
+from lit_modules.federated.batched import train_clients
+from lit_modules.federated.firing import measure
+from lit_modules.federated.local import make_update, train_client
 from lit_modules.hparams import rebuild
 from lit_modules.nn import MLP, ConvNet
 from lit_modules.sfedca import CreditSelection, SpikingCNN
@@ -503,3 +506,29 @@ def test_a_network_without_spikes_has_relu_activity_as_its_credit():
     module, _, server = federation(SMALL, CreditSelection(), rounds=1, server={"participants": 2, "candidates": 4})
     assert all(score > 0 for score in server.round.scores.values())
     assert isinstance(next(m for m in module.network.modules() if isinstance(m, nn.ReLU)), nn.ReLU)
+
+
+@pytest.mark.parametrize("objective", [LocalObjective(), FedProx(0.1)], ids=["plain", "fedprox"])
+def test_a_client_waits_for_a_device_no_more_often_the_longer_it_trains(objective):
+    def train(epochs):
+        network = SMALL()
+        sgd = torch.optim.SGD(network.parameters(), 0.1)
+        start = {name: value.detach().clone() for name, value in network.named_parameters()}
+        local = LocalTraining(epochs, batch_size=8)
+        trained = train_client(network, batch(40), local, sgd, objective, [], torch.Generator())
+        make_update(0, 40, trained, start, network.state_dict(), {}, None, None)
+
+    assert 1 <= waits(train, 1) == waits(train, 4) <= 3
+
+
+def test_clients_trained_together_wait_no_more_often_the_longer_they_train():
+    def train(epochs):
+        local, generators = LocalTraining(epochs, batch_size=8), [torch.Generator(), torch.Generator()]
+        parts = [batch(40), batch(24)]
+        train_clients(SMALL(), parts, local, 0.1, LocalObjective(), [[], []], generators, [1.0, 1.0])
+
+    assert waits(train, 1) == waits(train, 4)
+
+
+def test_a_measurement_reads_a_device_once():
+    assert waits(measure, SMALL(), batch(40), 10, 8) == waits(measure, SMALL(), batch(40), 10, 40)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from waits import waits
 
 from lit_modules.sfedhifi.decomposition import DecomConv, basis_keys
 from lit_modules.sfedhifi.losses import masked_cross_entropy, mean_output_loss, orthogonality, tet_loss
@@ -72,3 +73,7 @@ def test_masked_logits_count_as_zero_and_get_no_gradient():
     assert loss.item() == pytest.approx(
         sum(cross_entropy(row, int(k)) for row, k in zip(rows, label, strict=True)) / 4, rel=1e-5
     )
+
+
+def test_orthogonality_makes_nothing_on_another_device():
+    assert waits(orthogonality, [torch.rand(2, 3, 3, 3), torch.rand(4, 2, 3, 3)]) == 0
