@@ -100,7 +100,7 @@ class ImageClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the network against the data, make metrics for its classes, load the teacher."""
         meta = data_of(self, ImageData).meta
-        check_classifier(self.network, meta.shape, meta.num_classes, self.device)
+        check_classifier(self.network, meta.shape, meta.num_classes)
         self.evaluation.prepare(meta.shape, meta.classes)
         if stage == "fit":
             if self.distill_weight > 0:

@@ -45,7 +45,7 @@ from lit_modules.dsqn.pictures import noise_curves, pictures
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
-from lit_modules.nn.checks import first_line
+from lit_modules.nn.checks import device_of, first_line
 from lit_modules.step_log import log_step
 
 QNetworkFactory = Callable[[int], nn.Module]  # number of actions → network from states in [0, 1] to values
@@ -202,7 +202,7 @@ class DeepQLearning(GameAgent):
             self._build(len(self.actions))
         with isolated_rng(), torch.no_grad():
             try:
-                values = self.network(torch.zeros(1, *self.shape, device=next(self.network.parameters()).device))
+                values = self.network(torch.zeros(1, *self.shape, device=device_of(self.network)))
             except (RuntimeError, ValueError) as error:
                 raise UserError(
                     f"network.init_args: expected a network for states of shape {self.shape}, that is "

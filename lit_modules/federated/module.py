@@ -116,7 +116,7 @@ class FederatedClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         """Check network, data and what the trainer is asked to do; make metrics for the classes of the data."""
         meta = data_of(self, ImageData).meta
-        check_classifier(self.network, meta.shape, meta.num_classes, self.device)
+        check_classifier(self.network, meta.shape, meta.num_classes)
         self.evaluation.prepare(meta.shape, meta.classes)
         if stage == "fit":
             self._check_fit()

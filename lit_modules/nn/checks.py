@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -23,9 +25,12 @@ def pooled_size(image_size: int, halvings: int) -> int:
     return size
 
 
-def check_classifier(
-    network: nn.Module, image_shape: tuple[int, ...], num_classes: int, device: torch.device | str = "cpu"
-) -> None:
+def device_of(network: nn.Module) -> torch.device:
+    """Where the weights of a network lie; a LightningModule's ``device`` is ahead of them in `setup`."""
+    return next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
+
+
+def check_classifier(network: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:
     """Run a blank image of `image_shape` (C, H, W) through a classifier: a mismatch is one line before training.
 
     Leaves the network's mode and the random states as they were. Errors name the argument ``network``.
@@ -34,12 +39,11 @@ def check_classifier(
         network: the classifier.
         image_shape: (C, H, W) of the data's images.
         num_classes: number of the data's classes.
-        device: where the network is.
     """
     was_training = network.training
     with isolated_rng(), torch.no_grad():
         try:
-            logits = network.eval()(torch.zeros(1, *image_shape, device=device))
+            logits = network.eval()(torch.zeros(1, *image_shape, device=device_of(network)))
         except (RuntimeError, ValueError, AssertionError) as error:
             channels, size = image_shape[0], image_shape[-1]
             raise UserError(
