@@ -27,7 +27,7 @@ def derived_seed(*parts: object) -> int:
 
 
 def capture_rng() -> dict[str, Any]:
-    """Return the states of python, numpy (if loaded), torch and every CUDA device.
+    """Return the states of python, numpy (if loaded), torch and this process's CUDA device.
 
     Only tensors, numbers, strings and containers: a checkpoint that holds it loads with ``weights_only=True``.
     """
@@ -36,7 +36,7 @@ def capture_rng() -> dict[str, Any]:
         kind, keys, position, has_gauss, gauss = numpy.random.get_state()
         state["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss))
     if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -51,7 +51,10 @@ def restore_rng(state: dict[str, Any]) -> None:
         kind, keys, position, has_gauss, cached = state["numpy"]
         numpy.random.set_state((kind, keys.cpu().numpy().astype("uint32"), position, has_gauss, cached))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        saved = state["cuda"]
+        if isinstance(saved, list):  # of every GPU that was visible, as checkpoints of 0.1 have it
+            saved = saved[torch.cuda.current_device() % len(saved)]
+        torch.cuda.set_rng_state(saved.cpu())
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond to look for accelerators
             if torch.cuda.is_initialized():
-                torch.cuda.manual_seed_all(seed)
+                torch.cuda.manual_seed(seed)
             if (numpy := sys.modules.get("numpy")) is not None:
                 numpy.random.seed(seed % 2**32)
         yield
