@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mock_gpu.counts import COUNTS
 from torch import Tensor
-from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._pytree import tree_map
+
+from mock_gpu.counts import COUNTS
 
 NAME = "mockgpu"
 DEVICE = torch.device("privateuseone", 0)  # the name that the slot has before `register`; afterwards it prints as NAME
@@ -35,7 +36,6 @@ _INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index
 _JOINING = {"cat", "stack"}  # not even a CPU tensor without dimensions
 # What PyTorch calls on devices of the PrivateUse1 slot alone.
 _SLOT = ("_copy_from", "convolution_overrideable", "convolution_backward_overrideable")
-_PYTHON_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
 _ANY_SIZE = 1 << 50  # bytes claimed for a wrapper's storage, which is not there: no view of it is out of bounds
 
 
@@ -141,7 +141,9 @@ def _operation(func: Any) -> _Operation:
     view = bool(aliases) and not changes
     free = name in _FREE or moved or view
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return _Operation(name, composite, free, view, changes, moved or out or name in ("resize_", "set_", "_copy_from_and_resize"))
+    return _Operation(
+        name, composite, free, view, changes, moved or out or name in ("resize_", "set_", "_copy_from_and_resize")
+    )
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -220,7 +222,8 @@ def _held(value: Any) -> Any:
 def _restate(tensor: DeviceTensor) -> None:
     """Tell the wrapper the shape that its values have taken."""
     held = tensor.held
-    with torch._C._ExcludeDispatchKeyGuard(_PYTHON_KEY):
+    python = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+    with torch._C._ExcludeDispatchKeyGuard(python):
         torch.ops.aten.as_strided_.default(tensor, held.shape, held.stride(), held.storage_offset())
 
 
@@ -300,19 +303,25 @@ def _backend_module() -> types.ModuleType:
     return module
 
 
+_PRIVATE = (
+    "torch.utils.backend_registration._setup_privateuseone_for_python_backend",
+    "torch.Tensor._make_wrapper_subclass",
+    "torch._C._ExcludeDispatchKeyGuard",
+    "torch._C._dispatch_get_registrations_for_dispatch_key",
+    "torch._C._dispatch_has_kernel_for_dispatch_key",
+)
+
+
 def why_unavailable() -> str:
-    """The reason why this PyTorch cannot have the device; empty where it can. It registers nothing."""
-    missing = [
-        name
-        for name, found in {
-            "torch.utils.backend_registration._setup_privateuseone_for_python_backend": hasattr(
-                torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"
-            ),
-            "torch.Tensor._make_wrapper_subclass": hasattr(Tensor, "_make_wrapper_subclass"),
-            "torch._C._ExcludeDispatchKeyGuard": hasattr(torch._C, "_ExcludeDispatchKeyGuard"),
-        }.items()
-        if not found
-    ]
+    """The reason why this PyTorch cannot have the device, empty where it can. It registers nothing."""
+    missing = []
+    for path in _PRIVATE:
+        try:
+            functools.reduce(getattr, path.split(".")[1:], torch)
+        except AttributeError:
+            missing.append(path)
+    if not hasattr(sys.modules["torch.optim.optimizer"], "_foreach_supported_types"):
+        missing.append("torch.optim.optimizer._foreach_supported_types")
     return f"this PyTorch has no {', '.join(missing)}" if missing else ""
 
 
@@ -322,7 +331,7 @@ def register() -> torch.library.Library:
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_backend_module())
     torch.autograd.set_multithreading_enabled(False).__enter__()  # the backward pass keeps the lines that caused it
     torch.__future__.set_swap_module_params_on_conversion(True)  # `.to(device)` keeps a module's parameter objects
-    _foreach_supported_types.append(DeviceTensor)  # as CUDA's tensors
+    sys.modules["torch.optim.optimizer"]._foreach_supported_types.append(DeviceTensor)  # as CUDA's tensors
     library = torch.library.Library("aten", "IMPL")
     # Where a tensor's own `__torch_dispatch__` is not asked: factories, and code that leaves Python's dispatch out.
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,28 +52,45 @@ class MockAccelerator(Accelerator):
         return NAME
 
 
-class StepCounts(Callback):
-    """Keeps what each training step asked of the device, from the end of the step before it to its own.
-
-    The first step of an epoch is left out: what the epoch's start and a checkpoint ask belongs to no step.
+@dataclass
+class Steps:
+    """What `StepCounts` keeps, and when it presses Ctrl-C; a callback of a config cannot be reached otherwise.
 
     Args:
+        counts: of each step.
         interrupt_at: number of steps, over all epochs, after which Ctrl-C is pressed; 0 for never.
+        done: steps so far.
     """
 
-    def __init__(self, interrupt_at: int = 0) -> None:
-        self.interrupt_at = interrupt_at
-        self.steps: list[Counts] = []
-        self._done = 0
+    counts: list[Counts] = field(default_factory=list)
+    interrupt_at: int = 0
+    done: int = 0
+
+
+STEPS = Steps()
+
+
+class StepCounts(Callback):
+    """Keeps what each training step asked of the device, from the end of the step before it to its own, in `STEPS`.
+
+    The first step of an epoch and of a run is left out: what the start and a checkpoint ask belongs to no step.
+    """
+
+    def __init__(self) -> None:
+        self._warm = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warm = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         taken = COUNTS.take()
-        if batch_idx > 0 and self._done > 0:
-            self.steps.append(taken)
-        self._done += 1
-        if self._done == self.interrupt_at:
+        if self._warm:
+            STEPS.counts.append(taken)
+        self._warm = True
+        STEPS.done += 1
+        if STEPS.done == STEPS.interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
 
 
