@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from leanlight.benchmarks.core import Measurement, PaperStep, Target, peak_memory_mb, summarise
-from leanlight.benchmarks.gpu.checks import Check, Found, near
+from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, near
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine, Unrolled
 from lit_modules.at_bptt.lowrank import LowRankHessian
 from lit_modules.at_bptt.reference import ReferenceWindow
@@ -131,26 +131,45 @@ def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], Paper
 
     width, size, real, length = (4, 8, 10, 2) if quick else (128, 32, 1000, 40)
 
-    def make(engine: GradientEngine) -> PaperStep:
+    def make(engine: Callable[[], GradientEngine]) -> PaperStep:
         window = ReferenceWindow(width, size, real, length, where)
-        return PaperStep(lambda: window.gradient(engine), real, mixed=False)
+        return PaperStep(partial(window.gradient, engine()), real, mixed=False)
 
-    return {"adjoint": partial(make, Adjoint()), "unrolled": partial(make, Unrolled())}
+    engines: dict[str, Callable[[], GradientEngine]] = {"adjoint": Adjoint, "unrolled": Unrolled}
+    if where != "cpu":  # graphs are CUDA's
+        engines["adjoint_graph"] = partial(Adjoint, graph=True)
+    return {name: partial(make, engine) for name, engine in engines.items()}
 
 
 def gpu_checks(folder: Path, where: str) -> Iterator[Check]:
     """What only this method promises on a GPU."""
-    what = "the adjoint's meta-gradient: that of the unrolled engine within 1e-4, without TF32"
-    yield Check("at_bptt", "adjoint", what, partial(adjoint_against_unrolled, where))
+    what = "the adjoint's meta-gradient: that of the unrolled engine within 1e-4"
+    yield Check("at_bptt", "adjoint", what, partial(same_gradients, where, Unrolled, Adjoint, 1e-4))
+    what = "inner steps replayed as CUDA graphs: the adjoint's meta-gradient within 1e-5"
+    yield Check("at_bptt", "graph", what, partial(replayed, where))
 
 
-def adjoint_against_unrolled(where: str, width: int = 128, size: int = 32, real: int = 1000, window: int = 20) -> Found:
-    """Relative distance of both engines' gradients in float32."""
-    gradients = [
-        ReferenceWindow(width, size, real, window, where).gradient(engine) for engine in (Unrolled(), Adjoint())
-    ]
-    unrolled, adjoint = gradients
-    return near(((adjoint - unrolled).norm() / unrolled.norm()).item(), 0.0, 1e-4)
+def same_gradients(
+    where: str,
+    reference: Callable[[], GradientEngine],
+    engine: Callable[[], GradientEngine],
+    tolerance: float,
+    width: int = 128,
+    size: int = 32,
+    window: int = 20,
+) -> Found:
+    """Relative distance of two engines' gradients in float32, 100 real images."""
+    expected, got = (
+        ReferenceWindow(width, size, 100, window, where).gradient(make()) for make in (reference, engine)
+    )
+    return near(((got - expected).norm() / expected.norm()).item(), 0.0, tolerance)
+
+
+def replayed(where: str) -> Found:
+    """The recorded adjoint against the plain one."""
+    if where == "cpu":
+        raise NotRun("CUDA graphs need a CUDA device")
+    return same_gradients(where, Adjoint, partial(Adjoint, graph=True), 1e-5)
 
 
 if __name__ == "__main__":

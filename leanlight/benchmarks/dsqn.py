@@ -225,7 +225,7 @@ def converted(folder: Path, where: str) -> Found:
     short = [f"--model.init_args.source_checkpoint={dqn.folder / 'checkpoints' / 'last.ckpt'}"]
     short += ["--model.init_args.states=500", "--data.init_args.test_episodes=100"]
     scores = []
-    for device in ("cpu", where):
-        options = ["test", "--config", *converted.config, *converted.options(device, device), *short]
+    for name, device in (("reference", "cpu"), ("device", where)):
+        options = ["test", "--config", *converted.config, *converted.options(name, device), *short]
         scores.append(run_here(options).metrics["test/score"])
     return near(scores[1], scores[0], 0.3)

@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from leanlight.predictions import load_predictions
 from leanlight.registry import MethodInfo
 
 _QUIET = ("--run.wandb=disabled", "--run.id=run", "--trainer.enable_progress_bar=false", "--media.every_n_epochs=0")
-_EPOCHS, _STEPS, _WARMUP = 12, 20, 5
+_EPOCHS, _STEPS, _WARMUP = 8, 20, 5
 # How far a primary metric may be from the CPU's, and in bf16 from that of float32: 2 and 3 points, and for what is no
 # share: what rounding alone moves it by within these epochs.
 _TOLERANCES = {"val/mse": (0.01, 0.02), "val/score": (0.3, 0.4)}
@@ -346,8 +346,8 @@ def _far(ours: Tensor, expected: Any) -> Tensor:
 class SyncWatch(pl.Callback):
     """Lets PyTorch report every synchronisation with the GPU within `steps` training steps after `warmup`.
 
-    A step is what Lightning does from the batch's transfer to the step's last hook. What lies between steps
-    (validation, checkpoints) may wait.
+    A step is the batch's transfer and what lies between the first and the last hook of the step, all callbacks of the
+    suite included. What lies between steps (validation, checkpoints) may wait.
 
     Args:
         steps: watched.
@@ -356,7 +356,7 @@ class SyncWatch(pl.Callback):
 
     def __init__(self, steps: int = _STEPS, warmup: int = _WARMUP) -> None:
         self.steps, self.warmup = steps, warmup
-        self.seen, self.waits = 0, list[str]()
+        self.seen, self.waits, self.step = 0, list[str](), ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         move = trainer.strategy.batch_to_device
@@ -366,16 +366,16 @@ class SyncWatch(pl.Callback):
                 return move(*args, **kwargs)
 
         trainer.strategy.batch_to_device = watched  # type: ignore[method-assign]
-        step = trainer.strategy.training_step
         self.cuda = pl_module.device.type == "cuda"
 
-        def watched_step(*args: Any, **kwargs: Any) -> Any:
-            with self.watching():
-                return step(*args, **kwargs)
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.step.enter_context(self.watching())
 
-        trainer.strategy.training_step = watched_step  # type: ignore[method-assign]
+    def on_exception(self, *_: Any) -> None:
+        self.step.close()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.step.close()
         self.seen += 1
         if self.seen >= self.warmup + self.steps:
             trainer.should_stop = True

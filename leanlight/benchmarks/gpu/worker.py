@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
-from leanlight.benchmarks.gpu.checks import Check, outcome, without_places
+from leanlight.benchmarks.gpu.checks import Check, Found, outcome, without_places
 
 
 def main(task: dict[str, Any]) -> int:
@@ -30,8 +30,6 @@ def main(task: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and runs listen
     import torch
 
-    from leanlight.benchmarks.gpu.suite import checks
-
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
@@ -39,20 +37,14 @@ def main(task: dict[str, Any]) -> int:
         named = not task["only"] or any(check.name == x or check.name.startswith(f"{x}/") for x in task["only"])
         return named and check.alone == task["alone"] and [group, check.name] not in task["done"]
 
-    folder = Path(task["folder"])
-    listed = [
-        (group, check)
-        for group in task["groups"]
-        for check in checks(group, folder / group, task["device"])
-        if wanted(group, check)
-    ]
-    listed.sort(key=lambda item: item[1].name.endswith("/compile"))  # compilers take most of the time: they come last
+    listed = [(group, check) for group in task["groups"] for check in found(group, task) if wanted(group, check)]
+    listed.sort(key=lambda item: item[1].name.endswith("/compile"))  # these take longest, and promise nothing
     _tell(report, {"listed": [[group, check.name, check.what] for group, check in listed]})
     sys.stdin.readline()
     for group, check in listed:
         _tell(report, {"begun": [group, check.name]})
-        if not check.alone:  # TF32 rounds to 10 bits, which no comparison of 1e-4 survives
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        # As in the suite's runs: TF32 rounds to 10 bits, which no comparison of 1e-4 survives.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         line = outcome(check)
         _tell(report, {"done": [group, check.name], "line": line})
         if "CUDA error" in line["why"]:
@@ -60,6 +52,22 @@ def main(task: dict[str, Any]) -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 0
+
+
+def found(group: str, task: dict[str, Any]) -> list[Check]:
+    """The checks of a group; where they cannot be listed, one that says why, so that other groups are not lost."""
+    try:
+        from leanlight.benchmarks.gpu.suite import checks
+
+        return list(checks(group, Path(task["folder"]) / group, task["device"]))
+    except Exception as error:  # whatever keeps a method's benchmark from being imported here
+        reason = error
+
+    def start() -> Found:
+        raise reason
+
+    name = "timed checks" if task["alone"] else "checks"
+    return [Check(group, name, "its checks can be listed", start, task["alone"])]
 
 
 def _tell(report: TextIO, message: dict[str, Any]) -> None:

@@ -92,17 +92,20 @@ def test_speed_is_measured_and_compared():
 
 
 class Waiting(BoringModel):
-    """Waits for a GPU, as PyTorch reports it, in every training step."""
+    """Waits for a GPU, as PyTorch reports it, twice in every training step, and after every epoch."""
 
     def training_step(self, batch, batch_idx):
         warnings.warn("called a synchronizing CUDA operation (of a test)", stacklevel=2)
         return super().training_step(batch, batch_idx)
 
+    def on_before_optimizer_step(self, optimizer):
+        warnings.warn("called a synchronizing CUDA operation (of a test)", stacklevel=2)
+
     def on_train_epoch_end(self):
         warnings.warn("called a synchronizing CUDA operation (of a test)", stacklevel=2)
 
 
-@pytest.mark.parametrize(("model", "waits"), [(Waiting, 6), (BoringModel, 0)])
+@pytest.mark.parametrize(("model", "waits"), [(Waiting, 12), (BoringModel, 0)])
 def test_waiting_in_a_step_is_seen_and_only_there(tmp_path, model, waits):
     watch = training.SyncWatch(steps=6, warmup=3)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -140,3 +140,20 @@ def test_without_a_gpu_one_line_says_so(tmp_path):
     (line,) = done.stderr.splitlines()
     assert "finds no GPU" in line
     assert not (tmp_path / "results").exists()
+
+
+def test_a_method_whose_checks_cannot_be_listed_says_why_and_the_others_go_on(tmp_path, monkeypatch):
+    from leanlight.benchmarks.gpu import suite
+    from leanlight.benchmarks.gpu.worker import found
+
+    def listed(group, folder, device):
+        if group == "esvae":
+            raise ModuleNotFoundError("No module named 'ale_py'")
+        return [Check(group, "n", "w", lambda: near(1.0, 1.0, 0.0))]
+
+    monkeypatch.setattr(suite, "checks", listed)
+    task = {"folder": str(tmp_path), "device": "cpu", "alone": False}
+    (broken,), (good,) = found("esvae", task), found("dsqn", task)
+    line = outcome(broken)
+    assert (line["verdict"], line["why"]) == ("not_run", "No module named 'ale_py'")
+    assert outcome(good)["verdict"] == "passed"
