@@ -159,9 +159,7 @@ def same_gradients(
     window: int = 20,
 ) -> Found:
     """Relative distance of two engines' gradients in float32, 100 real images."""
-    expected, got = (
-        ReferenceWindow(width, size, 100, window, where).gradient(make()) for make in (reference, engine)
-    )
+    expected, got = (ReferenceWindow(width, size, 100, window, where).gradient(make()) for make in (reference, engine))
     return near(((got - expected).norm() / expected.norm()).item(), 0.0, tolerance)
 
 
