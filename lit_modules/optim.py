@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from leanlight.contracts import UserError
@@ -29,6 +30,12 @@ def configure(
     """
     made = optimizer(parameters)
     return made if scheduler is None else {"optimizer": made, "lr_scheduler": schedule(scheduler(made), interval)}
+
+
+def optimizer_of(module: LightningModule) -> torch.optim.Optimizer:
+    """The optimiser that a module's ``configure_optimizers`` makes by `configure`."""
+    made: Any = module.configure_optimizers()
+    return made["optimizer"] if isinstance(made, dict) else made
 
 
 def schedule(made: Any, interval: Interval = "epoch") -> dict[str, Any]:

@@ -205,6 +205,12 @@ class GameDataModule(pl.LightningDataModule):
             raise MissingExtraError(str(error.name), "rl") from error
         return make_atari(self.game, training, **self.wrapper_settings)
 
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """(N, K, H, W) of the states of a training batch, before a game is made."""
+        side = self.wrapper_settings.get("screen_size", 8)  # that of Catch's board
+        return (self.batch_size, self.history, side, side)
+
     def ensure_available(self) -> None:
         """Make the game once: unknown names and missing packages show here."""
         if not self._pool:

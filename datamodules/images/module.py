@@ -154,6 +154,12 @@ class ImageDataModule(pl.LightningDataModule):
         self._raw: Raw | None = None
         self._predicted: Tensor | None = None
 
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) of a training batch, from the catalogue."""
+        channels, *sides = describe(self.dataset).shape
+        return (self.batch_size, channels, *([self.image_size] * 2 if self.image_size else sides))
+
     def ensure_available(self) -> None:
         """Find and check the data, downloading if need be; UserError with every place tried. Starts no run."""
         self._load(self.download)

@@ -17,11 +17,17 @@ def main(argv: list[str]) -> int:
     from leanlight.experiment import LeanlightCLI, Session
     from leanlight.invocation import expand
 
+    if estimates := argv[0] == "fit" and "--estimate" in argv:
+        argv = [word for word in argv if word != "--estimate"]
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
+    if estimates:
+        from leanlight.estimate import main as estimate
+
+        return estimate(expand(argv))
     try:
         Session(LeanlightCLI(expand(argv))).run()
     except SystemExit as error:  # Lightning ends an interrupted fit this way

@@ -21,7 +21,10 @@ _WHAT = {
     "predict": "Write a model's predictions.",
 }
 _RUNS = {
-    "fit": [("--resume RUN_DIR", "go on with an interrupted run, in its folder")],
+    "fit": [
+        ("--resume RUN_DIR", "go on with an interrupted run, in its folder"),
+        ("--estimate", "print the memory of one training step, from shapes alone, and stop"),
+    ],
     "validate": [("--from RUN_DIR", "take configuration and weights of a run")],
     "test": [("--from RUN_DIR", "take configuration and weights of a run")],
     "predict": [

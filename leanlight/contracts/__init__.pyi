@@ -87,6 +87,12 @@ from .meta import DataMeta as DataMeta
 from .prediction import ResumablePrediction as ResumablePrediction
 from .prediction import SeenItems as SeenItems
 from .protocols import (
+    HasStep as HasStep,
+)
+from .protocols import (
+    HasStepShape as HasStepShape,
+)
+from .protocols import (
     HasTerms as HasTerms,
 )
 from .protocols import (
@@ -112,6 +118,9 @@ from .protocols import (
 )
 from .protocols import (
     Split as Split,
+)
+from .protocols import (
+    TrainingStep as TrainingStep,
 )
 from .protocols import (
     data_of as data_of,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.media import MediaItem
@@ -97,6 +98,40 @@ class HasVariants(Protocol):
 
     def variants(self) -> Mapping[str, nn.Module]:
         """Name → network for images (N, C, H, W) in [0, 1], on the module's device."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one training step of a process differentiates and updates.
+
+    Args:
+        network: that is differentiated; from one tensor to one.
+        shape: (N, …) of its input.
+        optimizer: of its parameters.
+        copies: of the network's weights beside those that the module holds.
+    """
+
+    network: nn.Module
+    shape: tuple[int, ...]
+    optimizer: Optimizer
+    copies: int = 0
+
+
+@runtime_checkable
+class HasStep(Protocol):
+    """A module whose step can be followed by shapes alone, for ``leanlight fit --estimate``; before ``setup``."""
+
+    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
+        """The step on a batch whose inputs have `shape`."""
+
+
+@runtime_checkable
+class HasStepShape(Protocol):
+    """A DataModule that knows the shape of a training batch before anything is loaded."""
+
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """(N, …) of a training batch's inputs."""
 
 
 def progress_of(module: Any) -> Progress:

@@ -20,6 +20,7 @@ from leanlight.contracts import (
     PrimaryMetric,
     Progress,
     Split,
+    TrainingStep,
     UserError,
     data_of,
 )
@@ -185,6 +186,9 @@ class ImageClassifier(LightningModule):
 
     def progress(self) -> Progress:
         return Progress("step", self.global_step)
+
+    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
+        return TrainingStep(self.network, shape, self.make_optimizer(self.network.parameters()))
 
     def loss_terms(self) -> Mapping[str, Tensor | float]:
         return self._terms

@@ -22,6 +22,7 @@ from leanlight.contracts import (
     PrimaryMetric,
     Progress,
     Split,
+    TrainingStep,
     Transition,
     UserError,
     data_of,
@@ -50,6 +51,7 @@ from lit_modules.step_log import log_step
 
 QNetworkFactory = Callable[[int], nn.Module]  # number of actions → network from states in [0, 1] to values
 
+_ATARI_ACTIONS = 18  # the most a game has, for an estimate made before it is loaded
 _PIPELINE = "leanlight run dsqn/pipelines/catch_small__converted trains one first"
 
 
@@ -218,6 +220,11 @@ class DeepQLearning(GameAgent):
     def configure_optimizers(self) -> Any:
         make = self.make_optimizer or functools.partial(torch.optim.Adam, lr=1e-4)
         return optim.configure(self.network.parameters(), make, self.make_scheduler)
+
+    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
+        if not hasattr(self, "network"):
+            self._build(len(self.actions) or _ATARI_ACTIONS)
+        return TrainingStep(self.network, shape, optim.optimizer_of(self))
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         if self.global_step % self.target_period == 0:

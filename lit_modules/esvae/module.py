@@ -21,6 +21,7 @@ from leanlight.contracts import (
     PrimaryMetric,
     Progress,
     Split,
+    TrainingStep,
     UserError,
     data_of,
     isolated_rng,
@@ -224,6 +225,9 @@ class ImageAutoencoder(LightningModule):
 
     def progress(self) -> Progress:
         return Progress("step", self.global_step)
+
+    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
+        return TrainingStep(self.network, shape, optim.optimizer_of(self))
 
     def loss_terms(self) -> Mapping[str, Tensor | float]:
         return self._terms

@@ -25,6 +25,7 @@ from leanlight.contracts import (
     PrimaryMetric,
     Progress,
     Split,
+    TrainingStep,
     UserError,
     data_of,
     derived_seed,
@@ -331,6 +332,16 @@ class FederatedClassifier(LightningModule):
 
     def progress(self) -> Progress:
         return Progress("round", self.global_step)
+
+    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
+        """A client's local step, on a working copy of the global network."""
+        network, copies = self._largest(), self.clients_at_once
+        optimizer = self.make_optimizer(network.parameters())
+        return TrainingStep(network, (copies * self.local.batch_size, *shape[1:]), optimizer, copies)
+
+    def _largest(self) -> nn.Module:
+        """The largest network that a client trains."""
+        return self.network
 
     def loss_terms(self) -> Mapping[str, Tensor | float]:
         # A client that diverges is left out by the server, and does not stop the run.

@@ -288,6 +288,9 @@ class WidthFederation(FederatedClassifier):
 
     # ---- what callbacks and commands ask ----
 
+    def _largest(self) -> nn.Module:
+        return self.models[max(self.widths)]
+
     def variants(self) -> Mapping[str, nn.Module]:
         """Every width as it runs, and with its convolutions folded where that is the same."""
         variants: dict[str, nn.Module] = {}
