@@ -27,14 +27,23 @@ class ReferenceWindow:
         window: inner steps.
         device: to work on.
         dtype: of everything.
+        optimizer: of the inner steps; Adam by default. With it float32 is a poor judge of engines: it divides
+            gradients that are zero but for rounding (biases before a norm) by their own size.
     """
 
     def __init__(
-        self, width: int, size: int, real: int, window: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        width: int,
+        size: int,
+        real: int,
+        window: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        optimizer: InnerOptimizer | None = None,
     ) -> None:
         torch.manual_seed(0)
         network = ConvNet(3, _CLASSES, width, 3, image_size=size, mean=0.0, std=1.0).to(device, dtype)
-        optimizer = InnerOptimizer()
+        optimizer = optimizer or InnerOptimizer()
         self.problem = InnerProblem(FlatNetwork(network), optimizer, find_augmentation("flip_rotate", "augment"))
         self.state = optimizer.start(self.problem.network.parameters())
         images = torch.randn(_CLASSES * _IPC, 3, size, size).to(device, dtype)
