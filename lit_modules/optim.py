@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from leanlight.contracts import UserError
@@ -32,10 +31,9 @@ def configure(
     return made if scheduler is None else {"optimizer": made, "lr_scheduler": schedule(scheduler(made), interval)}
 
 
-def optimizer_of(module: LightningModule) -> torch.optim.Optimizer:
-    """The optimiser that a module's ``configure_optimizers`` makes by `configure`."""
-    made: Any = module.configure_optimizers()
-    return made["optimizer"] if isinstance(made, dict) else made
+def optimizer_of(configured: Any) -> torch.optim.Optimizer:
+    """The optimiser in what `configure` returns."""
+    return configured["optimizer"] if isinstance(configured, dict) else configured
 
 
 def schedule(made: Any, interval: Interval = "epoch") -> dict[str, Any]:

@@ -224,7 +224,7 @@ class DeepQLearning(GameAgent):
     def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
         if not hasattr(self, "network"):
             self._build(len(self.actions) or _ATARI_ACTIONS)
-        return TrainingStep(self.network, shape, optim.optimizer_of(self))
+        return TrainingStep(self.network, shape, optim.optimizer_of(self.configure_optimizers()))
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         if self.global_step % self.target_period == 0:

@@ -227,7 +227,7 @@ class ImageAutoencoder(LightningModule):
         return Progress("step", self.global_step)
 
     def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
-        return TrainingStep(self.network, shape, optim.optimizer_of(self))
+        return TrainingStep(self.network, shape, optim.optimizer_of(self.configure_optimizers()))
 
     def loss_terms(self) -> Mapping[str, Tensor | float]:
         return self._terms
