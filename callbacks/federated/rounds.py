@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from callbacks.common import gather_objects
 from callbacks.federated import pictures
 from callbacks.federated.costs import Costs, round_energy, summarise
+from callbacks.federated.exchange import mean_over_processes
 from callbacks.federated.state import Round
 from callbacks.media import due, publish
 from leanlight.contracts import (
@@ -39,7 +40,7 @@ class FederatedRounds(Callback):
     of the chosen go to the module, in the order of client ids, before the last batch of the epoch. Clients that drop
     out or come back with NaN are left out, counted and warned about, and those without data are never drawn; when none
     is left, the round changes nothing. On several processes each trains its share of the clients, and all aggregate the
-    same updates in the same order.
+    same updates in the same order; or, with ``exchange: sum``, all take the mean that one collective gives.
 
     Logged a round: ``train/loss`` (mean of the chosen clients' local losses), ``train/participants``,
     ``train/dropped_clients``, ``train/failed_clients``, ``train/label_entropy`` (of the labels that the chosen clients
@@ -63,6 +64,9 @@ class FederatedRounds(Callback):
         target: value of the primary metric up to which costs are counted; none by default.
         probe: validation images on which operations are counted each round; 0 counts no energy.
         every_n_epochs: draw pictures after the validations of every n-th round and of the last; 0 draws none of them.
+        exchange: what processes send: the chosen clients' ``states``, so that their number changes no bit; or their
+            weighted ``sum``, which differs by rounding and is for rules that take a mean: traffic of one state, however
+            many clients.
         seed: of draws, drop-outs and stragglers; that of ``seed_everything`` by default, else 0.
     """
 
@@ -77,6 +81,7 @@ class FederatedRounds(Callback):
         target: float | None = None,
         probe: int = 32,
         every_n_epochs: int = 10,
+        exchange: Literal["states", "sum"] = "states",
         seed: int | None = None,
     ) -> None:
         drawn = participants if candidates is None else candidates
@@ -91,7 +96,10 @@ class FederatedRounds(Callback):
             raise UserError(
                 f"FederatedRounds: straggler_work: expected a share above 0 and up to 1, got {straggler_work}"
             )
+        if exchange not in ("states", "sum"):
+            raise UserError(f"FederatedRounds: exchange: expected states or sum, got {exchange!r}")
         self.selector, self.participants, self.candidates = selector, participants, drawn
+        self.exchange = exchange
         self.dropout, self.stragglers, self.straggler_work = dropout, stragglers, straggler_work
         self.target, self.probe, self.every_n_epochs = target, probe, every_n_epochs
         self.seed = run_seed(seed)
@@ -114,6 +122,8 @@ class FederatedRounds(Callback):
                 f"FederatedRounds: {self.candidates} candidates a round, but only {holders} clients have any data; "
                 "lower candidates and participants, or raise the number of the data's clients"
             )
+        if self.exchange == "sum":
+            pl_module.client_weights([ClientUpdate(0, 1, 1, 0.0, 1, {})])  # says now which rules cannot
         data.reserve(self.candidates if self.selector.scored == "after" else self.participants)
         pl_module.measures_clients = self.selector.scored == "after"
 
@@ -236,10 +246,22 @@ class FederatedRounds(Callback):
             rank_zero_warn(f"round {current.number}: no client came back; the global weights stay")
         updates = {client: current.updates[client] for client in returned if client in current.updates}
         current.updates = {}
+        if trainer.world_size > 1 and self.exchange == "sum" and returned:
+            return [self._sum(trainer, pl_module, updates)]
         if trainer.world_size > 1:
             parts = gather_objects({client: update.to("cpu") for client, update in updates.items()})
             updates = {client: update for part in parts for client, update in part.items()}
         return [updates[client] for client in returned]
+
+    def _sum(self, trainer: Trainer, pl_module: LightningModule, own: Mapping[int, ClientUpdate]) -> ClientUpdate:
+        """One update that stands for all chosen clients: its state is their mean."""
+        reports = [self.round.reports[client] for client in self.round.chosen]
+        weights = pl_module.client_weights(reports)  # type: ignore[operator]
+        share = dict(zip(self.round.chosen, weights, strict=True))
+        like = pl_module.network_of(reports[0].client).state_dict()  # type: ignore[operator]
+        states = [(update.state, share[client]) for client, update in own.items()]
+        mean = mean_over_processes(states, like, trainer.strategy.reduce)
+        return dataclasses.replace(reports[0], items=sum(report.items for report in reports), state=mean)
 
     # ---- what it costs and comes to ----
 

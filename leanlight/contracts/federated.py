@@ -185,5 +185,12 @@ class FederatedModule(Protocol):
             client: its id.
         """
 
+    def client_weights(self, reports: Sequence[ClientUpdate]) -> list[float]:
+        """Weights, of sum 1, with which the server's rule is the mean of what clients send; UserError for other rules.
+
+        Args:
+            reports: of the chosen clients, in the order of their ids; their states may be missing.
+        """
+
     def take_updates(self) -> list[ClientUpdate]:
         """The updates made since it was last called."""

@@ -13,7 +13,7 @@ def normalize_images(image: Tensor) -> Tensor:
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
 
-def fit_zca(image: Tensor, strength: float = 0.1, chunk: int = 4096) -> Tensor:
+def fit_zca(image: Tensor, strength: float = 0.1, chunk: int = 4096, device: torch.device | None = None) -> Tensor:
     """Return the whitening matrix (D, D) float32 of images.
 
     W = V diag((E + strength · mean(E))^-1/2) Vᵀ with the eigenpairs (E, V) of the second moment of `normalize_images`,
@@ -23,11 +23,12 @@ def fit_zca(image: Tensor, strength: float = 0.1, chunk: int = 4096) -> Tensor:
         image: (N, C, H, W) uint8 or float.
         strength: of the regularisation, as a share of the mean eigenvalue.
         chunk: images at a time, to bound memory.
+        device: where to compute, with float64; that of the images by default.
     """
-    size = image[0].numel()
-    moment = torch.zeros(size, size, dtype=torch.float64, device=image.device)
+    size, device = image[0].numel(), device or image.device
+    moment = torch.zeros(size, size, dtype=torch.float64, device=device)
     for piece in image.split(chunk):
-        flat = normalize_images(piece.double())
+        flat = normalize_images(piece.to(device).double())
         moment += flat.T @ flat
     values, vectors = torch.linalg.eigh(moment / len(image))
     values = values.clamp(min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -126,6 +127,7 @@ class DatasetDistillation(LightningModule):
         self.scores: dict[str, float] = {}
         self.best_epochs: int | None = None  # training epochs that were best on validation data
         self.history = History()
+        self._restored = False  # whether this fit goes on from a checkpoint
         self._chosen_in: int | None = None  # the epoch of the distiller's present choice
         self._epoch_sums: Tensor | None = None  # accuracy and number of outer steps of this epoch
         self._terms: dict[str, Tensor] = {}
@@ -134,7 +136,7 @@ class DatasetDistillation(LightningModule):
     # ---- set-up ----
 
     def setup(self, stage: str) -> None:
-        """Check the data; when fitting, fit the preprocessing and make the first images."""
+        """Check the data; tell the distiller what it is about."""
         self._check_data(stage)
         if stage != "fit":
             return
@@ -144,11 +146,20 @@ class DatasetDistillation(LightningModule):
         device = self.trainer.strategy.root_device
         task = Task(self.make_network, self.num_classes, self.ipc, epochs or 1, self.learn_labels, device)
         self.distiller.prepare(task)
+        self._restored = False
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Fit the preprocessing, on one process, and make the first images; a resumed run has both."""
+        if self._restored:
+            return
         if self.preprocessing.kind == "zca":
-            self.preprocessing.fit(self._real_images().images)
-        with torch.no_grad():
-            self.images.copy_(self._first_images())
-            self.labels.copy_(one_hot_labels(self.num_classes, self.ipc))
+            if self.global_rank == 0:
+                self.preprocessing.fit(self._real_images().images)
+            whitening = self.preprocessing.whitening
+            whitening.copy_(self.trainer.strategy.broadcast(whitening.cpu()))
+        self.images.copy_(self._first_images())
+        self.labels.copy_(one_hot_labels(self.num_classes, self.ipc))
 
     def _check_data(self, stage: str) -> None:
         meta = data_of(self, ImageData).meta
@@ -189,10 +200,8 @@ class DatasetDistillation(LightningModule):
         generator = torch.Generator().manual_seed(self._seed("start"))
         if self.start == "noise":
             return noise_images(len(self.images), self.image_shape, generator)
-        real = self._real_images()
-        return real_images(
-            self.start, real.images, real.labels, self.num_classes, self.ipc, self.preprocessing, generator
-        )
+        real, prepare = self._real_images(), copy.deepcopy(self.preprocessing).cpu()  # where the images are
+        return real_images(self.start, real.images, real.labels, self.num_classes, self.ipc, prepare, generator)
 
     def _seed(self, purpose: str, *numbers: int) -> int:
         """A seed that is a function of the run's seed and what it is for: no state, so nothing to restore."""
@@ -389,6 +398,7 @@ class DatasetDistillation(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = True
         state = checkpoint["distillation"]
         self.distiller.load_state_dict(state["distiller"])
         if state["choice"] is not None:

@@ -48,9 +48,10 @@ class Preprocessing(nn.Module):
             self.register_buffer(name, channels.clone())
 
     def fit(self, images: Tensor) -> None:
-        """Fit the whitening on training images; ``standardize`` has nothing to fit."""
+        """Fit the whitening on training images, on any device; ``standardize`` has nothing to fit."""
         if self.kind == "zca":
-            self.whitening.copy_(fit_zca(images, self.strength))
+            device = self.whitening.device if self.whitening.is_cuda else None  # others may lack float64
+            self.whitening.copy_(fit_zca(images, self.strength, device=device))
 
     def forward(self, image: Tensor) -> Tensor:
         image = image.float() / 255 if image.dtype == torch.uint8 else image

@@ -25,6 +25,11 @@ Surrogate = Literal["atan", "sigmoid"]
 
 _TOGETHER = 2**22  # numbers in the first layer's currents of the time steps that are computed at once: 16 MB
 
+# On a GPU launches are what a step costs, so all steps are computed at once that fit: as many as make up this share of
+# its memory, since currents, potentials and spikes of all layers and their gradients come to about ten times as much.
+# Derived, not measured.
+_SHARE_OF_GPU = 1 / 32
+
 
 class DQN(nn.Module):
     """Convolutions, one hidden layer, one value an action (Mnih et al. 2015).
@@ -147,7 +152,7 @@ class DSQN(DQN):
         reset(self)
         # This memory format spares the convolutions copies.
         current = self._current(self.convolutions[0], state.contiguous(memory_format=torch.channels_last))
-        together = max(1, _TOGETHER // current.numel())
+        together = max(1, _numbers_together(state.device) // current.numel())
         spikes = torch.cat([self._hidden(repeat_time(current, n)) for n in time_pieces(self.time_steps, together)])
         values = self._read(spikes)
         reset(self)
@@ -178,6 +183,14 @@ class DSQN(DQN):
         if self.readout == "max_mem":
             return sequence.amax(0)
         return sequence[-1] if self.readout == "last_mem" else sequence.mean(0)
+
+
+def _numbers_together(device: torch.device) -> int:
+    """How many numbers the first layer's currents of the time steps that are computed at once may have."""
+    if device.type != "cuda":
+        return _TOGETHER
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return int(memory * _SHARE_OF_GPU) // torch.float32.itemsize
 
 
 def time_pieces(time_steps: int, most: int) -> list[int]:

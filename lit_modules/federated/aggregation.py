@@ -40,6 +40,13 @@ def weighted_mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
 class Aggregator:
     """Base of all rules."""
 
+    def weights(self, updates: Sequence[ClientUpdate]) -> list[float] | None:
+        """Weights with which the rule is a mean of the clients' states; None for a rule that needs each of them.
+
+        updates: as in `__call__`, but without states.
+        """
+        return None
+
     def __call__(
         self, start: Mapping[str, Tensor], updates: Sequence[ClientUpdate], parameters: Collection[str]
     ) -> State:
@@ -63,6 +70,9 @@ class FedAvg(Aggregator):
 
     weighting: Weighting = "uniform"
 
+    def weights(self, updates: Sequence[ClientUpdate]) -> list[float] | None:
+        return client_weights(updates, self.weighting)
+
     def __call__(
         self, start: Mapping[str, Tensor], updates: Sequence[ClientUpdate], parameters: Collection[str]
     ) -> State:
@@ -78,6 +88,9 @@ class FedNova(FedAvg):
     Args:
         weighting: p_k: ``uniform``, or by ``items``, as in the paper.
     """
+
+    def weights(self, updates: Sequence[ClientUpdate]) -> list[float] | None:
+        return None
 
     def __call__(
         self, start: Mapping[str, Tensor], updates: Sequence[ClientUpdate], parameters: Collection[str]

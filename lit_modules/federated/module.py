@@ -176,6 +176,17 @@ class FederatedClassifier(LightningModule):
                 group, self._waiting = self._waiting, []
                 self._updates += [self._train(batch)] if self.clients_at_once == 1 else self._train_together(group)
 
+    def client_weights(self, reports: Sequence[ClientUpdate]) -> list[float]:
+        """Weights with which `aggregate` is a mean; UserError where it is none."""
+        weights = None if self.objective.has_control else self.aggregator.weights(reports)
+        if weights is None or type(self).aggregate is not FederatedClassifier.aggregate:
+            rule = self.objective if self.objective.has_control else self.aggregator if weights is None else self
+            raise UserError(
+                f"FederatedRounds: exchange: sum needs a server that takes a mean; {type(rule).__name__} needs what "
+                "each client sends; use states"
+            )
+        return weights
+
     def take_updates(self) -> list[ClientUpdate]:
         """The updates made since it was last called."""
         updates, self._updates = self._updates, []

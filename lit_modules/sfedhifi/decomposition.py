@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from leanlight.contracts import UserError
 
 # What the memory traffic of one intermediate number costs, in multiplications: fitted to measured forward and backward
-# passes on a CPU core (docs/methods/sfedhifi.md). Only speed depends on it.
+# passes on a CPU core (docs/methods/sfedhifi.md). Only speed depends on it. A GPU needs no other: an H100 makes about
+# 160 float32 multiplications while it writes and reads a number forward and backward (16 bytes of 3.35 TB/s against
+# 33 T/s; derived from its data sheet, not measured).
 _RESPONSE_COST = 200
 
 

@@ -372,3 +372,25 @@ def test_a_distilled_set_of_other_data_is_refused(tmp_path):
         DistilledDataModule(tmp_path, dataset="fashion_mnist", variant="subset").setup()
     with pytest.raises(UserError, match="leanlight export"):
         DistilledDataModule(tmp_path / "none", dataset="digits").ensure_available()
+
+
+def test_a_resumed_distillation_fits_no_whitening_and_keeps_its_images(tmp_path, monkeypatch):
+    fitted = []
+
+    def counting(images, *args, **kwargs):
+        fitted.append(len(images))
+        return fit_zca(images, *args, **kwargs)
+
+    monkeypatch.setattr("lit_modules.at_bptt.preprocessing.fit_zca", counting)
+    first, data = module(FixedSet(), start="random"), ImageDataModule("digits", batch_size=500, seed=0)
+    run = trainer(limit_val_batches=0)
+    run.fit(first, data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    assert len(fitted) == 1
+    again = module(FixedSet(), start="random", seed=1)
+    trainer(2, limit_val_batches=0).fit(again, data, ckpt_path=tmp_path / "last.ckpt")
+    assert len(fitted) == 1
+    assert torch.equal(again.images, first.images)  # those of another seed would be others
+    assert torch.equal(again.preprocessing.whitening, first.preprocessing.whitening)
+    trainer(limit_val_batches=0).fit(again, data)  # a fit of its own starts anew
+    assert len(fitted) == 2

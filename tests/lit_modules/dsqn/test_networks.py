@@ -1,6 +1,7 @@
 """The Q-networks against a loop over time, neuron by neuron."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from spikingjelly.activation_based import functional
 
 from leanlight.contracts import UserError
 from lit_modules.dsqn import DQN, DSQN
+from lit_modules.dsqn.networks import _numbers_together
 
 SMALL = {"history": 2, "frame_size": 12, "convolutions": [[6, 4, 2], [8, 3, 1]], "hidden": 16}
 
@@ -190,3 +192,13 @@ def test_an_ordinary_network_is_what_its_layers_say():
     x = F.relu(F.conv2d(x, network.convolutions[1].weight, network.convolutions[1].bias))
     x = F.relu(F.linear(x.flatten(1), network.hidden.weight, network.hidden.bias))
     torch.testing.assert_close(network(state), F.linear(x, network.head.weight, network.head.bias))
+
+
+def test_a_gpu_computes_all_time_steps_that_fit_at_once(monkeypatch):
+    """The paper's network on an Atari batch: 64 steps of (32, 32, 20, 20) currents are 105 MB."""
+    step = 32 * 32 * 20 * 20
+    for memory, steps in ((16e9, 64), (1e9, 19)):
+        card = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert min(64, _numbers_together(torch.device("cuda", 0)) // step) == steps
+    assert _numbers_together(torch.device("cpu")) // step == 10

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import nn
-from waits import waits
+from waits import Waits, waits
 
 from callbacks import FederatedRounds
+from callbacks.federated.exchange import mean_over_processes
 from datamodules import ClassesPerClient, Dirichlet, FederatedDataModule
 from leanlight.benchmarks.federated import mlp, simulate
 from leanlight.contracts import ClientUpdate, ImageBatch, UserError
@@ -521,14 +522,55 @@ def test_a_client_waits_for_a_device_no_more_often_the_longer_it_trains(objectiv
     assert 1 <= waits(train, 1) == waits(train, 4) <= 3
 
 
-def test_clients_trained_together_wait_no_more_often_the_longer_they_train():
-    def train(epochs):
-        local, generators = LocalTraining(epochs, batch_size=8), [torch.Generator(), torch.Generator()]
-        parts = [batch(40), batch(24)]
-        train_clients(SMALL(), parts, local, 0.1, LocalObjective(), [[], []], generators, [1.0, 1.0])
+def test_clients_trained_together_wait_no_more_often_the_more_they_are():
+    def train(clients):
+        local, generators = LocalTraining(2, batch_size=8), [torch.Generator() for _ in range(clients)]
+        parts = [batch(24 + client) for client in range(clients)]
+        train_clients(SMALL(), parts, local, 0.1, LocalObjective(), [[]] * clients, generators, [1.0] * clients)
 
-    assert waits(train, 1) == waits(train, 4)
+    assert waits(train, 2) == waits(train, 5)
 
 
 def test_a_measurement_reads_a_device_once():
-    assert waits(measure, SMALL(), batch(40), 10, 8) == waits(measure, SMALL(), batch(40), 10, 40)
+    with Waits() as seen:
+        measure(SMALL(), batch(40), 10, batch_size=8)
+    assert seen.calls == {"cpu": 1, "item": 1}  # the number is read of what is on the CPU then
+
+
+def test_a_mean_over_processes_is_that_of_all_states():
+    """Two processes played one after the other: the first's part is known when the second's is reduced."""
+    states = [{"weight": torch.randn(3, 2), "bias": torch.randn(2), "count": torch.tensor(n)} for n in (4, 9, 2)]
+    weights, sent = [0.5, 0.2, 0.3], []
+
+    def other(tensor, reduce_op):
+        sent.append((tensor.clone(), reduce_op))
+        return tensor
+
+    mean_over_processes(list(zip(states, weights, strict=True))[:2], states[0], other)
+
+    def both(tensor, reduce_op):
+        first, how = sent.pop(0)
+        assert how == reduce_op
+        return tensor + first if how == "sum" else torch.maximum(tensor, first)
+
+    mean = mean_over_processes([(states[2], 0.3)], states[0], both)
+    for name in ("weight", "bias"):
+        expected = sum(weight * state[name] for state, weight in zip(states, weights, strict=True))
+        torch.testing.assert_close(mean[name], expected)
+    assert torch.equal(mean["count"], torch.tensor(9))
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [({"aggregator": FedNova()}, "FedNova"), ({"objective": Scaffold()}, "Scaffold")],
+    ids=["fednova", "scaffold"],
+)
+def test_a_rule_that_needs_each_client_refuses_a_sum(rule, named):
+    with pytest.raises(UserError, match=f"exchange: sum .* {named} needs"):
+        federation(server={"exchange": "sum"}, **rule)
+
+
+def test_a_sum_on_one_process_is_the_usual_round():
+    networks = [federation(server={"exchange": how})[0].network.state_dict() for how in ("states", "sum")]
+    for name, value in networks[0].items():
+        assert torch.equal(networks[1][name], value)

@@ -215,3 +215,8 @@ class Ordinary(nn.Module):
 def test_rules_that_do_not_go_together_are_refused(change, words):
     with pytest.raises(UserError, match=words):
         WidthFederation(**{"network": NETWORK, **change})
+
+
+def test_weights_of_different_widths_are_not_summed_over_processes():
+    with pytest.raises(UserError, match=r"exchange: sum .* WidthFederation needs"):
+        federation(server={"exchange": "sum"})
