@@ -7,6 +7,7 @@ from .checkpoint import (
 from .checkpoint import (
     ExactResume as ExactResume,
 )
+from .compiling import CompileNetworks as CompileNetworks
 from .energy import EnergyMeter as EnergyMeter
 from .export import ExportArtifact as ExportArtifact
 from .federated import FederatedRounds as FederatedRounds

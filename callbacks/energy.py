@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.common import inputs_of, items_in, writes_files
 from callbacks.media import render
-from leanlight.contracts import HasVariants, Table
+from leanlight.contracts import HasVariants, Table, uncompiled
 
 MAC_PJ = 4.6
 AC_PJ = 0.9
@@ -96,6 +96,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         self._first_neuron: nn.Module | None = None
         self._time_steps = self._batch = 0
         self._handles: list[RemovableHandle] = []
+        self._uncompiled = ExitStack()
         self._mode = _Dispatch(self)
 
     def layers(self, inputs: int) -> list[LayerOps]:
@@ -103,6 +104,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         return [LayerOps(name, macs / inputs, acs / inputs) for name, (macs, acs) in self.counts.items()]
 
     def __enter__(self) -> OperationCounter:
+        self._uncompiled.enter_context(uncompiled())
         for name, child in self.network.named_modules():
             self._handles.append(child.register_forward_pre_hook(self._entering(name), prepend=True))
             self._handles.append(child.register_forward_hook(self._leaving, always_call=True))
@@ -114,6 +116,7 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._uncompiled.close()
 
     def record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Count one operation that PyTorch has dispatched: its arguments and its result."""

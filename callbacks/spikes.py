@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.media import due, publish
-from leanlight.contracts import Bars, Split
+from leanlight.contracts import Bars, Split, uncompiled
 
 
 class FiringRates:
@@ -28,6 +29,9 @@ class FiringRates:
         self.chances: dict[str, int] = {}
         nodes = [(name, child) for name, child in network.named_modules() if isinstance(child, BaseNode)]
         self._handles: list[RemovableHandle] = [node.register_forward_hook(self._hook(name)) for name, node in nodes]
+        self._uncompiled = ExitStack()
+        if nodes:
+            self._uncompiled.enter_context(uncompiled())
 
     def _hook(self, name: str) -> Any:
         def count(node: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -42,6 +46,7 @@ class FiringRates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._uncompiled.close()
 
 
 class SpikeStatistics(Callback):

@@ -185,6 +185,9 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
         "test": settings.get("test"),
         "inputs": sorted(digests.values()),
     } | ({"tf32": True} if settings.get("tf32") else {})
+    compiled = resolved.get("compile") or {}
+    if compiled.get("backend") is not None:
+        identity["compile"] = compiled
     return hashlib.sha256(json.dumps(clean(identity), sort_keys=True, default=str).encode()).hexdigest()
 
 

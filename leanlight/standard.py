@@ -4,6 +4,7 @@
 # drops them. ExactResume stands last, so that what it saves is the state after all other callbacks have acted.
 STANDARD_CALLBACKS = {
     "throughput": "ThroughputMonitor",
+    "compile": "CompileNetworks",
     "spike_statistics": "SpikeStatistics",
     "energy": "EnergyMeter",
     "media": "MediaLogger",

@@ -1,6 +1,7 @@
 from .allows import Allows as Allows
 from .batch import Batch as Batch
 from .batch import to_device as to_device
+from .compiled import uncompiled as uncompiled
 from .errors import DivergedError as DivergedError
 from .errors import MissingExtraError as MissingExtraError
 from .errors import UserError as UserError
@@ -86,6 +87,9 @@ from .media import (
 from .meta import DataMeta as DataMeta
 from .prediction import ResumablePrediction as ResumablePrediction
 from .prediction import SeenItems as SeenItems
+from .protocols import (
+    CompilesNetworks as CompilesNetworks,
+)
 from .protocols import (
     HasStep as HasStep,
 )

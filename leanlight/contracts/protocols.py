@@ -134,6 +134,14 @@ class HasStepShape(Protocol):
         """(N, …) of a training batch's inputs."""
 
 
+@runtime_checkable
+class CompilesNetworks(Protocol):
+    """A module whose networks can be compiled."""
+
+    def compile_networks(self, **options: Any) -> None:
+        """Compile the networks that training calls, each in place; options: of `torch.compile`."""
+
+
 def progress_of(module: Any) -> Progress:
     """How far a LightningModule's training is: its own `progress`, or without one its optimiser steps."""
     return module.progress() if hasattr(module, "progress") else Progress("step", module.global_step)

@@ -131,6 +131,7 @@ class DatasetDistillation(LightningModule):
         self._chosen_in: int | None = None  # the epoch of the distiller's present choice
         self._epoch_sums: Tensor | None = None  # accuracy and number of outer steps of this epoch
         self._terms: dict[str, Tensor] = {}
+        self._compile: dict[str, Any] | None = None  # options of `torch.compile` for evaluation networks
         self._trained: TrainedNetworks | None = None  # while an evaluation runs
 
     # ---- set-up ----
@@ -206,6 +207,10 @@ class DatasetDistillation(LightningModule):
     def _seed(self, purpose: str, *numbers: int) -> int:
         """A seed that is a function of the run's seed and what it is for: no state, so nothing to restore."""
         return derived_seed(self.seed, purpose, *numbers)
+
+    def compile_networks(self, **options: Any) -> None:
+        """Compile the networks of evaluations; inner steps are differentiated twice, which compiled code cannot be."""
+        self._compile = options
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [self.images, self.labels] if self.learn_labels else [self.images]
@@ -283,11 +288,24 @@ class DatasetDistillation(LightningModule):
         self._trained = TrainedNetworks(seeds, self.device, cast(Processes, self.trainer.strategy))
         return self._trained
 
+    def _judge(self, make: NetworkFactory) -> NetworkFactory:
+        """The factory, its networks compiled where that is asked for."""
+        options = self._compile
+        if options is None:
+            return make
+
+        def compiled() -> nn.Module:
+            network = make()
+            network.compile(**options)
+            return network
+
+        return compiled
+
     def on_validation_epoch_start(self) -> None:
         trained, evaluation = self._start_evaluation(), self.evaluation
         if not self.trainer.sanity_checking:
             data = self.images.detach(), self.labels.detach()
-            trained.train("set", data, self.make_network, evaluation.full_recipe, evaluation.epochs)
+            trained.train("set", data, self._judge(self.make_network), evaluation.full_recipe, evaluation.epochs)
             trained.exchange()
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -318,11 +336,11 @@ class DatasetDistillation(LightningModule):
         if self.compare_with_random:
             runs["random"] = self._random_set(), self.make_network
         for name, (data, make) in runs.items():
-            trained.train(name, data, make, self.evaluation.full_recipe, self.evaluation.epochs)
+            trained.train(name, data, self._judge(make), self.evaluation.full_recipe, self.evaluation.epochs)
         if self.full_recipe:
             real, recipe = self._real_images(), self.full_recipe
             data = self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
-            trained.train("full", data, self.make_network, recipe, [recipe.epochs])
+            trained.train("full", data, self._judge(self.make_network), recipe, [recipe.epochs])
         trained.exchange()
 
     def _random_set(self) -> LabelledImages:

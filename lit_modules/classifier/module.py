@@ -127,6 +127,9 @@ class ImageClassifier(LightningModule):
         if self._teacher is not None:
             self._teacher.to(self.device)
 
+    def compile_networks(self, **options: Any) -> None:
+        self.network.compile(**options)
+
     def configure_optimizers(self) -> Any:
         return configure(self.network.parameters(), self.make_optimizer, self.make_scheduler, self.lr_interval)
 

@@ -217,6 +217,10 @@ class DeepQLearning(GameAgent):
             )
         self.games.follow(self.values)
 
+    def compile_networks(self, **options: Any) -> None:
+        self.network.compile(**options)
+        self.target.compile(**options)
+
     def configure_optimizers(self) -> Any:
         make = self.make_optimizer or functools.partial(torch.optim.Adam, lr=1e-4)
         return optim.configure(self.network.parameters(), make, self.make_scheduler)

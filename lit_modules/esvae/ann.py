@@ -13,6 +13,13 @@ from lit_modules.esvae.losses import gaussian_kl
 from lit_modules.esvae.networks import Autoencoder, Code
 
 
+class _Stack(nn.Sequential):
+    """Compiled in place, torch's own would run as written: `nn.Module.compile` skips what is all torch's code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class FeatureAutoencoder(Autoencoder):
     """Plain convolutional autoencoder: convolutions with batch norm and LeakyReLU, a linear latent, the mirror of both.
 
@@ -38,7 +45,7 @@ class FeatureAutoencoder(Autoencoder):
         super().__init__(in_channels, image_size, latent_size)
         side = bottom_side(image_size, channels)
         flat = channels[-1] * side**2
-        self.encoder = nn.Sequential(
+        self.encoder = _Stack(
             *(
                 _block(nn.Conv2d(before, after, 3, stride=2, padding=1), after)
                 for before, after in zip((in_channels, *channels), channels, strict=False)
@@ -47,7 +54,7 @@ class FeatureAutoencoder(Autoencoder):
         )
         self.head = nn.Linear(flat, latent_size)
         backwards = (*reversed(channels), channels[0])
-        self.decoder = nn.Sequential(
+        self.decoder = _Stack(
             nn.Linear(latent_size, flat),
             nn.Unflatten(1, (channels[-1], side, side)),
             *(

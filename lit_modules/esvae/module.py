@@ -127,6 +127,10 @@ class ImageAutoencoder(LightningModule):
             raise UserError(f"feature_checkpoint: expected one for images of shape {expected}, got {got}")
         return source.network
 
+    def compile_networks(self, **options: Any) -> None:
+        for part in ("encoder", "decoder"):
+            self.network.get_submodule(part).compile(**options)
+
     def configure_optimizers(self) -> Any:
         bottleneck = self.network.bottleneck if isinstance(self.network, ESVAE) else None
         prior = list(bottleneck.parameters()) if bottleneck is not None else []

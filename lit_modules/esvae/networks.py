@@ -40,7 +40,8 @@ class Code:
 class Autoencoder(nn.Module):
     """Base of the family: images (N, C, H, W) float in [0, 1] in and out; the map to the family's [-1, 1] lives here.
 
-    Subclasses give `encode` and `decode` on [-1, 1], and `draw` where the model can generate.
+    Subclasses have an `encoder` and a `decoder`, and give `encode` and `decode` on [-1, 1] and, where the model can
+    generate, `draw`.
 
     Args:
         in_channels: C of the images.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from leanlight.contracts import ImageBatch, Measurement, UserError
+from leanlight.contracts import ImageBatch, Measurement, UserError, uncompiled
 
 Reduce = Literal["mean", "sum"]
 
@@ -46,7 +46,7 @@ def measure(
     samples: list[Tensor] = []
     loss = torch.zeros((), device=data.image.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             network.eval()
             for image, label in zip(data.image.split(batch_size), data.label.split(batch_size), strict=True):
                 seen.clear()

@@ -108,6 +108,7 @@ class FederatedClassifier(LightningModule):
         self._waiting: list[ClientBatch] = []  # clients of a group that is not complete yet
         self._to_train = 0  # clients of this process that are still to come in this round
         self._copies: dict[int, nn.Module] = {}  # in a dict, hidden from nn.Module: they are scratch
+        self._compile: dict[str, Any] | None = None  # options of `torch.compile` for them
         self._lr: list[float] = []  # of this round, by parameter group
         self._controls = ControlVariates()
         self.evaluation = ClassifierEvaluation()
@@ -132,6 +133,15 @@ class FederatedClassifier(LightningModule):
         if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
             raise UserError("lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
 
+    def compile_networks(self, **options: Any) -> None:
+        if self.clients_at_once > 1:
+            raise UserError("clients_at_once: expected 1 with compile.backend, which compiles one client's steps")
+        self._compile = options
+
+    def compile_worker(self, worker: nn.Module, **options: Any) -> None:
+        """Compile what `local_loss` calls of a working copy."""
+        worker.compile(**options)
+
     def configure_optimizers(self) -> Any:
         make = self.make_server_optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=1.0))
         return make(self.network.parameters())
@@ -148,6 +158,8 @@ class FederatedClassifier(LightningModule):
         """The working copy of a global network, with its weights."""
         if id(network) not in self._copies:
             self._copies[id(network)] = copy.deepcopy(network)
+            if self._compile is not None:
+                self.compile_worker(self._copies[id(network)], **self._compile)
         worker = self._copies[id(network)]
         _load(worker, network.state_dict())
         return worker

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
@@ -39,7 +39,13 @@ def unfold_time(x: Tensor, time_steps: int) -> Tensor:
 
 def reset(network: nn.Module) -> None:
     """Set every neuron of `network` to rest and drop the graph its potential holds."""
-    functional.reset_net(network)
+    if not torch.compiler.is_compiling():
+        functional.reset_net(network)
+        return
+    # Spikingjelly keeps a table of the networks it has seen, and compiled code would be compiled anew at each entry.
+    for module in network.modules():
+        if isinstance(module, base.MemoryModule):
+            module.reset()
 
 
 class ThresholdBatchNorm(nn.Module):

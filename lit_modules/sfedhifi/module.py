@@ -196,6 +196,10 @@ class WidthFederation(FederatedClassifier):
             )
         return self.models[self.width_of[client]]
 
+    def compile_worker(self, worker: nn.Module, **options: Any) -> None:
+        network = cast(WidthNetwork, worker)
+        network.forward_steps = torch.compile(network.forward_steps, **options)  # type: ignore[method-assign]
+
     def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
         """TET or the loss of the mean output, and the pull of the bases to orthonormal rows."""
         outputs = cast(WidthNetwork, network).forward_steps(image)

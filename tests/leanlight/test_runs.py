@@ -48,6 +48,12 @@ def test_what_decides_numbers_is_identity(keys):
     assert runs.config_hash(changed(*keys, value=7)) != runs.config_hash(CONFIG)
 
 
+def test_compiling_counts_only_where_it_is_asked_for():
+    off = {"backend": None, "mode": None, "dynamic": None, "fullgraph": False}
+    assert runs.config_hash({"compile": off}) == runs.config_hash({})
+    assert runs.config_hash({"compile": {**off, "backend": "inductor"}}) != runs.config_hash({})
+
+
 def test_an_argument_that_came_later_counts_only_where_it_is_used():
     data = {"class_path": "D", "init_args": {"batch_size": 4}}
     before = runs.config_hash({"data": data})

@@ -335,3 +335,19 @@ def test_order_of_latent_steps_does_not_matter_and_flip_noise_hurts_more_the_str
         noisy = [float(F.mse_loss(network.decode(disturb(z, a)), target)) for a in (0.0, 0.1, 0.2, 0.3)]
     assert abs(shuffled - plain) < 0.05 * plain + 3 * abs(plain - again)
     assert noisy == sorted(noisy)
+
+
+@pytest.mark.parametrize("make", [VAE, FeatureAutoencoder])
+def test_encoder_and_decoder_of_ordinary_autoencoders_are_compiled(make):
+    torch.compiler.reset()
+    network, graphs = make(1, 8, (4, 8), 3), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for part in (network.encoder, network.decoder):
+        part.compile(backend=backend, fullgraph=True)
+    network(torch.rand(2, 1, 8, 8)).sum().backward()
+    assert len(graphs) == 2
+    torch.compiler.reset()
