@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from leanlight.benchmarks.core import (
     ratios,
     summarise,
 )
+from leanlight.benchmarks.gpu.checks import Check
+from leanlight.benchmarks.gpu.training import Runs, two_as_one
 from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import ImageBatch, atomic_write
 from leanlight.ops.augment import AUGMENTATIONS, Augmentation
@@ -401,3 +403,14 @@ def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], Paper
         "resnet18": functools.partial(make, functools.partial(ResNet18, 3, 10), (3, 32, 32)),
         "spiking": functools.partial(make, spiking, (1, 28, 28)),
     }
+
+
+def gpu_checks(folder: Path, where: str) -> Iterator[Check]:
+    """What only this method promises on a GPU."""
+    # Adam divides by the size of the gradient and blows rounding up where it is near zero.
+    plain = ["--data.init_args.drop_last=true", "--model.init_args.optimizer.class_path=torch.optim.SGD"]
+    plain += ["--model.init_args.optimizer.init_args.lr=0.1"]
+    one, two = ["--data.init_args.batch_size=64"], ["--data.init_args.batch_size=32"]
+    made = Runs(["classifier/digits_small"], folder, where)
+    what = "two GPUs train as one with the same global batch: weights within 1e-3"
+    yield Check("classifier", "two_as_one", what, functools.partial(two_as_one, made, plain, one, two))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from callbacks import FederatedRounds
 from datamodules import IID, FederatedDataModule
 from leanlight.benchmarks.core import Measurement, PaperStep, Target, network_step, ratios, summarise
+from leanlight.benchmarks.gpu.checks import Check
+from leanlight.benchmarks.gpu.training import Runs, two_as_one
 from lit_modules.federated import FederatedClassifier, LocalTraining, RandomClients
 from lit_modules.federated.reference import plain_round
 from lit_modules.nn import MLP, ConvNet
@@ -143,3 +146,10 @@ def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], Paper
         return network_step(network, lambda: cross_entropy(network(image), label), batch)
 
     return {"spiking_cnn_T12": make}
+
+
+def gpu_checks(folder: Path, where: str) -> Iterator[Check]:
+    """What only this method promises on a GPU."""
+    made = Runs(["sfedca/digits_small"], folder, where)
+    what = "two GPUs train the clients of a round as one does: weights within 1e-3"
+    yield Check("sfedca", "two_as_one", what, functools.partial(two_as_one, made))

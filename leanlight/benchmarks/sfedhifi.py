@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leanlight.benchmarks.core import Measurement, PaperStep, Target, interleave, network_step, ratios, summarise
+from leanlight.benchmarks.gpu.checks import Check
+from leanlight.benchmarks.gpu.training import Runs, two_as_one
 from lit_modules.sfedhifi import DecomConv, FactorisedSpikingCNN, FactorisedSpikingResNet18
 from lit_modules.sfedhifi.decomposition import factorised_layers, fold_network
 from lit_modules.sfedhifi.losses import tet_loss
@@ -115,3 +118,10 @@ def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], Paper
         return network_step(network, lambda: tet_loss(network.forward_steps(image), label), batch)
 
     return {f"resnet18_p{width}": partial(make, width) for width in (WIDTHS[0], WIDTHS[-1])}
+
+
+def gpu_checks(folder: Path, where: str) -> Iterator[Check]:
+    """What only this method promises on a GPU."""
+    made = Runs(["sfedhifi/digits_small"], folder, where)
+    what = "two GPUs train the clients of a round as one does: weights within 1e-3"
+    yield Check("sfedhifi", "two_as_one", what, partial(two_as_one, made))

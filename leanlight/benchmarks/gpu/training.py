@@ -81,7 +81,8 @@ class Runs:
         config: what is trained.
         folder: for all run folders.
         device: ``cuda``, or ``cpu`` to try the checks without a GPU.
-        epochs: of the runs whose metrics are compared; the others take three.
+        epochs: of the runs whose metrics are compared.
+        short: epochs of the others, at least 2.
         more: further options of every fit.
     """
 
@@ -89,6 +90,7 @@ class Runs:
     folder: Path
     device: str = "cuda"
     epochs: int = _EPOCHS
+    short: int = 3
     more: Sequence[str] = ()
     _made: dict[str, Run | Exception] = field(default_factory=dict)
 
@@ -98,10 +100,11 @@ class Runs:
         place = f"--trainer.default_root_dir={self.folder / name}"
         return [*_QUIET, place, f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
 
-    def fit_options(self, name: str, device: str, epochs: int = 3) -> list[str]:
-        """A whole, short fit."""
+    def fit_options(self, name: str, device: str, epochs: int = 0) -> list[str]:
+        """A whole fit. epochs: by default the short ones."""
         configs = [word for config in self.config for word in ("--config", config)]
-        short = [f"--trainer.max_epochs={epochs}", f"--trainer.check_val_every_n_epoch={epochs}"]
+        count = epochs or self.short
+        short = [f"--trainer.max_epochs={count}", f"--trainer.check_val_every_n_epoch={count}"]
         logged = ["--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0"]
         return ["fit", *configs, *self.options(name, device), *short, *logged, *self.more]
 
@@ -280,17 +283,45 @@ class OneState(pl.Callback):
 
 def two_processes(made: Runs, count: int = 2) -> Found:
     """A short run on two GPUs under DDP: both ends with the same weights, bit for bit."""
+    _, states = _on_several(made, "two", count, [])
+    why = "" if len(states) == count else f"{len(states)} processes wrote their weights"
+    return Found(len(set(states)), 1, "bit for bit", not why and len(set(states)) == 1, why)
+
+
+def two_as_one(made: Runs, both: Sequence[str] = (), one: Sequence[str] = (), two: Sequence[str] = ()) -> Found:
+    """Two processes against one with the same global batch: the largest distance of a weight tensor, relative.
+
+    Args:
+        made: of the method.
+        both: options of both runs, under which the method promises equality.
+        one: of the run on one process.
+        two: of the run on two.
+    """
+    together, _ = _on_several(made, "two_as_one", 2, [*both, *two])
+    alone = made.once("one", [*made.fit_options("one", made.device), *both, *one])
+    expected, got = alone.weights(), together.weights()
+    gaps = {
+        name: ((got[name] - value).double().norm() / value.double().norm().clamp_min(1e-6)).item()
+        for name, value in expected.items()
+        if value.is_floating_point()
+    }
+    worst = max(gaps, key=lambda name: gaps[name])
+    return near(gaps[worst], 0.0, 1e-3, why=worst)
+
+
+def _on_several(made: Runs, name: str, count: int, options: Sequence[str]) -> tuple[Run, list[str]]:
+    """A run under DDP in processes of its own; the run and every rank's digest."""
     found = torch.cuda.device_count() if made.device != "cpu" else count
     if found < count:
         raise NotRun(f"it needs {count} GPUs; this machine has {found}")
-    options = [*made.fit_options("two", made.device), "--config=trainer/ddp", f"--trainer.devices={count}"]
-    command = [sys.executable, "-m", "leanlight.benchmarks.gpu.training", json.dumps(options), "ranks"]
+    ddp = ["--config=trainer/ddp", f"--trainer.devices={count}"]
+    arguments = [*made.fit_options(name, made.device), *ddp, *options]
+    command = [sys.executable, "-m", "leanlight.benchmarks.gpu.training", json.dumps(arguments), "ranks"]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"two processes ended with {done.returncode}: {done.stderr[-1500:]}")
-    states = [path.read_text() for path in sorted((made.folder / "two").rglob("rank_*.txt"))]
-    why = "" if len(states) == count else f"{len(states)} processes wrote their weights"
-    return Found(len(set(states)), 1, "bit for bit", not why and len(set(states)) == 1, why)
+        raise RuntimeError(f"{count} processes ended with {done.returncode}: {done.stderr[-1500:]}")
+    (folder,) = (made.folder / name).glob("*/*/run")
+    return Run(folder, None), [path.read_text() for path in sorted(folder.glob("rank_*.txt"))]
 
 
 # -- what a run leaves behind

@@ -143,9 +143,16 @@ def test_a_run_that_failed_fails_again_at_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
-def test_all_checks_that_compare_pass_when_the_cpu_is_compared_with_itself(group, tmp_path):
-    lines = [outcome(check) for check in checks(group, tmp_path, "cpu") if not check.alone]
-    bad = {line["name"]: line["why"] for line in lines if line["verdict"] == "failed"}
-    bad = {name: why for name, why in bad.items() if "bf16" not in name}  # a CPU's bf16 is no promise of ours
+def test_all_checks_that_compare_pass_when_the_cpu_is_compared_with_itself(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_EPOCHS", 1)
+    monkeypatch.setattr(training, "Runs", functools.partial(training.Runs, short=2))
+    others = ("kill", "two_gpus", "two_as_one")  # in processes of their own: one method shows that they work
+    lines = [
+        outcome(check)
+        for check in checks(group, tmp_path, "cpu")
+        if not check.alone and (check.name not in others or group == "classifier")
+    ]
+    bad = {line["name"]: line["why"] or line["value"] for line in lines if line["verdict"] == "failed"}
+    bad.pop("metric_bf16", None)  # after one epoch it says nothing
     assert not bad
     assert sum(line["verdict"] == "passed" for line in lines) > len(lines) / 2

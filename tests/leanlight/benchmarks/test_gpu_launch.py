@@ -12,6 +12,8 @@ import torch
 
 from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, markdown, near, outcome
 from leanlight.benchmarks.gpu.launch import Documents, Worker, run
+from leanlight.contracts import UserError
+from leanlight.results.report import find_documents
 from leanlight.runs import PROJECT
 
 FAKE = (sys.executable, str(Path(__file__).parents[2] / "support" / "fake_gpu_worker.py"))
@@ -157,3 +159,9 @@ def test_a_method_whose_checks_cannot_be_listed_says_why_and_the_others_go_on(tm
     line = outcome(broken)
     assert (line["verdict"], line["why"]) == ("not_run", "No module named 'ale_py'")
     assert outcome(good)["verdict"] == "passed"
+
+
+def test_the_report_does_not_take_a_document_for_a_table(tmp_path):
+    launch(tmp_path, ["good"])
+    with pytest.raises(UserError, match="no results"):
+        find_documents(tmp_path / "results")
