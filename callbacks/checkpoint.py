@@ -65,6 +65,9 @@ class ExactResume(Checkpoint):
     Beside what Lightning keeps, a checkpoint holds for every rank the random states and the accumulators of the running
     epoch, and for every `ResumableLogger` its position; a resumed run cuts these loggers back to it.
 
+    Several processes ask one another for a SIGTERM in every `trainer.log_every_n_steps`-th batch, not in each as
+    Lightning does: the answer is waited for, and with it everything that a GPU has still to do.
+
     Ctrl-C in a one-process run finishes the current step (and a validation that has begun), saves, and stops; a second
     Ctrl-C stops at once, with the previous checkpoint in place. SIGTERM saves in the same way. With several processes
     the previous checkpoint stays: ranks interrupted at different batches have no common state.
@@ -131,6 +134,8 @@ class ExactResume(Checkpoint):
 
         # No hook runs between two batches after everything of the first is done; Lightning's loop has to be asked.
         loop.advance = MethodType(advance_from_safe_point, loop)  # type: ignore[method-assign]
+        if trainer.world_size > 1:
+            _ask_rarely(loop, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by a connector
         self._listen(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,7 +224,8 @@ class ExactResume(Checkpoint):
             raise KeyboardInterrupt
 
     def _release(self, trainer: Trainer) -> None:
-        vars(trainer.fit_loop.epoch_loop).pop("advance", None)
+        for replaced in ("advance", "_broadcast_sigterm_tensor"):
+            vars(trainer.fit_loop.epoch_loop).pop(replaced, None)
         if signal.getsignal(signal.SIGINT) == self._interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -267,6 +273,13 @@ class BestCheckpoint(Checkpoint):
         if better and not math.isnan(value):
             self.best = value
             trainer.save_checkpoint(best_checkpoint(trainer), weights_only=False)
+
+
+def _ask_rarely(loop: Any, every: int) -> None:
+    """Let a training loop that asks the other processes for a SIGTERM do so in every n-th batch."""
+    ask = getattr(loop, "_broadcast_sigterm_tensor", None)
+    if ask is not None and every > 1:
+        loop._broadcast_sigterm_tensor = lambda: ask() if loop.total_batch_idx % every == 0 else None
 
 
 def _resumable(trainer: Trainer) -> list[ResumableLogger]:

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 from waits import Waits
 
+from callbacks import ExactResume
 from datamodules import ImageDataModule
 from leanlight.loggers import RunCSVLogger
 from lit_modules.classifier import ImageClassifier
@@ -79,7 +80,7 @@ class Collectives(pl.Callback):
     """Counts collectives of torch.distributed in each training step, and keeps this process' own losses."""
 
     def __init__(self):
-        self.calls, self.own, self.in_step = [], [], False
+        self.calls, self.own, self.in_step, self.asked = [], [], False, 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.calls.append(0)
@@ -94,6 +95,8 @@ class Collectives(pl.Callback):
         def counted(*args, **kwargs):
             if self.in_step:
                 self.calls[-1] += 1
+            else:
+                self.asked += function.__name__ == "broadcast"
             return function(*args, **kwargs)
 
         return counted
@@ -136,14 +139,15 @@ def work(rank, folder, port, make):
         limit_val_batches=0,
         log_every_n_steps=EVERY,
         logger=kept,
-        callbacks=[seen],
-        **QUIET,
+        default_root_dir=folder,
+        callbacks=[seen, ExactResume()],
+        **{**QUIET, "enable_checkpointing": True},
     )
     for name in ("all_reduce", "barrier", "broadcast", "all_gather", "all_gather_object", "reduce"):
         setattr(torch.distributed, name, seen.count(getattr(torch.distributed, name)))
     trainer.fit(make(), datamodule=data)
     last = trainer.callback_metrics["train/loss"].item()
-    torch.save((seen.calls, seen.own, kept.rows, last), f"{folder}/{rank}.pt")
+    torch.save((seen.calls, seen.own, kept.rows, last, seen.asked), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("make", [classifier, autoencoder])
@@ -152,9 +156,12 @@ def test_two_processes_exchange_in_written_steps_alone_and_write_their_mean(tmp_
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(work, args=(str(tmp_path), port, make), nprocs=2)
-    (calls, own, rows, last), (_, other, _, other_last) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (calls, own, rows, last, asked), (_, other, _, other_last, _) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
     assert [step for step, count in enumerate(calls) if count] == WRITTEN
     assert len(set(calls)) == 2  # one number in steps with an exchange, none in the others
+    assert asked == len(WRITTEN)  # whether a process is to stop, in every third batch
     means = [(a + b) / 2 for a, b in zip(own, other, strict=True)]
     assert list(rows) == WRITTEN[:2]
     for step, value in rows.items():
