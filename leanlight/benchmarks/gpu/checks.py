@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import time
 import traceback
@@ -129,7 +130,8 @@ def last_lines(error: BaseException, frames: int = 3) -> str:
 
 def without_places(text: str) -> str:
     """Text without the names of this machine's folders."""
-    return text.replace(f"{runs.PROJECT}/", "").replace(os.path.expanduser("~"), "~")
+    text = text.replace(f"{runs.PROJECT}/", "").replace(os.path.expanduser("~"), "~")
+    return re.sub(r"/[^\s'\"]*/(site-packages|dist-packages|leanlight-gpu-[^/\s]+)/", "", text)
 
 
 def document(method: str, facts: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from leanlight.predictions import load_predictions
 from leanlight.registry import MethodInfo
 
 _QUIET = ("--run.wandb=disabled", "--run.id=run", "--trainer.enable_progress_bar=false", "--media.every_n_epochs=0")
-_EPOCHS, _STEPS, _WARMUP = 8, 20, 5
+_EPOCHS, _SHORT, _STEPS, _WARMUP = 4, 2, 20, 5
 # How far a primary metric may be from the CPU's, and in bf16 from that of float32: 2 and 3 points, and for what is no
 # share: what rounding alone moves it by within these epochs.
 _TOLERANCES = {"val/mse": (0.01, 0.02), "val/score": (0.3, 0.4)}
@@ -90,7 +90,7 @@ class Runs:
     folder: Path
     device: str = "cuda"
     epochs: int = _EPOCHS
-    short: int = 3
+    short: int = _SHORT
     more: Sequence[str] = ()
     _made: dict[str, Run | Exception] = field(default_factory=dict)
 
@@ -145,10 +145,14 @@ class Runs:
 
 def run_here(arguments: Sequence[str], callbacks: Sequence[pl.Callback] = ()) -> Run:
     """Run a command of the suite in this process. callbacks: added last."""
-    cli = LeanlightCLI(expand(list(arguments)))
-    cli.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
-    Session(cli).run()
-    return Run(cli.run_dir, getattr(cli.model, "primary_metric", None))
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        cli = LeanlightCLI(expand(list(arguments)))
+        cli.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+        Session(cli).run()
+        return Run(cli.run_dir, getattr(cli.model, "primary_metric", None))
+    finally:  # a Trainer that is deterministic leaves the process so
+        torch.use_deterministic_algorithms(before)
 
 
 def checks(info: MethodInfo, folder: Path, device: str = "cuda") -> Iterator[Check]:
@@ -164,13 +168,13 @@ def checks(info: MethodInfo, folder: Path, device: str = "cuda") -> Iterator[Che
     for name, what, measure in (
         ("first_loss", "first training losses: the CPU's within 1e-4", first_loss),
         ("metric", "primary metric after a short run: the CPU's", primary_metric),
+        ("no_waiting", f"{_STEPS} training steps that log nothing never wait for the GPU", no_waiting),
+        ("export", "what a run on the GPU exports opens without one and holds the trained state", exported),
+        ("predict", "predictions of one checkpoint: the CPU's", predicted),
         ("metric_bf16", "primary metric in bf16-mixed: no worse than in float32", primary_metric_mixed),
         ("interrupt", "stopped inside an epoch and resumed: weights and metrics.csv bit for bit", interrupted),
         ("kill", "killed inside an epoch and resumed: weights and metrics.csv bit for bit", killed),
-        ("export", "what a run on the GPU exports opens without one and holds the trained state", exported),
-        ("predict", "predictions of one checkpoint: the CPU's", predicted),
         ("two_gpus", "two GPUs under DDP end with the same weights, bit for bit", two_processes),
-        ("no_waiting", f"{_STEPS} training steps that log nothing never wait for the GPU", no_waiting),
     ):
         yield Check(info.name, name, what, partial(measure, made))
 

@@ -14,6 +14,7 @@ from leanlight.benchmarks.core import PaperStep
 from leanlight.benchmarks.gpu import neurons, speed, training
 from leanlight.benchmarks.gpu.checks import NotRun, outcome
 from leanlight.benchmarks.gpu.suite import GROUPS, checks
+from leanlight.contracts import UserError
 from leanlight.registry import METHODS
 from lit_modules.nn import integrate_and_fire, lif
 
@@ -134,6 +135,15 @@ def test_another_first_loss_fails(two_seeds):
     assert found.value > 1e-3
 
 
+def test_a_deterministic_run_leaves_the_process_as_it_was(tmp_path):
+    made = training.Runs(["classifier/digits_small"], tmp_path, "cpu")
+    with pytest.raises(UserError):
+        training.run_here([*made.fit_options("a", "cpu", 1), "--trainer.deterministic=true", "--run.id=/"])
+    limits = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--run.test=none"]
+    training.run_here([*made.fit_options("b", "cpu", 1), *limits, "--trainer.deterministic=true"])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_run_that_failed_fails_again_at_once(tmp_path):
     made = training.Runs(["classifier/digits_small"], tmp_path, "cpu", more=["--data.init_args.batch_size=-1"])
     errors = [outcome(training.Check("m", "n", "w", functools.partial(training.first_loss, made))) for _ in range(2)]
@@ -145,7 +155,6 @@ def test_a_run_that_failed_fails_again_at_once(tmp_path):
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_checks_that_compare_pass_when_the_cpu_is_compared_with_itself(group, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_EPOCHS", 1)
-    monkeypatch.setattr(training, "Runs", functools.partial(training.Runs, short=2))
     others = ("kill", "two_gpus", "two_as_one")  # in processes of their own: one method shows that they work
     lines = [
         outcome(check)

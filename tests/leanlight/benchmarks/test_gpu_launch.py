@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, markdown, near, outcome
+from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, markdown, near, outcome, without_places
 from leanlight.benchmarks.gpu.launch import Documents, Worker, run
 from leanlight.contracts import UserError
 from leanlight.results.report import find_documents
@@ -59,6 +59,11 @@ def test_a_check_that_raises_fails_with_the_place_and_without_this_machines_fold
     assert "nowhere/last.ckpt" in line["why"]
     assert "test_gpu_launch.py" in line["why"]
     assert str(PROJECT) not in line["why"]
+
+
+def test_texts_are_rid_of_this_machines_folders():
+    text = f'File "/opt/x/site-packages/torch/a.py", in {PROJECT}/leanlight/b.py, /tmp/leanlight-gpu-a1/m/c.ckpt'
+    assert without_places(text) == 'File "torch/a.py", in leanlight/b.py, m/c.ckpt'
 
 
 def test_the_schema_of_a_document(tmp_path):
