@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_modules.nn.step_memory import dense, like_steps
+
 HALF = (torch.float16, torch.bfloat16)
 _LARGE_STEP = 2**17  # neurons; above, a step on a CPU is bound by memory, not by starting operations
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
@@ -134,20 +136,6 @@ def lif_scan(current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Te
     for x, s in zip(current, spikes, strict=True):
         _step(x, v, h, s, cell)
     return spikes, v
-
-
-def like_steps(current: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for as many steps as `current` has, each laid out like its first (which may be one view for all steps)."""
-    step = torch.empty_like(current[0])
-    return torch.empty_strided(
-        current.shape, (step.numel(), *step.stride()), dtype=dtype or current.dtype, device=current.device
-    )
-
-
-def dense(current: Tensor) -> Tensor:
-    """The same currents, each step of them without gaps in memory, in whatever order of dimensions."""
-    step = current[0]
-    return current if step.stride() == torch.empty_like(step).stride() else current.contiguous()
 
 
 # ---- step by step ----

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_modules.nn.scan import dense, like_steps
+from lit_modules.nn.step_memory import dense, like_steps
 
 
 @triton.jit
