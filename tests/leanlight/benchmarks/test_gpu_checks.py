@@ -18,6 +18,8 @@ from leanlight.contracts import UserError
 from leanlight.registry import METHODS
 from lit_modules.nn import integrate_and_fire, lif
 
+SHORT_GAMES = ["decisions_per_epoch=80", "replay_start=80", "eval_episodes=10", "test_episodes=10"]
+SHORT_GAMES = [f"--data.init_args.{setting}" for setting in SHORT_GAMES]
 QUICK = [check for check in neurons.checks("cpu") if check.name.startswith("scan/")]
 
 
@@ -154,6 +156,12 @@ def test_a_run_that_failed_fails_again_at_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_checks_that_compare_pass_when_the_cpu_is_compared_with_itself(group, tmp_path, monkeypatch):
+    whole = training.Runs.fit_options
+
+    def shorter(made, name, device, epochs=0):
+        return [*whole(made, name, device, epochs), *(SHORT_GAMES if made.config[0].startswith("dsqn") else ())]
+
+    monkeypatch.setattr(training.Runs, "fit_options", shorter)
     monkeypatch.setattr(training, "_EPOCHS", 1)
     others = ("kill", "two_gpus", "two_as_one")  # in processes of their own: one method shows that they work
     lines = [
