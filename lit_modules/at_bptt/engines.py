@@ -233,6 +233,7 @@ class Adjoint(GradientEngine):
         """Refresh the shared factor, at the window's last step, where it is due; return the rank of each step."""
         if self.hessian != "lowrank":
             return []
+        norms = norms.cpu()  # waited for once: ranks are sizes, which the host has to know
         if self._factor.due(norms):
             theta, gradient = problem.gradient(theta.to(data.images.device), data.detached(), batch, create_graph=True)
             self._factor.factorize(theta, gradient)

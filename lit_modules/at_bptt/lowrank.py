@@ -34,7 +34,7 @@ def eigenpairs(
     """
     columns = min(size, rank + oversample)
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(size, columns, generator=generator, dtype=like.dtype).to(like.device)
+    omega = torch.randn(size, columns, generator=generator, dtype=like.dtype).to(like.device, non_blocking=True)
     basis = torch.linalg.qr(product(omega)).Q
     for _ in range(power_iters):
         basis = torch.linalg.qr(product(basis)).Q
@@ -79,7 +79,10 @@ class LowRankHessian:
         self._last_norm: float | None = None
 
     def due(self, norms: Tensor) -> bool:
-        """Whether the shared factor must be made anew for a window with these gradient norms; called once a window."""
+        """Whether the shared factor must be made anew for a window with these gradient norms (W,), on the CPU.
+
+        Called once a window.
+        """
         if self.refresh != "cached":
             return self.refresh == "window"
         change = (norms[-1] - norms[-2]).abs() if len(norms) > 1 else norms.new_zeros(())
@@ -102,7 +105,10 @@ class LowRankHessian:
         self._age = 0
 
     def ranks(self, norms: Tensor) -> list[int]:
-        """k_j = max(k_min, floor(k_max n_j / max_{i <= j} n_i)) (Eq. 10), for each step of a window."""
+        """k_j = max(k_min, floor(k_max n_j / max_{i <= j} n_i)) (Eq. 10), for each step of a window.
+
+        norms: (W,), on the CPU.
+        """
         share = norms / norms.cummax(0).values.clamp(min=1e-30)
         return (share * self.rank).floor().long().clamp(self.min_rank, self.rank).tolist()
 
@@ -110,6 +116,8 @@ class LowRankHessian:
         """Factor times `vector` (P,), with the `rank` leading eigenpairs."""
         assert self._vectors is not None
         assert self._values is not None
+        if self._vectors.device != vector.device:  # from a checkpoint, which is read on the CPU
+            self._vectors, self._values = self._vectors.to(vector.device), self._values.to(vector.device)
         basis = self._vectors[:, :rank]
         return basis @ (self._values[:rank] * (basis.T @ vector))
 

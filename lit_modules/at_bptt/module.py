@@ -217,6 +217,10 @@ class DatasetDistillation(LightningModule):
         make = self.make_optimizer or (lambda params: torch.optim.Adam(params, lr=1e-3))
         return make(parameters)
 
+    def on_train_start(self) -> None:
+        if self._epoch_sums is not None:  # of a run that goes on inside an epoch: checkpoints are read on the CPU
+            self._epoch_sums = self._epoch_sums.to(self.device)
+
     # ---- outer steps ----
 
     @property

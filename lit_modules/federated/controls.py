@@ -56,5 +56,5 @@ class ControlVariates:
             for name, change in update.extras.items():
                 known[name] = known[name] + change.cpu() if name in known else change.cpu()
                 # A process that has trained nobody yet has no control of the server's either.
-                server = self.server.get(name, torch.zeros_like(change)).to(change.device)
+                server = to_device(self.server.get(name, torch.zeros_like(change)), change.device)
                 self.server[name] = server + change / clients

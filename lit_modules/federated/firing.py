@@ -61,7 +61,9 @@ def measure(
             handle.remove()
         network.train(was_training)
     of_class = torch.zeros(num_classes, device=loss.device).index_add_(0, data.label, torch.cat(samples))
-    counts = data.label.bincount(minlength=num_classes)
+    # `bincount` would wait for the device.
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=loss.device)
+    counts.index_add_(0, data.label, torch.ones_like(data.label))
     of_layer = torch.stack(rates).sum(0)
     # In one piece, so that a device is waited for once.
     found_all = torch.cat([loss.view(1), of_layer.flatten(), of_class / counts.clamp(min=1)]).cpu()

@@ -150,6 +150,10 @@ class FederatedClassifier(LightningModule):
         """(N, C, H, W) in [0, 1] → (N, K) logits of the global network."""
         return self.network(image)
 
+    def on_train_start(self) -> None:
+        # Clients that waited when a run was interrupted: checkpoints are read on the CPU.
+        self._waiting = [batch.to(self.device) for batch in self._waiting]
+
     def network_of(self, client: int) -> nn.Module:
         """The global network that a client trains."""
         return self.network

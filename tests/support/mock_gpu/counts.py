@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).parents[3]
 _OWN = str(ROOT / "tests")
@@ -34,6 +35,10 @@ class Counts:
         taken = Counts(self.kernels, self.copies, self.async_copies, self.waits)
         self.__init__()  # type: ignore[misc]
         return taken
+
+    def plain(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return vars(self) | {"copies": dict(self.copies), "waits": dict(self.waits)}
 
     def copied_in(self, blocking: bool) -> None:
         if blocking:

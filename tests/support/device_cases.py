@@ -1,0 +1,133 @@
+"""What runs on the device that is not there: every method of the registry, and variants that take other paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leanlight.registry import METHODS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run, small enough for a test.
+
+    Args:
+        options: of the command line, configs first; ``{source}`` stands for the last checkpoint of `source`.
+        source: name of the case whose checkpoint it needs.
+        command: ``fit``, which is also interrupted and resumed, or ``test``.
+    """
+
+    options: tuple[str, ...]
+    source: str = ""
+    command: str = "fit"
+
+
+def _model(**arguments: str) -> tuple[str, ...]:
+    return tuple(f"--model.init_args.{name.replace('__', '.')}={value}" for name, value in arguments.items())
+
+
+def _data(**arguments: int) -> tuple[str, ...]:
+    return tuple(f"--data.init_args.{name}={value}" for name, value in arguments.items())
+
+
+_KEPT_FACTOR = "{rank: 2, oversample: 1, power_iters: 1, drift: 1000.0}"  # past an interruption, too
+_ROUNDS = "--trainer.callbacks.init_args"
+_NETWORK = "network.class_path"
+
+# Of deep Q-learning, a step is that of learning alone: at first every decision is a random one.
+# What makes the smallest run of a method smaller still; a method without an entry runs as its config says.
+SMALLER: dict[str, tuple[str, ...]] = {
+    "esvae": _model(generated="16", strengths="[0.1,0.2]", probe_images="64"),
+    "at_bptt": _model(evaluation__networks="2", evaluation__epochs="[2,4]"),
+    "dsqn": _model(input_noise="[0.1]", weight_noise="[0.1]")
+    + _data(replay_start=40, eval_episodes=4, test_episodes=4),
+}
+
+# Variants by method, beside its smallest config. A new method needs none.
+VARIANTS: dict[str, dict[str, Case]] = {
+    "classifier": {
+        "spiking": Case(("--config=classifier/digits_small", *_model(network="lit_modules.nn.SpikingConvNet"))),
+        "teacher": Case(
+            ("--config=classifier/digits_small", *_model(teacher_checkpoint="{source}", distill_weight="0.5")),
+            source="classifier",
+        ),
+    },
+    "esvae": {
+        "vae": Case(("--config=esvae/digits_small", *_model(network="lit_modules.esvae.VAE"))),
+        "fsvae": Case(("--config=esvae/digits_small", *_model(network="lit_modules.esvae.FSVAE"))),
+    },
+    "at_bptt": {
+        "lowrank": Case(
+            (
+                "--config=at_bptt/digits_small",
+                *_model(distiller__init_args__engine__init_args__hessian="lowrank"),
+                *_model(distiller__init_args__engine__init_args__low_rank=_KEPT_FACTOR),
+            )
+        ),
+        "unrolled": Case(
+            ("--config=at_bptt/digits_small", *_model(distiller__init_args__engine="lit_modules.at_bptt.Unrolled"))
+        ),
+        "matching": Case(
+            (
+                "--config=at_bptt/digits_small",
+                *_model(distiller="lit_modules.at_bptt.DistributionMatching", learn_labels="false"),
+            )
+        ),
+    },
+    "dsqn": {
+        "dqn": Case(("--config=dsqn/catch_small__dqn",)),
+        **{
+            readout: Case(("--config=dsqn/catch_small", *_model(network__init_args__readout=readout)))
+            for readout in ("spike_rate", "max_mem", "last_mem", "mean_mem")
+        },
+        "converted": Case(
+            (
+                "--config=dsqn/catch_small__converted",
+                *_model(source_checkpoint="{source}", time_steps="10", states="20"),
+            ),
+            source="dsqn dqn",
+            command="test",
+        ),
+    },
+    "sfedca": {
+        "scaffold": Case(
+            (
+                "--config=sfedca/digits_small",
+                *_model(objective="lit_modules.federated.Scaffold"),
+                f"{_ROUNDS}.selector=lit_modules.federated.RandomClients",
+            )
+        ),
+        "two at once": Case(
+            (
+                "--config=sfedca/digits_small",
+                *_model(network="lit_modules.sfedca.ReLUCNN", clients_at_once="2"),
+            )
+        ),
+        "high firing": Case(("--config=sfedca/digits_small", f"{_ROUNDS}.selector=lit_modules.sfedca.HighFiring")),
+        "by class": Case(("--config=sfedca/digits_small", f"{_ROUNDS}.selector.init_args.mode=class_abs")),
+        "power of choice": Case(
+            ("--config=sfedca/digits_small", f"{_ROUNDS}.selector=lit_modules.federated.PowerOfChoice")
+        ),
+    },
+    "sfedhifi": {
+        "slices": Case(
+            (
+                "--config=sfedhifi/digits_small",
+                *_model(network__init_args__factorised="false", sharing="slices", hifi="null"),
+            )
+        ),
+    },
+}
+
+
+def cases() -> dict[str, Case]:
+    """All cases by name: that of a method, and "method variant"."""
+    found = {}
+    for name, info in METHODS.items():
+        smaller = SMALLER.get(name, ())
+        found[name] = Case((f"--config={info.smallest}", *smaller))
+        for variant, case in VARIANTS.get(name, {}).items():
+            found[f"{name} {variant}"] = Case(
+                (*case.options[:1], *smaller, *case.options[1:]), case.source, case.command
+            )
+    return found
