@@ -227,6 +227,7 @@ def _through_slope(gradient: Tensor, t: int, h: Tensor, slopes: Tensor | None, s
 # ---- one kernel for all steps ----
 
 _TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None  # AMD devices: never tried
+KERNEL_DEVICES = {"cuda"}  # device types that have the operators below
 _use_kernel = True
 
 
@@ -242,7 +243,7 @@ def use_kernel(use: bool) -> Iterator[None]:
 
 
 def _uses_kernel(current: Tensor) -> bool:
-    return _use_kernel and _TRITON and current.is_cuda and current.dtype != torch.float64
+    return _use_kernel and _TRITON and current.device.type in KERNEL_DEVICES and current.dtype != torch.float64
 
 
 def _forward_constants(cell: Cell) -> tuple[float, float, bool]:

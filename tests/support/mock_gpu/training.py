@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
+from mock_gpu import neurons
 from mock_gpu.counts import COUNTS, Counts
 from mock_gpu.tensors import DEVICE, NAME, register
 
@@ -97,5 +98,6 @@ class StepCounts(Callback):
 def install() -> None:
     """Register the device with PyTorch and with Lightning."""
     register()
+    neurons.register()
     AcceleratorRegistry.register(NAME, MockAccelerator, description="a GPU for tests", override=True)
     StrategyRegistry.register(NAME, SingleDeviceStrategy, description="one such GPU", override=True, device=DEVICE)
