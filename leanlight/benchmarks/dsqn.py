@@ -206,7 +206,7 @@ def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], Paper
         built = network().to(where)
         state, target = torch.rand(batch, 4, 84, 84, device=where), torch.randn(batch, 4, device=where)
         optimizer = torch.optim.Adam(built.parameters(), lr=1e-4)
-        return PaperStep(functools.partial(_update, built, optimizer, state, target), batch, built.compile)
+        return PaperStep(functools.partial(_update, built, optimizer, state, target), batch, built.compile, mixed=False)
 
     spiking = functools.partial(DSQN, 4, time_steps=64)
     return {"dsqn_T64": functools.partial(make, spiking), "dqn": functools.partial(make, functools.partial(DQN, 4))}

@@ -213,7 +213,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     machine = content["machine"]
     versions = f"CUDA {machine['cuda']}, driver {machine['driver']}, triton {machine['triton']}"
     lines += ["", f"Machine: {show_machine(machine)}, {versions}."]
-    commit = f"Commit `{content['commit'][:12]}`" if content["commit"] else f"Code `{content['code'][:12]}`"
+    clean = content["commit"] and not content["dirty"]
+    commit = f"Commit `{content['commit'][:12]}`" if clean else f"Code `{content['code'][:12]}`"
     lines += ["", f"{commit}, {content['date']}, by `make gpu`."]
     return "\n".join(lines) + "\n"
 
