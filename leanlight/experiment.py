@@ -433,7 +433,10 @@ def construction_errors(resolved: Mapping[str, Any]) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
-        raise with_prefix(cause or UserError(f"config: {' '.join(str(error).split())}"), resolved) from error
+        text = f"config: {' '.join(str(error).split())}"
+        if "No supported gpu backend" in text:
+            text = "trainer.accelerator: gpu, but PyTorch finds none on this machine; use cpu, or leave the overlay out"
+        raise with_prefix(cause or UserError(text), resolved) from error
 
 
 @contextmanager

@@ -300,25 +300,12 @@ _library.impl("lif_scan_backward", _kernel_backward, "CUDA")
 
 
 @torch.library.register_fake("leanlight::lif_scan", lib=_library)
-def _scan_shapes(
-    current: Tensor, potential: Tensor, keep: float, v_threshold: float, soft_reset: bool, store: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    spikes = like_steps(dense(current))
+def _scan_shapes(current: Tensor, potential: Tensor, *constants: Any) -> tuple[Tensor, Tensor, Tensor]:
+    spikes, store = like_steps(dense(current)), constants[-1]
     h = like_steps(spikes, torch.float32) if store else potential.new_empty(0)
     return spikes, torch.empty_like(spikes[0], dtype=torch.float32), h
 
 
 @torch.library.register_fake("leanlight::lif_scan_backward", lib=_library)
-def _backward_shapes(
-    grad_spikes: Tensor,
-    grad_v: Tensor | None,
-    h: Tensor,
-    keep: float,
-    v_threshold: float,
-    soft_reset: bool,
-    detach_reset: bool,
-    slope: int,
-    a: float,
-    b: float,
-) -> tuple[Tensor, Tensor]:
+def _backward_shapes(grad_spikes: Tensor, grad_v: Tensor | None, h: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     return like_steps(h, grad_spikes.dtype), torch.empty_like(h[0])

@@ -151,6 +151,10 @@ def test_a_network_of_the_wrong_size_is_found_before_training(refuse):
     )
 
 
+def test_a_gpu_that_is_not_there_is_named(refuse):
+    refuse(["fit", "--config", CONFIG, "--config", "trainer/gpu"], "trainer.accelerator: gpu", "finds none", "use cpu")
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_says_where(refuse, tmp_path):
     extra = ["--model.init_args.optimizer.init_args.lr=1e30", "--trainer.max_steps=50"]
     refuse(["fit", "--config", CONFIG, *QUICK, *extra], "step", "loss", leaves_nothing=False)
