@@ -153,12 +153,39 @@ def _step(x: Tensor, v: Tensor, h: Tensor, s: Tensor, cell: Cell) -> None:
         torch.addcmul(h, h, s, value=-1, out=v)
 
 
+def loop_forward(current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes (T, N, ...), the last potential (N, ...), and potentials before reset (T, N, ...), step by step."""
+    spikes, h, v = like_steps(current), like_steps(current, potential.dtype), potential.clone()
+    for t in range(len(current)):
+        _step(current[t], v, h[t], spikes[t], cell)
+    return spikes, v, h
+
+
+def loop_backward(
+    grad_spikes: Tensor, grad_v: Tensor | None, h: Tensor, spikes: Tensor, cell: Cell
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the currents (T, N, ...), of the spikes' type, and by the first potential (N, ...), step by step.
+
+    With g[t] = dL/dh[t], w[t] the slope and r[t] = keep g[t+1]: g[t] = w[t] (dL/ds[t] - r[t] h[t]) + r[t] (1 - s[t]);
+    soft reset: g[t] = w[t] (dL/ds[t] - r[t] v_threshold) + r[t].
+    """
+    grad, scratch = like_steps(h), torch.empty_like(h[0])
+    # What flows back from the next step is `scale * later`; the scale saves a pass.
+    later, scale = (grad_v, 1.0) if grad_v is not None else (None, 0.0)
+    slopes = _slopes(cell.slope, h)
+    for t in reversed(range(len(h))):
+        if later is None:
+            _through_slope(grad_spikes[t], t, h, slopes, cell.slope, grad[t])
+        else:
+            _backward_step(grad_spikes[t], later, scale, t, h, spikes, slopes, cell, scratch, grad[t])
+        later, scale = grad[t], cell.keep
+    return grad.to(spikes.dtype), cell.keep * grad[0]
+
+
 class _LoopScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:
-        spikes, h, v = like_steps(current), like_steps(current, potential.dtype), potential.clone()
-        for t in range(len(current)):
-            _step(current[t], v, h[t], spikes[t], cell)
+        spikes, v, h = loop_forward(current, potential, cell)
         ctx.save_for_backward(h, spikes)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
@@ -166,25 +193,11 @@ class _LoopScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With g[t] = dL/dh[t], w[t] the slope and r[t] = keep g[t+1]: g[t] = w[t] (dL/ds[t] - r[t] h[t]) + r[t]
-        (1 - s[t]); soft reset: g[t] = w[t] (dL/ds[t] - r[t] v_threshold) + r[t].
-        """
         h, spikes = ctx.saved_tensors
-        cell: Cell = ctx.cell
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(h[0]).expand_as(h)
-        grad, scratch = like_steps(h), torch.empty_like(h[0])
-        # What flows back from the next step is `scale * later`; the scale saves a pass.
-        later, scale = (grad_v, 1.0) if grad_v is not None else (None, 0.0)
-        slopes = _slopes(cell.slope, h)
-        for t in reversed(range(len(h))):
-            if later is None:
-                _through_slope(grad_spikes[t], t, h, slopes, cell.slope, grad[t])
-            else:
-                _backward_step(grad_spikes[t], later, scale, t, h, spikes, slopes, cell, scratch, grad[t])
-            later, scale = grad[t], cell.keep
-        grad_potential = cell.keep * grad[0] if ctx.needs_input_grad[1] else None
-        return grad.to(spikes.dtype), grad_potential, None
+        grad, grad_potential = loop_backward(grad_spikes, grad_v, h, spikes, ctx.cell)
+        return grad, grad_potential if ctx.needs_input_grad[1] else None, None
 
 
 def _backward_step(

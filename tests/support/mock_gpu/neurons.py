@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
 
 from lit_modules.nn import scan
 from mock_gpu.tensors import NAME
+
+_SLOPES = (scan.Window, scan.Atan, scan.Sigmoid)  # in the order of their `constants`
 
 
 @functools.cache
@@ -25,41 +26,14 @@ def register() -> torch.library.Library:
 def _forward(
     current: Tensor, potential: Tensor, keep: float, v_threshold: float, soft_reset: bool, store: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spikes, before = [], []
-    for x in current:
-        h = x + keep * potential
-        spike = (h >= v_threshold).to(h.dtype)
-        potential = h - v_threshold * spike if soft_reset else h * (1 - spike)
-        spikes.append(spike)
-        before.append(h)
-    return torch.stack(spikes).to(current.dtype), potential, torch.stack(before) if store else torch.empty(0)
+    cell = scan.Cell(keep, v_threshold, scan.Window(0.0, 0.0), soft_reset=soft_reset)
+    spikes, v, h = scan.loop_forward(current, potential, cell)
+    return spikes, v, h if store else torch.empty(0)
 
 
 def _backward(
-    grad_spikes: Tensor,
-    grad_v: Tensor | None,
-    h: Tensor,
-    keep: float,
-    v_threshold: float,
-    soft_reset: bool,
-    detach_reset: bool,
-    slope: int,
-    a: float,
-    b: float,
+    grad_spikes: Tensor, grad_v: Tensor | None, h: Tensor, keep: float, v_threshold: float, *rest: float
 ) -> tuple[Tensor, Tensor]:
-    spikes = (h >= v_threshold).to(h.dtype)
-    slopes = (
-        ((h > a) & (h < b)).to(h.dtype)
-        if slope == 0
-        else (b / 2) / (1 + (math.pi / 2 * b * (h - a)).square())
-        if slope == 1
-        else b * torch.sigmoid(b * (h - a)) * torch.sigmoid(b * (a - h))
-    )
-    later = torch.zeros_like(h[0]) if grad_v is None else grad_v
-    gradients = []
-    for t in reversed(range(len(h))):
-        reset = 0.0 if detach_reset else v_threshold if soft_reset else h[t]
-        kept = later if soft_reset else later * (1 - spikes[t])
-        gradients.append(slopes[t] * (grad_spikes[t] - later * reset) + kept)
-        later = keep * gradients[-1]
-    return torch.stack(gradients[::-1]).to(grad_spikes.dtype), later
+    soft_reset, detach_reset, kind, a, b = rest
+    cell = scan.Cell(keep, v_threshold, _SLOPES[int(kind)](a, b), bool(detach_reset), bool(soft_reset))
+    return scan.loop_backward(grad_spikes, grad_v, h, (h >= v_threshold).to(grad_spikes.dtype), cell)
