@@ -39,7 +39,9 @@ def test_another_neuron_is_told_apart(other):
     assert not neurons.against_cpu(lambda: next(made), "cpu").passed
 
 
-@pytest.mark.parametrize("make", [lif, functools.partial(lif, decay_input=True), integrate_and_fire], ids=["lif", "decay_input", "if"])
+@pytest.mark.parametrize(
+    "make", [lif, functools.partial(lif, decay_input=True), integrate_and_fire], ids=["lif", "decay_input", "if"]
+)
 def test_plain_is_spikingjellys_own_neuron_with_the_same_constants(make):
     node = make(surrogate_gradient="sigmoid")
     current = neurons.separated_currents(node)
