@@ -67,7 +67,7 @@ def main(call: Invocation) -> int:
     precision = str(cli.resolved["trainer"]["precision"] or "32-true")
     try:
         found, step = estimate_step(model, tuple(data.step_shape), precision)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--estimate: {type(model).__name__} cannot be followed by shapes alone: {reason}") from error
     shape = " x ".join(map(str, step.shape))

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from leanlight.contracts import on_host
+
 
 def log_step(
     module: LightningModule, values: Mapping[str, Tensor | float], batch_size: int, over_processes: bool = False
@@ -32,11 +34,6 @@ def log_step(
         assert isinstance(mean, Tensor)
         values = dict(zip(values, mean, strict=True))
     module.log_dict(on_host(values), on_step=True, on_epoch=False, batch_size=batch_size)
-
-
-def on_host(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-    """`values` with numbers as tensors on the CPU: a number itself Lightning copies to the device, and waits for it."""
-    return {name: value if isinstance(value, Tensor) else torch.tensor(float(value)) for name, value in values.items()}
 
 
 def _is_written(module: LightningModule) -> bool:

@@ -27,6 +27,7 @@ from leanlight.contracts import (
     UserError,
     data_of,
     derived_seed,
+    on_host,
     run_seed,
     to_device,
 )
@@ -273,9 +274,8 @@ class FederatedRounds(Callback):
             assert isinstance(pl_module, FederatedModule)
             energy = round_energy(current, scored, pl_module, image, data.client_sizes)
         values = self._costs.add(current, scored, data, energy)
-        # As tensors on the CPU: numbers Lightning copies to the device, and waits for each.
-        named = {f"train/{name}": torch.tensor(float(value)) for name, value in values.items()}
-        pl_module.log_dict(named, on_step=False, on_epoch=True, batch_size=1)
+        named = {f"train/{name}": value for name, value in values.items()}
+        pl_module.log_dict(on_host(named), on_step=False, on_epoch=True, batch_size=1)
         self.history.append(
             {
                 "round": current.number,

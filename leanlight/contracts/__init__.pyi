@@ -1,5 +1,6 @@
 from .allows import Allows as Allows
 from .batch import Batch as Batch
+from .batch import on_host as on_host
 from .batch import to_device as to_device
 from .compiled import uncompiled as uncompiled
 from .errors import DivergedError as DivergedError

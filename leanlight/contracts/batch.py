@@ -31,6 +31,11 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
+def on_host(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    """`values` with numbers as tensors on the CPU: a number itself Lightning copies to the device, and waits for it."""
+    return {name: value if isinstance(value, Tensor) else torch.tensor(float(value)) for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class Batch:
     """Base of all batches. Lightning moves it through `to`; `len` is the number of items; `select` takes items.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from leanlight.contracts import UserError
+from leanlight.contracts import UserError, to_device
 
 MatrixProduct = Callable[[Tensor], Tensor]
 
@@ -34,7 +34,7 @@ def eigenpairs(
     """
     columns = min(size, rank + oversample)
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(size, columns, generator=generator, dtype=like.dtype).to(like.device, non_blocking=True)
+    omega = to_device(torch.randn(size, columns, generator=generator, dtype=like.dtype), like.device)
     basis = torch.linalg.qr(product(omega)).Q
     for _ in range(power_iters):
         basis = torch.linalg.qr(product(basis)).Q

@@ -43,11 +43,6 @@ class Window:
     low: float
     high: float
 
-    @property
-    def constants(self) -> tuple[int, float, float]:
-        """Kind and two numbers, for `scan_kernels`."""
-        return 0, self.low, self.high
-
 
 @dataclass(frozen=True)
 class Atan:
@@ -64,11 +59,6 @@ class Atan:
     def __call__(self, h: Tensor) -> Tensor:
         over = (h - self.v_threshold).mul_(math.pi * self.alpha / 2)
         return over.square_().add_(1).reciprocal_().mul_(self.alpha / 2)
-
-    @property
-    def constants(self) -> tuple[int, float, float]:
-        """Kind and two numbers, for `scan_kernels`."""
-        return 1, self.v_threshold, self.alpha
 
 
 @dataclass(frozen=True)
@@ -87,13 +77,9 @@ class Sigmoid:
         s = (h - self.v_threshold).mul_(self.alpha).sigmoid_()
         return torch.addcmul(s, s, s, value=-1).mul_(self.alpha)
 
-    @property
-    def constants(self) -> tuple[int, float, float]:
-        """Kind and two numbers, for `scan_kernels`."""
-        return 2, self.v_threshold, self.alpha
-
 
 Slope = Window | Atan | Sigmoid
+SLOPES = (Window, Atan, Sigmoid)  # by the number that stands for each in the operators
 
 
 @dataclass(frozen=True)
@@ -263,6 +249,12 @@ def _forward_constants(cell: Cell) -> tuple[float, float, bool]:
     return cell.keep, cell.v_threshold, cell.soft_reset
 
 
+def _slope_constants(slope: Slope) -> tuple[int, float, float]:
+    """Position in `SLOPES` and the slope's two numbers."""
+    numbers = (slope.low, slope.high) if isinstance(slope, Window) else (slope.v_threshold, slope.alpha)
+    return SLOPES.index(type(slope)), *numbers
+
+
 class _KernelScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:
@@ -279,7 +271,7 @@ class _KernelScan(torch.autograd.Function):
         if grad_spikes is None:
             grad_spikes = torch.zeros((), dtype=ctx.dtype, device=h.device).expand_as(h)
         grad, grad_potential = torch.ops.leanlight.lif_scan_backward(
-            grad_spikes, grad_v, h, *_forward_constants(cell), cell.detach_reset, *cell.slope.constants
+            grad_spikes, grad_v, h, *_forward_constants(cell), cell.detach_reset, *_slope_constants(cell.slope)
         )
         return grad, grad_potential if ctx.needs_input_grad[1] else None, None
 

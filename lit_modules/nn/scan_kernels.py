@@ -126,7 +126,7 @@ def scan_backward(
         v_threshold: as in `scan`.
         soft_reset: as in `Cell`.
         detach_reset: as in `Cell`.
-        slope: kind of the surrogate's derivative, `Slope.constants`.
+        slope: kind of the surrogate's derivative, its position in `SLOPES`.
         a: its first number.
         b: its second number.
     """

@@ -21,6 +21,7 @@ from leanlight.contracts import (
     Split,
     UserError,
     data_of,
+    on_host,
     to_device,
 )
 from leanlight.contracts.federated import State
@@ -42,7 +43,6 @@ from lit_modules.sfedhifi.widths import (
     measure_rates,
     percent,
 )
-from lit_modules.step_log import on_host
 
 
 class Widths(nn.Module):

@@ -10,8 +10,6 @@ from torch import Tensor
 from lit_modules.nn import scan
 from mock_gpu.tensors import NAME
 
-_SLOPES = (scan.Window, scan.Atan, scan.Sigmoid)  # in the order of their `constants`
-
 
 @functools.cache
 def register() -> torch.library.Library:
@@ -35,5 +33,5 @@ def _backward(
     grad_spikes: Tensor, grad_v: Tensor | None, h: Tensor, keep: float, v_threshold: float, *rest: float
 ) -> tuple[Tensor, Tensor]:
     soft_reset, detach_reset, kind, a, b = rest
-    cell = scan.Cell(keep, v_threshold, _SLOPES[int(kind)](a, b), bool(detach_reset), bool(soft_reset))
+    cell = scan.Cell(keep, v_threshold, scan.SLOPES[int(kind)](a, b), bool(detach_reset), bool(soft_reset))
     return scan.loop_backward(grad_spikes, grad_v, h, (h >= v_threshold).to(grad_spikes.dtype), cell)
