@@ -1,2 +1,16 @@
+from .features import FIELDS as FIELDS
+from .features import Features as Features
+from .features import Picks as Picks
+from .features import class_budget as class_budget
+from .features import class_members as class_members
+from .features import class_picks as class_picks
+from .features import join_picks as join_picks
+from .rules import ClassRule as ClassRule
+from .rules import Full as Full
+from .rules import Random as Random
+from .rules import Rule as Rule
+from .rules import class_generator as class_generator
 from .rules import herding_subset as herding_subset
 from .rules import random_subset as random_subset
+from .work import Advance as Advance
+from .work import Work as Work

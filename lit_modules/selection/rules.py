@@ -1,11 +1,87 @@
-"""Subsets with the same number of items of each class, chosen at random or by herding."""
+"""Rules that choose items of each class, and the two subsets that distillation compares itself with."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from leanlight.contracts import UserError
+from leanlight.contracts import UserError, derived_seed
+from lit_modules.selection.features import Features, Picks, class_picks, join_picks
+from lit_modules.selection.work import Advance, Work
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all rules: their switches are the fields of the dataclass.
+
+    A choice is a function of features, budget and seed alone.
+    """
+
+    #: Names in `lit_modules.selection.FIELDS` that the features must hold.
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def select(self, features: Features, budget: Tensor, seed: int, work: Work | None = None) -> Picks:
+        """Choose ``budget[c]`` items of every class c.
+
+        Args:
+            features: of all items.
+            budget: (K,) int64, from 1 to the items of the class.
+            seed: of whatever is drawn.
+            work: shows progress and keeps finished classes; None for neither.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ClassRule(Rule):
+    """Base of rules that look at one class at a time."""
+
+    def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
+        """Choose `count` of the items of one class; return `class_picks`.
+
+        Args:
+            features: of this class alone.
+            count: items to choose.
+            generator: a stream of this seed and class alone.
+            advance: to be called with the picks made since the last call.
+        """
+        raise NotImplementedError
+
+    def select(self, features: Features, budget: Tensor, seed: int, work: Work | None = None) -> Picks:
+        counts: Sequence[int] = budget.tolist()
+
+        def step(own: Features, label: int, advance: Advance) -> dict[str, Tensor]:
+            return self.pick(own, counts[label], class_generator(seed, label), advance)
+
+        return join_picks(features, (work or Work()).classes(features, step, counts))
+
+
+@dataclass(frozen=True)
+class Random(ClassRule):
+    """Items of each class at random, each as likely as any other."""
+
+    def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
+        chosen = torch.randperm(len(features), generator=generator)[:count]
+        advance(count)
+        return class_picks(chosen)
+
+
+@dataclass(frozen=True)
+class Full(Rule):
+    """Every item, whatever the budget: the ceiling of a comparison."""
+
+    def select(self, features: Features, budget: Tensor, seed: int, work: Work | None = None) -> Picks:
+        counts = features.label.bincount(minlength=features.num_classes).tolist()
+        return join_picks(features, [class_picks(torch.arange(count)) for count in counts])
+
+
+def class_generator(seed: int, label: int, *parts: object) -> torch.Generator:
+    """A stream of random numbers that is a function of the seed, the class and whatever else, e.g. a bin."""
+    return torch.Generator().manual_seed(derived_seed(seed, "selection", label, *parts))
 
 
 def random_subset(labels: Tensor, num_classes: int, per_class: int, generator: torch.Generator) -> Tensor:
