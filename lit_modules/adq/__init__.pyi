@@ -1,0 +1,2 @@
+from .scores import random_views as random_views
+from .scores import texture as texture
