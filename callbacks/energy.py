@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.common import inputs_of, items_in, writes_files
-from callbacks.media import render
+from callbacks.pictures import render
 from leanlight.contracts import HasVariants, Table, uncompiled
 
 MAC_PJ = 4.6

@@ -90,7 +90,7 @@ def _report(seeds: list[int], episodes: list[Any], data: Any) -> None:
 
 def _draw(episode: Any, path: Path) -> Path:
     """Write the pictures of an episode as a GIF."""
-    from callbacks.media import render
+    from callbacks.pictures import render
     from leanlight.contracts import Animation
 
     try:

@@ -34,11 +34,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Distributions drawn over one another: each series is a 1-D tensor of values."""
+    """Distributions drawn over one another: each series is a 1-D tensor of values. bins: how many, or their edges."""
 
     series: Mapping[str, Tensor]
     xlabel: str
-    bins: int = 40
+    bins: int | Sequence[float] = 40
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from callbacks import ExportArtifact, MediaLogger, ThroughputMonitor
-from callbacks.media import render
+from callbacks.pictures import render
 from leanlight.contracts import (
     Animation,
     Bars,
@@ -243,3 +245,17 @@ def test_failed_run_exports_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="broken"):
         fit(tmp_path, ExportArtifact(), Fail())
     assert not Path(tmp_path / "artifacts").exists()
+
+
+def test_a_histogram_takes_the_edges_it_is_given(tmp_path):
+    values = torch.tensor([0.0, 1.0, 1.0, 2.0])
+    three = Histogram({"a": values}, "class", bins=3)
+    edges = Histogram({"a": values}, "class", bins=[-0.5, 0.5, 1.5, 2.5])
+    pictures = [render(item, tmp_path / str(i), "x").read_bytes() for i, item in enumerate((three, edges))]
+    assert pictures[0] != pictures[1]
+
+
+def test_drawing_loads_no_lightning():
+    code = "import sys, callbacks.pictures; print({'lightning', 'wandb', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "set()", done.stderr
