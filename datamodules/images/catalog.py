@@ -179,7 +179,7 @@ _ALL = [
     ),
     DatasetInfo(
         name="image_folder",
-        title="Your own pictures: PATH/train/<class>/*.png, PATH/test or PATH/val alike",
+        title="Your own pictures: PATH/<class>/*.png, or PATH/train/<class>/*.png with PATH/test or PATH/val alike",
         shape=(3, 64, 64),
         classes=0,
         train=0,

@@ -34,6 +34,7 @@ Labels = npt.NDArray[np.int64]
 Part = tuple[Images, Labels]
 
 MAX_PIXELS = 64 * 1024 * 1024  # a picture beyond 64 megapixels is taken for a decompression bomb
+PARTS = ("train", "val", "test")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 
 
@@ -288,3 +289,35 @@ def list_pictures(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Lab
         paths += found
         labels += [label] * len(found)
     return paths, np.asarray(labels, np.int64)
+
+
+def folder_parts(base: Path) -> tuple[tuple[str, ...], dict[str, tuple[list[Path], Labels]]]:
+    """Classes of a folder of pictures, and paths and labels of its parts by name, as `list_pictures` gives them.
+
+    ``train/<class>/…`` with ``test`` and/or ``val`` beside it; a lone ``val`` is taken as test. A folder with nothing
+    but class subfolders is training data, of which every tenth picture of a class, by path, makes the test part.
+
+    Raises:
+        UserError: neither layout, or a class without pictures for both parts.
+    """
+    if (base / "train").is_dir():
+        classes = class_folders(base / "train")
+        parts = {name: list_pictures(base / name, classes) for name in PARTS if (base / name).is_dir()}
+        if len(parts) > 1 and classes:
+            return classes, parts if "test" in parts else {"train": parts["train"], "test": parts["val"]}
+        raise UserError(f"path: {base / 'train'} needs class subfolders, and test/ or val/ with the same beside it")
+    if not base.is_dir() or not (classes := class_folders(base)) or set(classes) & set(PARTS):
+        raise UserError(
+            f"path: expected a folder with a subfolder of pictures a class, alone or under train/ with val/ or test/ "
+            f"beside it; got {base}"
+        )
+    paths, labels = list_pictures(base, classes)
+    counts = np.bincount(labels)
+    if (counts < 2).any():
+        raise UserError(f"path: {base / classes[int(counts.argmin())]} holds one picture; expected at least two")
+    position = np.arange(len(paths)) - np.repeat(counts.cumsum() - counts, counts)
+    is_test = position % 10 == np.minimum(9, counts - 1)[labels]
+    return classes, {
+        name: ([paths[i] for i in np.flatnonzero(chosen)], labels[chosen])
+        for name, chosen in (("train", ~is_test), ("test", is_test))
+    }

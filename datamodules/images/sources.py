@@ -253,28 +253,14 @@ def cifar(query: Query) -> Raw | None:
 
 
 def image_folder(query: Query) -> Raw | None:
-    """``path/train/<class>/…`` with ``path/test`` and/or ``path/val``; a lone ``val`` is taken as test."""
+    """The parts that `formats.folder_parts` finds; validation data where ``val`` stands beside ``test``."""
     base = query.path
-    if base is None:
-        raise UserError("path: image_folder needs a folder with train/<class>/ and test/<class>/ or val/<class>/")
-    if not query.exists(base / "train"):
+    if base is None or not query.exists(base):
         return None
-    classes = formats.class_folders(base / "train")
-    if not classes:
-        raise UserError(f"{base / 'train'} has no class subfolders")
+    classes, parts = formats.folder_parts(base)
     size = query.image_size or query.info.shape[1]
-
-    def part(name: str) -> Part | None:
-        folder = base / name
-        if not folder.is_dir():
-            return None
-        paths, labels = formats.list_pictures(folder, classes)
-        return formats.decode_pictures(paths, size), labels
-
-    train, val, test = part("train"), part("val"), part("test")
-    if train is None or (held_out := test or val) is None:
-        raise UserError(f"{base} has neither test/ nor val/ beside train/")
-    return Raw(train, held_out, classes, str(base), val if test else None)
+    decoded = {name: (formats.decode_pictures(paths, size), labels) for name, (paths, labels) in parts.items()}
+    return Raw(decoded["train"], decoded["test"], classes, str(base), decoded.get("val"))
 
 
 def svhn(query: Query) -> Raw | None:

@@ -52,8 +52,9 @@ def collate(items: list[ImageBatch]) -> ImageBatch:
 class ImageFolderStream(pl.LightningDataModule):
     """ImageNet-scale folders: ``path/train/<class>/…`` and ``path/val/<class>/…`` (or ``test``), read by workers.
 
-    The part beside train is the test part; validation is held out of train. The train order is stateful and, like the
-    random crops, a pure function of (seed, epoch).
+    The part beside train is the test part; validation is held out of train. Of a folder with nothing but class
+    subfolders every tenth picture of a class makes the test part. The train order is stateful and, like the random
+    crops, a pure function of (seed, epoch).
 
     Args:
         path: the folder.
@@ -104,21 +105,15 @@ class ImageFolderStream(pl.LightningDataModule):
         self._predicted: Tensor | None = None
 
     def ensure_available(self) -> None:
-        """Raise UserError unless ``train`` and one of ``val``, ``test`` exist."""
-        if not (self.path / "train").is_dir() or not self._test_folder().is_dir():
-            raise UserError(f"path: {self.path} needs the folders train/<class>/ and val/<class>/ or test/<class>/")
-
-    def _test_folder(self) -> Path:
-        return self.path / ("test" if (self.path / "test").is_dir() else "val")
+        """List the files; UserError unless the folder holds a training and a test part."""
+        formats.folder_parts(self.path)
 
     def setup(self, stage: str | None = None) -> None:
         """List the files, make the splits and `meta`, once. Pictures are not opened."""
         if hasattr(self, "meta"):
             return
-        self.ensure_available()
-        classes = formats.class_folders(self.path / "train")
-        paths, labels = formats.list_pictures(self.path / "train", classes)
-        test_paths, test_labels = formats.list_pictures(self._test_folder(), classes)
+        classes, parts = formats.folder_parts(self.path)
+        (paths, labels), (test_paths, test_labels) = parts["train"], parts["test"]
         train, val = stratified_split(labels, self.val_fraction, 1.0, self.split_seed)
         if not len(val):
             raise UserError(f"val_fraction: {self.val_fraction} of {len(paths):,} items leaves none for validation")

@@ -281,6 +281,24 @@ def test_lone_val_folder_is_the_test_part(tmp_path: Path) -> None:
     assert len(raw.test[0]) == 8
 
 
+def test_of_a_folder_of_classes_every_tenth_picture_of_a_class_is_the_test_part(tmp_path: Path) -> None:
+    for label, (name, count) in enumerate({"cat": 23, "dog": 2}.items()):
+        for i in range(count):
+            picture(tmp_path / "mine" / name / f"{i:02}.png", 100 * label + i)
+    raw = sources.load("image_folder", "none", path=tmp_path / "mine", image_size=16)
+    assert raw.classes == ("cat", "dog")
+    assert raw.test[0][:, 0, 0, 0].tolist() == [9, 19, 101]
+    assert raw.train[0][:, 0, 0, 0].tolist() == [*(i for i in range(23) if i not in (9, 19)), 100]
+    assert raw.train[1].tolist() == [0] * 21 + [1]
+
+
+def test_a_class_with_one_picture_alone_is_named(tmp_path: Path) -> None:
+    for name in ("cat/0.png", "cat/1.png", "dog/0.png"):
+        picture(tmp_path / name, 0)
+    with pytest.raises(UserError, match="dog holds one picture"):
+        sources.load("image_folder", "none", path=tmp_path, image_size=16)
+
+
 def no_test(path: Path) -> None:
     for name in ("cat", "dog"):
         for file in (path / "test" / name).iterdir():
@@ -299,7 +317,7 @@ def unknown_class(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(no_test, "neither test/ nor val/"), (empty_class, "train/empty holds no picture"), (unknown_class, "test/bird")],
+    [(no_test, "test/ or val/"), (empty_class, "train/empty holds no picture"), (unknown_class, "test/bird")],
 )
 def test_bad_image_folder_is_explained(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
     path = folder_of_pictures(tmp_path)
