@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +20,10 @@ class Rule:
     A choice is a function of features, budget and seed alone.
     """
 
-    #: Names in `lit_modules.selection.FIELDS` that the features must hold.
-    needs: ClassVar[tuple[str, ...]] = ()
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names in `lit_modules.selection.FIELDS` that the features must hold, given the switches."""
+        return ()
 
     def select(self, features: Features, budget: Tensor, seed: int, work: Work | None = None) -> Picks:
         """Choose ``budget[c]`` items of every class c.
