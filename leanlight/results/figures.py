@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from leanlight.results.claims import interval
 from leanlight.results.format import show_number
 from leanlight.results.profile import confidence_band, shares_above
 
@@ -134,6 +135,45 @@ def draw_profile(groups: Mapping[str, Sequence[Sequence[float]]], xlabel: str, t
     _calm(axes, theme)
     axes.legend(fontsize=7.5, frameon=False, labelcolor=theme.text)
     return _png(figure)
+
+
+def draw_over_setting(
+    groups: Mapping[str, Sequence[tuple[float, Sequence[float]]]], xlabel: str, ylabel: str, theme: Theme = LIGHT
+) -> bytes:
+    """PNG of means with 95 % intervals over a setting. groups: label → (x, the values of its seeds), ascending in x."""
+    figure = Figure(figsize=(7.0, max(3.4, 0.19 * len(groups) + 0.6)), facecolor=theme.ground, dpi=144)
+    axes = figure.add_subplot()
+    for position, (label, points) in enumerate(groups.items()):
+        x, means = [x for x, _ in points], [float(np.mean(values)) for _, values in points]
+        ends = np.array([interval(values) if len(values) > 1 else (values[0], values[0]) for _, values in points])
+        axes.errorbar(
+            x,
+            means,
+            yerr=[np.array(means) - ends[:, 0], ends[:, 1] - np.array(means)],
+            color=PALETTE[position % len(PALETTE)],
+            linestyle=("-", "--", ":")[position // len(PALETTE) % 3],
+            marker="osD^v"[position % 5],
+            markersize=3.5,
+            linewidth=1.3,
+            capsize=2,
+            alpha=0.9,
+            label=_plain(label, 40),
+        )
+    _mark_settings(axes, sorted({x for points in groups.values() for x, _ in points}))
+    axes.set_xlabel(_plain(xlabel.replace("_", " ")), color=theme.text, fontsize=8.5)
+    axes.set_title(_plain(f"{ylabel}, mean and 95 % interval"), loc="left", color=theme.text, fontsize=9.5)
+    _calm(axes, theme)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, frameon=False, labelcolor=theme.text)
+    return _png(figure)
+
+
+def _mark_settings(axes: Axes, x: Sequence[float]) -> None:
+    """Ticks at the few settings measured, on a logarithmic axis where they lie far apart."""
+    if x[0] > 0 and x[-1] >= 8 * x[0]:
+        axes.set_xscale("log")
+    if len(x) <= 8:
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set_xticks([], minor=True)
 
 
 def _calm(axes: Axes, theme: Theme) -> None:

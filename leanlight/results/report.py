@@ -9,7 +9,17 @@ from typing import Any
 
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
-from leanlight.results.figures import DARK, LIGHT, Curve, Theme, draw_bars, draw_curves, draw_profile, read_curve
+from leanlight.results.figures import (
+    DARK,
+    LIGHT,
+    Curve,
+    Theme,
+    draw_bars,
+    draw_curves,
+    draw_over_setting,
+    draw_profile,
+    read_curve,
+)
 from leanlight.results.format import show_metric
 from leanlight.results.markdown import (
     check_markers,
@@ -26,6 +36,7 @@ Draw = Callable[[Theme], bytes]  # a PNG
 _CAPTIONS = {
     "": "Each metric as bars over rows",
     "_profile": "Performance profile over tasks and seeds",
+    "_over_setting": "Means over a setting, with 95 % intervals",
     "_curves": "Learning curves, means over seeds",
 }
 _NO_TABLES = ("benchmark.json", "gpu.json")
@@ -60,11 +71,12 @@ def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     documents = {path: read_document(path) for path in paths}
     views, room = [], _PAGE_BYTES
     for path, document in documents.items():
-        measured, curves, profile = _measured(document), _learning_curves(document, runs_root), _profile(document)
+        measured, curves = _measured(document), _learning_curves(document, runs_root)
+        asked = {"_profile": _profile(document), "_over_setting": _over_setting(document)}
         bars = partial(draw_bars, document, measured, columns=2) if measured else None
-        _write_markdown(path, document, {"": bars, "_profile": profile, "_curves": curves and curves[1]})
+        _write_markdown(path, document, {"": bars, **asked, "_curves": curves and curves[1]})
         pictures, room = _pictures(document, runs_root, room)
-        views.append(TableView(document, _figures(document, measured, profile, curves), pictures))
+        views.append(TableView(document, _figures(document, measured, asked, curves), pictures))
     page = output / "index.html"
     try:
         atomic_write(page, render_page(views))
@@ -123,14 +135,13 @@ def _measured(document: Mapping[str, Any]) -> list[str]:
 def _figures(
     document: Mapping[str, Any],
     measured: Sequence[str],
-    profile: Draw | None,
+    asked: Mapping[str, Draw | None],
     curves: tuple[str, Draw] | None,
 ) -> list[FigureView]:
     drawn: dict[str, Draw] = {
         f"{document['metrics'][name]['label']} of each row": partial(_bars, document, name) for name in measured
     }
-    if profile:
-        drawn[_CAPTIONS["_profile"]] = profile
+    drawn |= {_CAPTIONS[ending]: draw for ending, draw in asked.items() if draw}
     if curves:
         drawn |= [curves]
     return [FigureView(title, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for title, draw in drawn.items()]
@@ -148,6 +159,27 @@ def _profile(document: Mapping[str, Any]) -> Draw | None:
         if all(rows.get(name) for name in names)
     }
     return cache(partial(draw_profile, groups, show_metric(metric)[:-2])) if groups else None
+
+
+def _over_setting(document: Mapping[str, Any]) -> Draw | None:
+    """Draws the metric over a setting that the table asks for, with the rows that have values."""
+    if not (asked := document.get("curve")):
+        return None
+    metric = document["metrics"][asked["metric"]]
+    rows = {row["name"]: row for row in document["rows"]}
+    groups = {
+        label: sorted(
+            (
+                float(rows[name]["setting"][asked["x"]]),
+                [value * metric["scale"] for value in measured["by_seed"].values()],
+            )
+            for name in names
+            if (measured := rows[name]["metrics"].get(asked["metric"]))
+        )
+        for label, names in asked["groups"].items()
+    }
+    groups = {label: points for label, points in groups.items() if points}
+    return cache(partial(draw_over_setting, groups, asked["x"], show_metric(metric)[:-2])) if groups else None
 
 
 def _bars(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:

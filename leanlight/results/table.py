@@ -231,6 +231,7 @@ def build_document(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, Any]:
             for claim in spec.claims
         ],
         "profile": asdict(spec.profile) if spec.profile else None,
+        "curve": asdict(spec.curve) if spec.curve else None,
     }
 
 

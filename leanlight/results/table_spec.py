@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -117,6 +118,21 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class SettingCurve:
+    """A metric over a number in the rows' settings, a line a group.
+
+    Args:
+        x: key of `Row.setting`.
+        metric: of the table.
+        groups: label → names of rows, the points of its line.
+    """
+
+    x: str
+    metric: str
+    groups: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class TableSpec:
     """A whole table.
 
@@ -134,6 +150,7 @@ class TableSpec:
         rows: in order.
         claims: in order.
         profile: the performance profile to draw, if any.
+        curve: the metric to draw over a setting, if any.
     """
 
     name: str
@@ -149,12 +166,13 @@ class TableSpec:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = field(default=())
     profile: Profile | None = None
+    curve: SettingCurve | None = None
 
 
 def load_table(name: str) -> TableSpec:
     """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
-    keys = "method dataset scale title note seeds checkpoint metrics rows claims profile"
+    keys = "method dataset scale title note seeds checkpoint metrics rows claims profile curve"
     top = Reader(read_mapping(path), path.name, keys)
     metrics = {
         str(key): _metric(str(key), value, f"{path.name}: metrics {key}")
@@ -189,6 +207,7 @@ def load_table(name: str) -> TableSpec:
         profile=_profile(top.content["profile"], f"{path.name}: profile", names, metrics)
         if "profile" in top.content
         else None,
+        curve=_curve(top.content["curve"], f"{path.name}: curve", rows, metrics) if "curve" in top.content else None,
     )
 
 
@@ -300,7 +319,26 @@ def _claim(content: Any, where: str, rows: Collection[str], metrics: Collection[
 
 def _profile(content: Any, where: str, rows: Collection[str], metrics: Collection[str]) -> Profile:
     reader = Reader(content, where, "metric groups")
-    metric = reader.choice("metric", metrics)
+    return Profile(reader.choice("metric", metrics), _groups(reader, rows))
+
+
+def _curve(content: Any, where: str, rows: Collection[Row], metrics: Collection[str]) -> SettingCurve:
+    reader = Reader(content, where, "x metric groups")
+    curve = SettingCurve(
+        reader.get("x", str), reader.choice("metric", metrics), _groups(reader, [row.name for row in rows])
+    )
+    drawn = {name for names in curve.groups.values() for name in names}
+    for row in rows:
+        value = row.setting.get(curve.x)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if row.name in drawn and not number:
+            raise UserError(f"{where}: setting {curve.x!r} of row {row.name} must be a finite number, got {value!r}")
+    return curve
+
+
+def _groups(reader: Reader, rows: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The key `groups`: label → names of rows."""
+    where = reader.where
     groups: dict[str, tuple[str, ...]] = {}
     for label, names in reader.get("groups", dict).items():
         if not isinstance(names, list) or not names:
@@ -311,4 +349,4 @@ def _profile(content: Any, where: str, rows: Collection[str], metrics: Collectio
         groups[str(label)] = tuple(names)
     if not groups:
         raise UserError(f"{where}: groups is empty; name at least one")
-    return Profile(metric, groups)
+    return groups

@@ -19,8 +19,8 @@ from PIL import Image
 from leanlight.cli.report import main
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.contracts import UserError
-from leanlight.results import pictures
-from leanlight.results.figures import LIGHT, _bar_panel
+from leanlight.results import figures, pictures
+from leanlight.results.figures import LIGHT, _bar_panel, draw_over_setting
 from leanlight.results.format import paper_delta, show_measured, show_seconds
 from leanlight.results.markdown import BEGIN, END
 from leanlight.results.pictures import load_picture
@@ -165,6 +165,40 @@ def test_a_performance_profile_is_drawn_where_a_table_asks_for_it(suite: Any) ->
     assert "Performance profile over tasks and seeds" in [a["alt"] for a in images]
     with Image.open(RESULTS / "two_profile.png") as figure:
         assert min(figure.size) > 100
+
+
+def test_means_over_a_setting_are_drawn_where_a_table_asks_for_it(suite: Any) -> None:
+    rows = [
+        {"name": name, "config": "a.yaml", "overrides": {"value": value}, "setting": {"keep": keep}}
+        for name, value, keep in (("more", 0.8, 0.2), ("less", 0.6, 0.01), ("other", 0.5, 0.01))
+    ]
+    curve = {"x": "keep", "metric": "test/accuracy", "groups": {"one": ["more", "less"], EVIL: ["other"]}}
+    reproduce([str(suite.table(rows=rows, claims=[], curve=curve)), "--only", "more"])
+    results = RESULTS / "two.json"
+    assert json.loads(results.read_text())["curve"] == curve
+    main(["--all", "--output", "out"])  # the other rows have no runs yet
+    reproduce(["two.yaml"])
+    main(["--all", "--output", "out"])
+    caption = "Means over a setting, with 95 % intervals"
+    assert f"![{caption}](two_over_setting.png)" in (RESULTS / "two.md").read_text()
+    images = [a for tag, a in Page(Path("out/index.html").read_text()).tags if tag == "img"]
+    assert caption in [a["alt"] for a in images]
+    with Image.open(RESULTS / "two_over_setting.png") as figure:
+        assert min(figure.size) > 100
+
+
+def test_a_line_over_a_setting_has_means_and_intervals_of_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures_drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_png", lambda figure: figures_drawn.append(figure) or b"")
+    draw_over_setting({"a": [(0.01, [1.0, 2.0, 3.0]), (0.2, [5.0])]}, "keep", "Accuracy")
+    (axes,) = figures_drawn[0].axes
+    (line,) = axes.containers
+    assert line[0].get_xydata().tolist() == [[0.01, 2.0], [0.2, 5.0]]
+    (low, high), single = (segment[:, 1] for segment in line[2][0].get_segments())
+    half = 4.302652729696142 / 3**0.5  # t of 2 degrees of freedom at 97.5 %, a deviation of 1
+    assert (low, high) == pytest.approx((2 - half, 2 + half))
+    assert single.tolist() == [5.0, 5.0]
+    assert axes.get_xscale() == "log"
 
 
 def test_shares_of_runs_above_a_threshold_weigh_tasks_alike() -> None:

@@ -63,6 +63,14 @@ MISTAKES = [
         _set("profile", {"metric": "test/accuracy", "groups": {"a": "good"}}),
         "two.yaml: profile: groups 'a' must be a list of rows, got 'good'",
     ),
+    (
+        _set("curve", {"x": "width", "metric": "test/accuracy", "groups": {"a": ["god"]}}),
+        "two.yaml: curve: groups 'a': no row 'god' (did you mean 'good'?)",
+    ),
+    (
+        _set("curve", {"x": "depth", "metric": "test/accuracy", "groups": {"a": ["good"]}}),
+        "two.yaml: curve: setting 'depth' of row good must be a finite number, got None",
+    ),
     (_set("scale", "tiny"), "two.yaml: scale must be one of small, paper, got 'tiny'"),
     (_set("method", "../x"), "two.yaml: method: '../x' is not a folder name"),
     (_set("seeds", [0, 0]), "names a seed twice"),
