@@ -5,6 +5,16 @@ from .features import class_budget as class_budget
 from .features import class_members as class_members
 from .features import class_picks as class_picks
 from .features import join_picks as join_picks
+from .greedy import facility_location as facility_location
+from .greedy import graph_cut as graph_cut
+from .greedy import herding as herding
+from .greedy import k_center as k_center
+from .kernels import Cosine as Cosine
+from .kernels import GradientCloseness as GradientCloseness
+from .kernels import GradientCosine as GradientCosine
+from .kernels import Kernel as Kernel
+from .kernels import NegSquaredDistance as NegSquaredDistance
+from .kernels import error_of as error_of
 from .rules import ClassRule as ClassRule
 from .rules import Full as Full
 from .rules import Random as Random

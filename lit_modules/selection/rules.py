@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leanlight.contracts import UserError, derived_seed
 from lit_modules.selection.features import Features, Picks, class_picks, join_picks
+from lit_modules.selection.greedy import herding
 from lit_modules.selection.work import Advance, Work
 
 
@@ -122,16 +123,8 @@ def herding_subset(features: Tensor, labels: Tensor, num_classes: int, per_class
     chosen = []
     for label in range(num_classes):
         members = _members(labels, label, per_class)
-        candidates = features[members].double()
-        mean, total = candidates.mean(0), torch.zeros(candidates.shape[1], dtype=torch.float64)
-        free = torch.ones(len(members), dtype=torch.bool)
-        for count in range(1, per_class + 1):
-            distance = (mean - (total + candidates) / count).square().sum(1).masked_fill(~free, torch.inf)
-            best = int(distance.argmin())
-            free[best] = False
-            total += candidates[best]
-            chosen.append(members[best])
-    return torch.stack(chosen)
+        chosen.append(members[herding(features[members], per_class)[0]])
+    return torch.cat(chosen)
 
 
 def _members(labels: Tensor, label: int, per_class: int) -> Tensor:
