@@ -13,6 +13,7 @@ from torch import nn
 from leanlight.contracts import UserError, isolated_rng
 
 Module = TypeVar("Module", bound=nn.Module)
+Loaded = TypeVar("Loaded")
 
 
 class Frozen(Generic[Module]):
@@ -83,15 +84,28 @@ def frozen_network(make: Callable[[], nn.Module], weights: Path | str | None, ar
     with isolated_rng():
         network = make()
     if weights is not None:
-        if not Path(weights).is_file():
-            raise UserError(f"{argument}: expected a file of weights, got {weights}")
-        try:
-            network.load_state_dict(_read_weights(Path(weights)))
-        except Exception as error:
-            raise UserError(
-                f"{argument}: {weights} does not fit a {type(network).__name__}: {_one_line(error)}"
-            ) from error
+        load_weights(network.load_state_dict, weights, f"a {type(network).__name__}", argument)
     return network.eval().requires_grad_(False)
+
+
+def load_weights(load: Callable[[dict[str, Any]], Loaded], weights: Path | str, what: str, argument: str) -> Loaded:
+    """Hand the weights in a file to `load` and return what it gives.
+
+    Args:
+        load: takes a state dict; may raise anything.
+        weights: ``.safetensors``, or a state dict that ``torch.load(weights_only=True)`` reads.
+        what: the network they are for, for errors.
+        argument: name of the caller's argument that holds the path, for errors.
+
+    Raises:
+        UserError: no such file, or weights of another network.
+    """
+    if not Path(weights).is_file():
+        raise UserError(f"{argument}: expected a file of weights, got {weights}")
+    try:
+        return load(_read_weights(Path(weights)))
+    except Exception as error:  # of a file of any content
+        raise UserError(f"{argument}: {weights} does not fit {what}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

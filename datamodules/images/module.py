@@ -240,10 +240,17 @@ class ImageDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> EvalLoader:
         """The part `predict_split`, without the items of `skip_predicted`."""
-        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[self.predict_split]
+        return self._eval_loader(self._part(self.predict_split), self._predicted)
+
+    def _part(self, name: Split) -> ImageSplit:
+        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[name]
         if split is None:
             raise UserError("predict_split: val, but there is no validation data; raise val_fraction")
-        return self._eval_loader(split, self._predicted)
+        return split
+
+    def origin(self, split: Split) -> Tensor:
+        """(N,) int64 position of each item of a part in the source's own train, validation or test part."""
+        return self._part(split).origin
 
     def skip_predicted(self, index: Tensor) -> None:
         """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,32 +21,51 @@ from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_l
 from leanlight.contracts import ImageBatch, ImageMeta, Split, UserError, isolated_rng
 
 
-class PictureFiles(Dataset[ImageBatch]):
-    """Pictures by position; an item is a batch of one, uint8 (1, 3, S, S).
+class StreamSplit(NamedTuple):
+    """One part of a streamed folder.
 
     Args:
         paths: of the pictures.
         labels: (N,) int64 classes.
+        origin: (N,) int64 position of each picture among those of its folder, in sorted order.
+        weight: (N,) float32 factor of each item's loss in training; None: all alike.
+    """
+
+    paths: list[Path]
+    labels: Tensor
+    origin: Tensor
+    weight: Tensor | None = None
+
+
+class PictureFiles(Dataset[ImageBatch]):
+    """Pictures by position; an item is a batch of one, uint8 (1, 3, S, S).
+
+    Args:
+        split: which pictures.
         transform: from a PIL picture to uint8 (3, S, S).
         seed: the random crop and flip of an item are a function of it and of the position; None where there are none.
     """
 
-    def __init__(self, paths: list[Path], labels: Tensor, transform: v2.Transform, seed: str | None) -> None:
-        self.paths, self.labels, self.transform, self.seed = paths, labels, transform, seed
+    def __init__(self, split: StreamSplit, transform: v2.Transform, seed: str | None) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.split.paths)
 
     def __getitem__(self, index: int) -> ImageBatch:
         digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
-        with formats.open_picture(self.paths[index]) as picture, isolated_rng(int.from_bytes(digest[:4], "big")):
+        with formats.open_picture(self.split.paths[index]) as picture, isolated_rng(int.from_bytes(digest[:4], "big")):
             image = self.transform(picture)
-        return ImageBatch(image[None], self.labels[index : index + 1], torch.tensor([index]))
+        item = slice(index, index + 1)
+        weight = None if self.split.weight is None else self.split.weight[item]
+        return ImageBatch(image[None], self.split.labels[item], torch.tensor([index]), weight)
 
 
 def collate(items: list[ImageBatch]) -> ImageBatch:
     """Join batches of one."""
-    return ImageBatch(*(torch.cat([getattr(item, name) for item in items]) for name in ("image", "label", "index")))
+    image, label, index = (torch.cat([getattr(item, name) for item in items]) for name in ("image", "label", "index"))
+    weight = [item.weight for item in items if item.weight is not None]
+    return ImageBatch(image, label, index, torch.cat(weight) if weight else None)
 
 
 class ImageFolderStream(pl.LightningDataModule):
@@ -117,30 +136,29 @@ class ImageFolderStream(pl.LightningDataModule):
         train, val = stratified_split(labels, self.val_fraction, 1.0, self.split_seed)
         if not len(val):
             raise UserError(f"val_fraction: {self.val_fraction} of {len(paths):,} items leaves none for validation")
-        self._files: dict[str, tuple[list[Path], Tensor]] = {
-            "train": ([paths[i] for i in train], torch.from_numpy(labels[train])),
-            "val": ([paths[i] for i in val], torch.from_numpy(labels[val])),
-            "test": (test_paths, torch.from_numpy(test_labels)),
+        self._splits = {
+            "train": _split(paths, labels, train),
+            "val": _split(paths, labels, val),
+            "test": _split(test_paths, test_labels, np.arange(len(test_paths))),
         }
         digest = hashlib.sha256()
-        for name, (files, _) in self._files.items():
-            digest.update(
-                "\n".join([name, *(f"{p.relative_to(self.path)} {p.stat().st_size}" for p in files)]).encode()
-            )
+        for name, split in self._splits.items():
+            lines = (f"{path.relative_to(self.path)} {path.stat().st_size}" for path in split.paths)
+            digest.update("\n".join([name, *lines]).encode())
         self.meta = ImageMeta(
             name="image_folder",
             source=str(self.path),
             num_classes=len(classes),
             shape=(3, self.image_size, self.image_size),
             classes=classes,
-            counts={name: len(files) for name, (files, _) in self._files.items()},
+            counts={name: len(split.paths) for name, split in self._splits.items()},
             class_counts=tuple(np.bincount(labels[train], minlength=len(classes)).tolist()),
             fingerprint=digest.hexdigest(),
         )
 
     def _fetch(self, blocks: Iterable[Tensor], name: str, transform: v2.Transform, seed: str | None) -> Iterator[Any]:
         loader = DataLoader(
-            PictureFiles(*self._files[name], transform, seed),
+            PictureFiles(self._splits[name], transform, seed),
             batch_sampler=[block.tolist() for block in blocks],
             num_workers=self.num_workers,
             collate_fn=collate,
@@ -152,7 +170,7 @@ class ImageFolderStream(pl.LightningDataModule):
         """Random crops and flips in shuffled order, stateful."""
         crop = v2.RandomResizedCrop(self.image_size, (self.min_scale, 1.0), antialias=True)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        size = len(self._files["train"][0])
+        size = len(self._splits["train"].paths)
 
         def fetch(blocks: Iterable[Tensor]) -> Iterator[Any]:
             order = loader.sampler  # asked when the epoch begins: Lightning sets it after the loader is made
@@ -165,7 +183,7 @@ class ImageFolderStream(pl.LightningDataModule):
         resize = v2.Resize(round(self.image_size * 8 / 7), antialias=True)
         transform = v2.Compose([resize, v2.CenterCrop(self.image_size), v2.PILToTensor()])
         fetch = partial(self._fetch, name=name, transform=transform, seed=None)
-        return EvalLoader(len(self._files[name][0]), self.eval_batch_size, fetch, *rank_and_world(), done)
+        return EvalLoader(len(self._splits[name].paths), self.eval_batch_size, fetch, *rank_and_world(), done)
 
     def val_dataloader(self) -> EvalLoader:
         """Centre crops of the held-out items."""
@@ -179,6 +197,10 @@ class ImageFolderStream(pl.LightningDataModule):
         """Centre crops of the part `predict_split`, without the items of `skip_predicted`."""
         return self._eval_loader(self.predict_split, self._predicted)
 
+    def origin(self, split: Split) -> Tensor:
+        """(N,) int64 position of each item of a part among the pictures of its folder, in sorted order."""
+        return self._splits[split].origin
+
     def skip_predicted(self, index: Tensor) -> None:
         """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""
         self._predicted = index
@@ -186,3 +208,7 @@ class ImageFolderStream(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Scale to [0, 1] on the device."""
         return scaled(batch)
+
+
+def _split(paths: list[Path], labels: np.ndarray, index: np.ndarray) -> StreamSplit:
+    return StreamSplit([paths[i] for i in index], torch.from_numpy(labels[index]), torch.from_numpy(index))

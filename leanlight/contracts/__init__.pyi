@@ -61,6 +61,12 @@ from .images import (
 from .images import (
     InMemoryImages as InMemoryImages,
 )
+from .images import (
+    TracedImages as TracedImages,
+)
+from .images import (
+    predicted_origin as predicted_origin,
+)
 from .media import (
     Animation as Animation,
 )

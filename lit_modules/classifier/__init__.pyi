@@ -1,5 +1,6 @@
 from .evaluation import ClassifierEvaluation as ClassifierEvaluation
 from .losses import class_index as class_index
+from .losses import cross_entropy as cross_entropy
 from .losses import distillation_loss as distillation_loss
 from .module import ImageClassifier as ImageClassifier
 from .training import (

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -23,14 +22,16 @@ from leanlight.contracts import (
     TrainingStep,
     UserError,
     data_of,
+    predicted_origin,
 )
 from lit_modules.classifier import pictures
 from lit_modules.classifier.evaluation import ClassifierEvaluation
 from lit_modules.classifier.export import export_network
-from lit_modules.classifier.losses import class_index, distillation_loss
+from lit_modules.classifier.losses import class_index, cross_entropy, distillation_loss
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier
+from lit_modules.nn.features import logits_and_features
 from lit_modules.optim import configure
 from lit_modules.step_log import log_step
 
@@ -39,7 +40,7 @@ class ImageClassifier(LightningModule):
     """Train a network on images with cross entropy, optionally beside a frozen teacher.
 
     With a teacher the loss is ``(1 - w) CE + w KD``, w being `distill_weight` and KD the knowledge distillation of
-    Hinton et al. (2015), `lit_modules.classifier.distillation_loss`.
+    Hinton et al. (2015), `lit_modules.classifier.distillation_loss`; both are weighted where the batch has weights.
 
     Args:
         network: makes the network: float images (N, C, H, W) in [0, 1] → logits (N, K).
@@ -137,17 +138,22 @@ class ImageClassifier(LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] → (N, K) logits."""
-        return self.network(image.contiguous(memory_format=self.memory_format))
+        return self.network(self._laid_out(image))
+
+    def _laid_out(self, image: Tensor) -> Tensor:
+        return image.contiguous(memory_format=self.memory_format)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         logits = self(batch.image)
-        loss = cross_entropy = F.cross_entropy(logits, batch.label, label_smoothing=self.label_smoothing)
-        self._terms = {"cross_entropy": cross_entropy.detach()}
+        # With weights each process divides by those of its own batch, and DDP takes the mean of all gradients:
+        # not that of the global batch, where the sums of their weights differ.
+        loss = mistakes = cross_entropy(logits, batch.label, batch.weight, self.label_smoothing)
+        self._terms = {"cross_entropy": mistakes.detach()}
         if self._teacher is not None:
             with torch.no_grad():
                 targets = self._teacher(batch.image)
-            distillation = distillation_loss(logits, targets, self.distill_temperature)
-            loss = (1 - self.distill_weight) * cross_entropy + self.distill_weight * distillation
+            distillation = distillation_loss(logits, targets, self.distill_temperature, batch.weight)
+            loss = (1 - self.distill_weight) * mistakes + self.distill_weight * distillation
             self._terms["distillation"] = distillation.detach()
         if batch_idx == 0:
             self._train_images = batch.image[: pictures.SHOWN].detach().clone()
@@ -162,8 +168,15 @@ class ImageClassifier(LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return ``index`` (N,) and ``probabilities`` (N, K)."""
-        return {"index": batch.index, "probabilities": self(batch.image).softmax(1)}
+        """Return what rules of selection ask for, too, so that a fitted classifier serves as their selector.
+
+        ``index`` (N,), ``origin`` (N,) where the data knows it, ``label`` as the data has it, ``probabilities`` and
+        ``logits`` (N, K), and ``embedding`` (N, D) where the network gives its vectors before the last layer.
+        """
+        logits, embedding = logits_and_features(self.network, self._laid_out(batch.image))
+        outputs = {"index": batch.index, **predicted_origin(self, batch.index), "label": batch.label}
+        outputs |= {"probabilities": logits.softmax(1), "logits": logits.float()}
+        return outputs if embedding is None else outputs | {"embedding": embedding.float()}
 
     def _evaluate(self, batch: ImageBatch, split: Split) -> None:
         values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)

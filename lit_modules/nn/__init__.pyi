@@ -8,6 +8,7 @@ from .convnets import (
     ConvNet as ConvNet,
 )
 from .features import FeatureClassifier as FeatureClassifier
+from .features import logits_and_features as logits_and_features
 from .features import pooled_features as pooled_features
 from .mlp import MLP as MLP
 from .mlp import LinearClassifier as LinearClassifier

@@ -34,11 +34,32 @@ class FeatureClassifier(nn.Module):
 
 def require_features(network: nn.Module) -> None:
     """Raise UserError where `pooled_features` cannot take this network."""
-    if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
+    if not has_features(network):
         raise UserError(
             f"network: expected one with forward_features(image) and forward_head(features, pre_logits), as those of "
             f"lit_modules.nn and timm; got a {type(network).__name__}"
         )
+
+
+def has_features(network: nn.Module) -> bool:
+    """Whether a network has ``forward_features(image)`` and ``forward_head(features, pre_logits)``."""
+    return hasattr(network, "forward_features") and hasattr(network, "forward_head")
+
+
+def logits_and_features(network: nn.Module, image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits (N, K) and the vectors (N, D) that the last linear layer sees, by one pass.
+
+    Of a network that does not offer such vectors, the logits and None.
+
+    Args:
+        network: of any kind; see `pooled_features`.
+        image: as the network takes it.
+    """
+    if not has_features(network):
+        return network(image), None
+    features = network.forward_features(image)  # type: ignore[operator]
+    pooled = network.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    return network.forward_head(features), pooled if pooled.ndim == 2 else None  # type: ignore[operator]
 
 
 def pooled_features(network: nn.Module, image: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from leanlight.contracts import MissingExtraError, UserError, nearest
+from lit_modules.frozen import load_weights
+from lit_modules.nn.checks import first_line
 from lit_modules.nn.normalize import Normalize, PixelStatistic
 
 
@@ -18,13 +23,16 @@ class TimmNet(nn.Module):
         in_channels: channels of an image: 1 for grey, 3 for colour.
         num_classes: number of classes, the size of the output.
         pretrained: load timm's weights, which downloads them.
+        weights: file of weights of this network with timm's names, ``.safetensors`` or a state dict that
+            ``torch.load(weights_only=True)`` reads, in the place of a download. As timm does it, a first layer for
+            colour is brought to `in_channels`, and a last layer for another number of classes starts anew.
         options: further arguments of ``timm.create_model``, e.g. ``img_size``.
         mean: subtracted from pixels in [0, 1], one number or one a channel.
         std: divides pixels after that, one number or one a channel.
 
     Raises:
         MissingExtraError: timm is not installed.
-        UserError: timm has no network of that name.
+        UserError: timm has no network of that name; weights that cannot be had, or are those of another network.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class TimmNet(nn.Module):
         options: dict[str, Any] | None = None,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
+        weights: Path | None = None,
     ) -> None:
         super().__init__()
         try:
@@ -44,10 +53,19 @@ class TimmNet(nn.Module):
             raise MissingExtraError("timm", "vision") from error
         if not timm.is_model(name.partition(".")[0]):
             raise UserError(f"name: timm has no network {name!r}{nearest(name, timm.list_models())}")
+        if pretrained and weights is not None:
+            raise UserError("weights: expected none with pretrained, which loads timm's own")
         self.normalize = Normalize(in_channels, mean, std)
-        self.network: Any = timm.create_model(
-            name, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **(options or {})
-        )
+        make = partial(timm.create_model, name, in_chans=in_channels, num_classes=num_classes, **(options or {}))
+        try:
+            self.network: Any = make(pretrained=pretrained)
+        except OSError as error:
+            raise UserError(
+                f"pretrained: no weights of {name} here, and none could be downloaded; fetch them and name the "
+                f"file with weights ({first_line(error)})"
+            ) from error
+        if weights is not None:
+            self.network = load_weights(partial(_with_weights, make, self.network), weights, name, "weights")
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network(self.normalize(image))
@@ -59,3 +77,25 @@ class TimmNet(nn.Module):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """timm's features → logits (N, num_classes), or with `pre_logits` the vectors (N, D) before the last layer."""
         return self.network.forward_head(features, pre_logits=pre_logits)
+
+
+def _with_weights(make: Callable[..., Any], fresh: Any, state: dict[str, Any]) -> Any:
+    """Make a network with the weights in `state`, by timm's own way, which knows older names and other first layers.
+
+    Args:
+        make: `timm.create_model` with all that is said of the network.
+        fresh: such a network, whose last layer is taken where that in `state` has another size.
+        state: name → tensor.
+    """
+    own, facts = fresh.state_dict(), fresh.pretrained_cfg
+    heads = facts.get("classifier") or ()
+    for name in (heads,) if isinstance(heads, str) else heads:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in state and key in own and state[key].shape != own[key].shape:
+                state[key] = own[key]
+    # timm drops the last layer and forgives missing names where it believes in another number of classes.
+    overlay = {"state_dict": state, "num_classes": fresh.num_classes, "custom_load": False, "label_offset": 0}
+    first = f"{facts.get('first_conv')}.weight"
+    if first in own and first in state and state[first].shape == own[first].shape:
+        overlay["input_size"] = (own[first].shape[1], *facts["input_size"][1:])  # else timm warns of its channels
+    return make(pretrained=True, pretrained_cfg_overlay=overlay)

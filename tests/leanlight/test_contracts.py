@@ -148,7 +148,10 @@ def test_moving_reaches_every_tensor_and_nothing_else():
     assert {tensor.device.type for tensor in moved} == {"meta"}
     assert (other.longest, other.features["text"]) == (5, ("p", "q", "r"))
     inner = ClientBatch(images(2), 1, 0).to("meta").data
-    assert {value.device.type for value in vars(inner).values()} == {"meta"}
+    assert {value.device.type for value in (inner.image, inner.label, inner.index)} == {"meta"}
+    weighted = replace(images(2), weight=torch.ones(2))
+    assert weighted.to("meta").weight.device.type == "meta"
+    assert weighted.select(torch.tensor([1])).weight.tolist() == [1.0]
 
 
 def test_the_original_stays_as_it_was():

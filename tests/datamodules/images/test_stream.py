@@ -48,6 +48,20 @@ def test_batches_are_uint8_and_meta_counts_files(folder: Path) -> None:
     assert data.on_after_batch_transfer(batches[0], 0).image.max() <= 1
 
 
+def test_weights_travel_with_their_items_and_every_item_knows_its_picture(folder: Path) -> None:
+    data = stream(folder, num_workers=2)
+    assert next(iter(data.train_dataloader())).weight is None
+    weight = torch.rand(18)
+    data._splits["train"] = data._splits["train"]._replace(weight=weight)
+    for batch in data.train_dataloader():
+        assert torch.equal(batch.weight, weight[batch.index])
+    names = sorted(path.relative_to(folder) for path in (folder / "train").glob("*/*"))
+    for split in ("train", "val"):
+        found = [path.relative_to(folder) for path in data._splits[split].paths]
+        assert [names[i] for i in data.origin(split)] == found
+    assert torch.equal(data.origin("test"), torch.arange(8))
+
+
 def test_workers_change_nothing(folder: Path) -> None:
     assert equal(list(stream(folder).train_dataloader()), list(stream(folder, num_workers=2).train_dataloader()))
 

@@ -1,5 +1,6 @@
 """The image classifier in a Trainer, on scikit-learn's digits."""
 
+import dataclasses
 import functools
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from datamodules import ImageDataModule
 from leanlight.contracts import Bars, HasTerms, Heatmap, ImageBatch, ImageGrid, MethodModule, PrimaryMetric, UserError
 from lit_modules.classifier import ImageClassifier, distillation_loss
-from lit_modules.nn import ConvNet, LinearClassifier, ResNet18, SpikingConvNet
+from lit_modules.nn import ConvNet, LinearClassifier, ResNet18, SpikingConvNet, pooled_features
 
 make_convnet = functools.partial(ConvNet, in_channels=1, width=8, depth=2, image_size=8)
 make_linear = functools.partial(LinearClassifier, image_size=8)
@@ -118,6 +119,65 @@ def test_predictions_carry_the_position_of_their_item(fitted):
     got = torch.cat([part["probabilities"] for part in parts])
     assert index.tolist() == list(range(len(data.test_split)))
     np.testing.assert_allclose(got.numpy(), probabilities(module, data.test_split), atol=1e-6)
+
+
+def test_predictions_of_train_hold_what_selection_asks_for(fitted):
+    module, data, _, runner = fitted
+    data.predict_split = "train"
+    try:
+        parts = runner.predict(module, data)
+    finally:
+        data.predict_split = "test"
+    got = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    split = data.train_split
+    assert torch.equal(got["index"], torch.arange(len(split)))
+    assert torch.equal(got["origin"], split.origin)
+    assert torch.equal(got["label"], split.labels)
+    image = split.images.float() / 255
+    with torch.no_grad():
+        expected = pooled_features(module.network.eval(), image)
+        torch.testing.assert_close(got["embedding"], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got["logits"], module.network.head(expected), rtol=1e-4, atol=1e-4)
+    assert torch.equal(got["probabilities"], got["logits"].softmax(1))
+
+
+def test_a_network_without_features_is_predicted_all_the_same():
+    data = ImageDataModule(dataset="digits")
+    make = functools.partial(OnlyLogits, functools.partial(LinearClassifier, image_size=8))
+    (part, *_) = trainer().predict(ImageClassifier(make), data)
+    assert part.keys() == {"index", "origin", "label", "probabilities", "logits"}
+
+
+class OnlyLogits(torch.nn.Module):
+    """A network that shows nothing of its inside."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.network = make()
+
+    def forward(self, image):
+        return self.network(image)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_items_of_weight_zero_do_not_train(checkpoint, distilled):
+    teaching = {"teacher_checkpoint": checkpoint, "distill_weight": 0.5} if distilled else {}
+
+    def trained(weight, labels):
+        pl.seed_everything(0)
+        data = ImageDataModule(dataset="digits", batch_size=64)
+        data.setup()
+        data.train_split = dataclasses.replace(data.train_split, labels=labels(data.train_split), weight=weight)
+        module = ImageClassifier(make_linear, make_adam, label_smoothing=0.1, **teaching)
+        trainer(max_epochs=1, limit_val_batches=0).fit(module, data)
+        return module.network.head.weight.detach()
+
+    size = 1293
+    weight = (torch.arange(size) % 3 > 0).float()
+    wrong = trained(weight, lambda split: torch.where(weight > 0, split.labels, 9 - split.labels))
+    right = trained(weight, lambda split: split.labels)
+    assert torch.equal(wrong, right)
+    assert not torch.equal(trained(None, lambda split: split.labels), right)
 
 
 @pytest.mark.parametrize(

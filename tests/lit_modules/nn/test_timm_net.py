@@ -1,0 +1,68 @@
+"""Weights of timm's networks from files."""
+
+import pytest
+import torch
+
+from leanlight.contracts import UserError
+from lit_modules.nn import TimmNet
+
+timm = pytest.importorskip("timm", reason="needs the extra vision")
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+def written(path, **options):
+    network = timm.create_model("resnet10t", **options)
+    state = network.state_dict()
+    if path.suffix == ".safetensors":
+        safetensors.save_file(state, path)
+    else:
+        torch.save(state, path)
+    return state
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_file_gives_every_weight(tmp_path, name, channels, caplog):
+    state = written(tmp_path / name, num_classes=7, in_chans=channels)
+    got = TimmNet("resnet10t", channels, num_classes=7, weights=tmp_path / name).network.state_dict()
+    assert got.keys() == state.keys()
+    assert all(torch.equal(value, got[key]) for key, value in state.items())
+    assert not caplog.records
+
+
+def test_the_last_layer_of_other_classes_starts_anew_and_all_else_is_taken(tmp_path):
+    state = written(tmp_path / "a.pt", num_classes=1000)
+    got = TimmNet("resnet10t", num_classes=7, weights=tmp_path / "a.pt").network.state_dict()
+    assert got["fc.weight"].shape == (7, 512)
+    assert got["fc.weight"].std() > 0
+    assert all(torch.equal(value, got[key]) for key, value in state.items() if not key.startswith("fc."))
+
+
+def test_a_first_layer_for_colour_sees_a_grey_image_as_it_saw_the_same_in_colour(tmp_path):
+    written(tmp_path / "a.pt", num_classes=7)
+    colour = TimmNet("resnet10t", 3, 7, weights=tmp_path / "a.pt").eval()
+    grey = TimmNet("resnet10t", 1, 7, weights=tmp_path / "a.pt").eval()
+    image = torch.rand(2, 1, 64, 64)
+    torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+def no_network(*arguments, **options):
+    raise OSError("no way to the hub")
+
+
+def test_a_file_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
+    written(tmp_path / "a.pt")
+    (tmp_path / "damaged.safetensors").write_bytes(b"x")
+    for name, network, words in (
+        ("none.pt", "resnet10t", "expected a file of weights"),
+        ("damaged.safetensors", "resnet10t", "does not fit resnet10t"),
+        ("a.pt", "resnet18", "does not fit resnet18: .*Missing key"),
+    ):
+        with pytest.raises(UserError, match=rf"^weights: .*{words}") as caught:
+            TimmNet(network, weights=tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="weights: expected none with pretrained"):
+        TimmNet("resnet10t", pretrained=True, weights=tmp_path / "a.pt")
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(UserError, match=r"^pretrained: no weights of resnet10t here"):
+        TimmNet("resnet10t", pretrained=True)
