@@ -1,4 +1,4 @@
-"""What bins are scored by: texture, and the views that diversity is measured on."""
+"""What bins are scored by: texture and diversity, and the importance they add up to."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from leanlight.contracts import UserError
+from leanlight.contracts import UserError, derived_seed, isolated_rng
 
 #: Random crops as the authors draw them, the defaults of torchvision's RandomResizedCrop.
 CROP_AREA, CROP_RATIO, CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
+#: Numbers a projection head gives, items of a step of its training, items projected at once.
+HEAD_WIDTH, CONTRAST_BATCH, CHUNK = 128, 256, 4096
 
 
 def texture(image: Tensor, patch: int = 32) -> Tensor:
@@ -106,3 +108,159 @@ def _sampled_pixels(crop: Tensor, drawn: Tensor, size: int) -> Tensor:
     # Not beyond the middle of the crop's outer pixels: what lies around the crop must not shine through.
     pixel = torch.minimum(pixel.clamp(min=0), crop.unsqueeze(1) - 1) + start.unsqueeze(1)
     return (pixel * 2 + 1) / size - 1
+
+
+def bin_means(value: Tensor, bin: Tensor, num_bins: int) -> Tensor:
+    """(m,) or (m, D) float64 means over the items of each bin.
+
+    Args:
+        value: (N,) or (N, D) numbers of the items.
+        bin: (N,) int64 bin of each item, each bin with at least one.
+        num_bins: number of bins m.
+    """
+    total = torch.zeros(num_bins, *value.shape[1:], dtype=torch.float64)
+    total.index_add_(0, bin, value.double())
+    return total / bin.bincount(minlength=num_bins).view(-1, *[1] * (value.ndim - 1))
+
+
+def within_classes(value: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """(N,) float64 numbers less the mean of their class, over its standard deviation; 0 where that is 0.
+
+    Args:
+        value: (N,) numbers.
+        label: (N,) int64 classes, each with at least one item.
+        num_classes: number of classes.
+    """
+    centred = value.double() - bin_means(value, label, num_classes)[label]
+    deviation = bin_means(centred.square(), label, num_classes).sqrt()[label]
+    return torch.where(deviation > 0, centred / deviation.clamp_min(1e-300), 0.0)
+
+
+def bin_spread(embedding: Tensor, label: Tensor, num_classes: int, bin: Tensor, num_bins: int) -> Tensor:
+    """(m,) float64 mean distance of a bin's items to the mean of their own class.
+
+    Args:
+        embedding: (N, D) vectors.
+        label: (N,) int64 classes.
+        num_classes: number of classes.
+        bin: (N,) int64 bin of each item.
+        num_bins: number of bins m.
+    """
+    centre = bin_means(embedding, label, num_classes)
+    distance = torch.cat(
+        [
+            (part.double() - centre[own]).norm(dim=1)
+            for part, own in zip(embedding.split(CHUNK), label.split(CHUNK), strict=True)
+        ]
+    )
+    return bin_means(distance, bin, num_bins)
+
+
+def mean_cosine_diversity(views: Tensor, bin: Tensor, num_bins: int, heads: int = 3) -> Tensor:
+    """(m,) float64: one over the mean cosine of all pairs of views of a bin, each view with itself included.
+
+    That is 1 for equal vectors and n for n orthogonal ones, which is also the most it may be. Vectors first pass a
+    projection head with random weights, always the same ones; the result is the mean over several heads.
+
+    Args:
+        views: (N, V, D) vectors of the views.
+        bin: (N,) int64 bin of each item.
+        num_bins: number of bins m.
+        heads: heads to average over; 0 compares the vectors as they are.
+    """
+    found = [_one_over_mean_cosine(views, bin, num_bins, head) for head in _heads(views.shape[2], heads)]
+    return torch.stack(found).mean(0)
+
+
+def _one_over_mean_cosine(views: Tensor, bin: Tensor, num_bins: int, head: nn.Module) -> Tensor:
+    with torch.no_grad():
+        rows = [F.normalize(head(part.float()), dim=2).mean(1) for part in views.split(CHUNK)]
+    # The mean over all pairs is the squared length of the mean.
+    square = bin_means(torch.cat(rows), bin, num_bins).square().sum(1)
+    most = bin.bincount(minlength=num_bins) * views.shape[1]
+    return 1 / square.maximum(1 / most)
+
+
+def contrastive_diversity(views: Tensor, bin: Tensor, num_bins: int, heads: int = 3, epochs: int = 5) -> Tensor:
+    """(m,) float64: how well the two views of an item are told from those of others in its bin, minus InfoNCE.
+
+    The head is trained on all items with the same loss. Every bin is judged with the same number of negatives, so that
+    its size plays no part; the result is the mean over several heads.
+
+    Args:
+        views: (N, V, D) vectors of the views, of which the first two are used.
+        bin: (N,) int64 bin of each item.
+        num_bins: number of bins m.
+        heads: heads to train and average over; 0 compares the vectors as they are.
+        epochs: passes over the items for each head.
+
+    Raises:
+        UserError: fewer than two views, or a bin with fewer than two items.
+    """
+    smallest = int(bin.bincount(minlength=num_bins).min())
+    if views.shape[1] < 2 or smallest < 2:
+        raise UserError(
+            f"diversity: contrastive needs two views and bins of two items, got {views.shape[1]} and {smallest}"
+        )
+    pairs = views[:, :2].float()
+    found = []
+    for number, head in enumerate(_heads(views.shape[2], heads)):
+        generator = torch.Generator().manual_seed(derived_seed("adq contrast", number))
+        if heads:
+            _train_head(head, pairs, epochs, generator)
+        with torch.no_grad():
+            rows = torch.cat([head(part) for part in pairs.split(CHUNK)])
+        group = min(smallest, CONTRAST_BATCH)
+        found.append(torch.stack([_separation(rows[bin == n], group, generator) for n in range(num_bins)]))
+    return torch.stack(found).mean(0)
+
+
+def _heads(width: int, count: int) -> list[nn.Module]:
+    """Projection heads D-D-ReLU-128 with random weights that are a function of their number alone."""
+    made: list[nn.Module] = []
+    for number in range(count):
+        with isolated_rng(derived_seed("adq head", number)):
+            made.append(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, HEAD_WIDTH)))
+    return made or [nn.Identity()]
+
+
+def _train_head(head: nn.Module, pairs: Tensor, epochs: int, generator: torch.Generator) -> None:
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for items in torch.randperm(len(pairs), generator=generator).split(CONTRAST_BATCH):
+            if len(items) > 1:
+                optimizer.zero_grad()
+                info_nce(head(pairs[items])).backward()
+                optimizer.step()
+
+
+def _separation(rows: Tensor, group: int, generator: torch.Generator) -> Tensor:
+    """Minus the mean InfoNCE over random groups of a bin; what fills no whole group is left out."""
+    order = torch.randperm(len(rows), generator=generator)[: len(rows) // group * group]
+    return -torch.stack([info_nce(rows[items]).double() for items in order.split(group)]).mean()
+
+
+def info_nce(rows: Tensor, temperature: float = 0.07) -> Tensor:
+    """Cross-entropy of finding an item's other view among the other views of all items, both ways; a scalar.
+
+    Args:
+        rows: (N, 2, D) vectors of two views, of any length.
+        temperature: that cosines are divided by.
+    """
+    first, second = F.normalize(rows, dim=2).unbind(1)
+    similarity = first @ second.T / temperature
+    own = torch.arange(len(rows), device=rows.device)
+    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def importance(*scores: Tensor) -> Tensor:
+    """(m,) sum of scores, each brought to [0, 1] over the bins; a score that is the same for all bins counts as 0.
+
+    Args:
+        scores: (m,) each.
+    """
+    total = torch.zeros_like(scores[0])
+    for score in scores:
+        low, high = score.min(), score.max()
+        total += (score - low) / (high - low) if high > low else 0
+    return total

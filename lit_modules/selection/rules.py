@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from leanlight.contracts import UserError, derived_seed
+from leanlight.contracts import UserError, derived_seed, nearest
 from lit_modules.selection.features import Features, Picks, class_picks, join_picks
 from lit_modules.selection.greedy import herding
 from lit_modules.selection.work import Advance, Work
@@ -18,8 +19,15 @@ from lit_modules.selection.work import Advance, Work
 class Rule:
     """Base of all rules: their switches are the fields of the dataclass.
 
-    A choice is a function of features, budget and seed alone.
+    A choice is a function of features, budget and seed alone. Fields that are a ``Literal`` take its values alone.
     """
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and (value := getattr(self, name)) not in (known := get_args(kind)):
+                raise UserError(
+                    f"{name}: expected one of {', '.join(known)}; got {value!r}{nearest(str(value), known)}"
+                )
 
     @property
     def needs(self) -> tuple[str, ...]:
