@@ -1,9 +1,15 @@
+from .coverage import Craig as Craig
+from .coverage import FacilityLocation as FacilityLocation
+from .coverage import GraphCut as GraphCut
+from .coverage import Herding as Herding
+from .coverage import KCenter as KCenter
 from .features import FIELDS as FIELDS
 from .features import Features as Features
 from .features import Picks as Picks
 from .features import class_budget as class_budget
 from .features import class_members as class_members
 from .features import class_picks as class_picks
+from .features import finite as finite
 from .features import join_picks as join_picks
 from .greedy import facility_location as facility_location
 from .greedy import graph_cut as graph_cut
@@ -15,6 +21,7 @@ from .kernels import GradientCosine as GradientCosine
 from .kernels import Kernel as Kernel
 from .kernels import NegSquaredDistance as NegSquaredDistance
 from .kernels import error_of as error_of
+from .kernels import kernel_of as kernel_of
 from .rules import ClassRule as ClassRule
 from .rules import Full as Full
 from .rules import Random as Random
@@ -22,5 +29,10 @@ from .rules import Rule as Rule
 from .rules import class_generator as class_generator
 from .rules import herding_subset as herding_subset
 from .rules import random_subset as random_subset
+from .scores import CCS as CCS
+from .scores import EL2N as EL2N
+from .scores import Entropy as Entropy
+from .scores import Forgetting as Forgetting
+from .scores import ScoreRule as ScoreRule
 from .work import Advance as Advance
 from .work import Work as Work

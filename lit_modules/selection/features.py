@@ -43,7 +43,7 @@ class Features:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.values:
             raise UserError(f"features: the rule needs {name}, {FIELDS[name]}; got {sorted(self.values) or 'none'}")
-        return self.values[name]
+        return finite(self.values[name], f"features: {name}")
 
     def take(self, items: Tensor) -> Features:
         """The items at these positions, (n,) int64."""
@@ -101,6 +101,14 @@ def join_picks(features: Features, choices: list[dict[str, Tensor]], details: Ma
     order = [torch.arange(len(each)) for each in index]
     score, weight, bin = (torch.cat([choice[name] for choice in choices]) for name in ("score", "weight", "bin"))
     return Picks(torch.cat(index), torch.cat(order), score, weight, bin, dict(details or {}))
+
+
+def finite(x: Tensor, name: str) -> Tensor:
+    """The same numbers; UserError when one is NaN or infinite."""
+    bad = ~x.isfinite()
+    if bad.any():
+        raise UserError(f"{name}: expected numbers, got NaN or infinity in {int(bad.flatten(1).any(1).sum())} items")
+    return x
 
 
 def class_members(label: Tensor, value: int) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
-from lit_modules.selection.kernels import Kernel, finite
+from lit_modules.selection.features import finite
+from lit_modules.selection.kernels import Kernel
 from lit_modules.selection.work import Advance
 
 #: Items whose gain is looked at together in `facility_location`.

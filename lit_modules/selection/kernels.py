@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from lit_modules.selection.features import Features, finite
 
 #: Up to so many items the whole kernel is kept, 0.6 GB at most; above, rows are computed where they are needed.
 TABLE_ITEMS = 12_000
@@ -185,6 +187,30 @@ class GradientCloseness(Kernel):
         return square.sqrt_().neg_().add_(self.highest)
 
 
+def kernel_of(
+    features: Features,
+    feature: Literal["gradient", "embedding"] = "gradient",
+    double_softmax: bool = False,
+    similarity: Literal["cosine", "neg_sqeuclid"] = "cosine",
+) -> Kernel:
+    """The kernel of the items of one class.
+
+    Args:
+        features: of the class.
+        feature: what similarities are taken between: the loss ``gradient`` in the last layer, or the ``embedding``.
+        double_softmax: of the gradient, see `error_of`.
+        similarity: ``cosine`` (0 to 1), or ``neg_sqeuclid`` of embeddings.
+
+    Raises:
+        UserError: distances of gradients.
+    """
+    if feature == "gradient":
+        if similarity != "cosine":
+            raise UserError(f"similarity: expected cosine with feature: gradient, got {similarity}")
+        return GradientCosine(error_of(features["logits"], features.label, double_softmax), features["embedding"])
+    return Cosine(features["embedding"]) if similarity == "cosine" else NegSquaredDistance(features["embedding"])
+
+
 def error_of(logits: Tensor, label: Tensor, double_softmax: bool = False) -> Tensor:
     """Gradients of the cross-entropy in the logits: (N, K) float64, ``softmax(z) - onehot(y)``.
 
@@ -216,11 +242,3 @@ def unit(x: Tensor) -> Tensor:
     # By the largest number first, so that squares neither overflow nor vanish.
     x = x / x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     return x / x.norm(dim=1, keepdim=True).clamp_min(0.5)
-
-
-def finite(x: Tensor, name: str) -> Tensor:
-    """The same numbers; UserError when one is NaN or infinite."""
-    bad = ~x.isfinite()
-    if bad.any():
-        raise UserError(f"{name}: expected numbers, got NaN or infinity in {int(bad.flatten(1).any(1).sum())} items")
-    return x

@@ -1,0 +1,140 @@
+"""Rules that rank the items of a class by a number each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leanlight.contracts import UserError
+from lit_modules.selection.features import Features, class_picks
+from lit_modules.selection.rules import ClassRule
+from lit_modules.selection.work import Advance
+
+
+@dataclass(frozen=True)
+class ScoreRule(ClassRule):
+    """Base of rules that keep the largest scores of each class; of equals the first."""
+
+    def score(self, features: Features) -> Tensor:
+        """(N,) float64 of the items of one class."""
+        raise NotImplementedError
+
+    def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
+        score, index = self.score(features).sort(descending=True, stable=True)
+        advance(count)
+        return class_picks(index[:count], score[:count])
+
+
+@dataclass(frozen=True)
+class Forgetting(ScoreRule):
+    """Items that the selector classified correctly and then wrongly most often (Toneva et al. 2019)."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("train_margin",)
+
+    def score(self, features: Features) -> Tensor:
+        correct = features["train_margin"] > 0
+        if correct.shape[1] < 2:
+            raise UserError("features: expected train_margin of 2 epochs or more, got 1; train the selector longer")
+        return (correct[:, :-1] & ~correct[:, 1:]).sum(1).double()
+
+
+@dataclass(frozen=True)
+class EL2N(ScoreRule):
+    """Items with the largest distance between softmax and label early in training (Paul et al. 2021).
+
+    Args:
+        epochs: the first so many are averaged, or all where fewer are recorded.
+    """
+
+    epochs: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise UserError(f"epochs: expected 1 or more, got {self.epochs}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("train_error",)
+
+    def score(self, features: Features) -> Tensor:
+        return features["train_error"][:, : self.epochs].double().mean(1)
+
+
+@dataclass(frozen=True)
+class Entropy(ScoreRule):
+    """Items whose prediction has the largest entropy, in nats.
+
+    Args:
+        deepcore_compat: the smallest instead, as the unbalanced branch of DeepCore's code does.
+    """
+
+    deepcore_compat: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("logits",)
+
+    def score(self, features: Features) -> Tensor:
+        log = features["logits"].double().log_softmax(1)
+        entropy = -(log.exp() * log).sum(1)
+        return -entropy if self.deepcore_compat else entropy
+
+
+@dataclass(frozen=True)
+class CCS(ClassRule):
+    """Coverage-centric selection (Zheng et al. 2023): as many from each stratum of the margin, the hardest left out.
+
+    The score is the mean over epochs of the logit of the own class above the largest other one.
+
+    Args:
+        beta: part with the smallest margins that is left out, in [0, 1). By default 0.3 where 10 % or less of a class
+            is kept, as published, and above that in proportion to the part that is not kept.
+        strata: of equal width between the smallest margin left and the largest.
+    """
+
+    beta: float | None = None
+    strata: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta is not None and not 0 <= self.beta < 1:
+            raise UserError(f"beta: expected a share in [0, 1), got {self.beta}")
+        if self.strata < 1:
+            raise UserError(f"strata: expected 1 or more, got {self.strata}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("train_margin",)
+
+    def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
+        score, order = features["train_margin"].double().mean(1).sort(stable=True)
+        beta = self.beta if self.beta is not None else 0.3 * min((1 - count / len(score)) / 0.9, 1.0)
+        # Never so many that the budget cannot be spent.
+        dropped = min(int(beta * len(score) + 1e-9), len(score) - count)
+        score, order = score[dropped:], order[dropped:]
+        chosen = [
+            members[torch.randperm(len(members), generator=generator)[:number]]
+            for members, number in self._fill(score, count)
+        ]
+        index = torch.cat(chosen)
+        advance(count)
+        return class_picks(order[index], score[index])
+
+    def _fill(self, score: Tensor, count: int) -> list[tuple[Tensor, int]]:
+        """Items of each stratum of ascending scores, and how many of them to draw; small strata give all they have."""
+        width = (score[-1] - score[0]) / self.strata
+        place = (
+            ((score - score[0]) / width.clamp_min(torch.finfo(torch.float64).tiny)).long().clamp_max(self.strata - 1)
+        )
+        members = [(place == number).nonzero()[:, 0] for number in range(self.strata)]
+        found = []
+        for done, each in enumerate(sorted(members, key=len)):
+            number = min(len(each), count // (self.strata - done))
+            found.append((each, number))
+            count -= number
+        return found
