@@ -11,7 +11,7 @@ from torch import Tensor
 from leanlight.contracts import UserError
 from lit_modules.selection.features import Features
 from lit_modules.selection.greedy import facility_location, graph_cut
-from lit_modules.selection.kernels import Cosine, GradientCosine, Kernel, NegSquaredDistance, error_of
+from lit_modules.selection.kernels import kernel_of
 from lit_modules.selection.work import Advance
 
 
@@ -74,9 +74,9 @@ class Binning:
         bin, order = torch.empty(2, len(own), dtype=torch.int64)
         choose = graph_cut if self.submodular == "graph_cut" else facility_location
         *chosen, last = self.sizes(len(own), label)
-        kernel, left = self._kernel(own) if chosen else None, torch.arange(len(own))
+        kernel = kernel_of(own, self.feature, self.double_softmax, self.similarity)
+        left = torch.arange(len(own))
         for number, size in enumerate(chosen):
-            assert kernel is not None
             picked, _ = choose(kernel, size, advance=advance)
             bin[left[picked]], order[left[picked]] = number, torch.arange(size)
             stays = torch.ones(len(left), dtype=torch.bool)
@@ -84,9 +84,3 @@ class Binning:
             kernel, left = kernel.take(stays.nonzero()[:, 0]), left[stays]
         bin[left], order[left] = self.num_bins - 1, torch.arange(last)
         return {"bin": bin, "order": order}
-
-    def _kernel(self, own: Features) -> Kernel:
-        embedding = own["embedding"]
-        if self.feature == "gradient":
-            return GradientCosine(error_of(own["logits"], own.label, self.double_softmax), embedding)
-        return Cosine(embedding) if self.similarity == "cosine" else NegSquaredDistance(embedding)

@@ -21,5 +21,5 @@ def test_a_rule_is_a_class_that_needs_what_the_list_says(info):
 
 
 def test_an_unknown_rule_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="rule: 'hearding' is none.*herding"):
+    with pytest.raises(UserError, match=r"rule: 'hearding' is none.*herding"):
         rule("hearding")
