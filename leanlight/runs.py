@@ -76,7 +76,7 @@ def results_folder(runs_root: Path, publish: bool) -> Path:
 
 
 # Arguments that came after results had been published: at their default a run is what it was without them.
-_LATER_DEFAULTS = {"predict_split": "test", "graph": False, "exchange": "states", "weights": None}
+_LATER_DEFAULTS = {"predict_split": "test", "graph": False, "exchange": "states", "weights": None, "input_size": None}
 
 
 @dataclass

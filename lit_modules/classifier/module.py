@@ -30,7 +30,7 @@ from lit_modules.classifier.export import export_network
 from lit_modules.classifier.losses import class_index, cross_entropy, distillation_loss
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
-from lit_modules.nn.checks import check_classifier
+from lit_modules.nn.checks import check_classifier, follow_classes
 from lit_modules.nn.features import logits_and_features
 from lit_modules.optim import configure
 from lit_modules.step_log import log_step
@@ -102,6 +102,7 @@ class ImageClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the network against the data, make metrics for its classes, load the teacher."""
         meta = data_of(self, ImageData).meta
+        follow_classes(self.network, meta.num_classes)
         check_classifier(self.network, meta.shape, meta.num_classes)
         self.evaluation.prepare(meta.shape, meta.classes)
         if stage == "fit":
@@ -224,3 +225,4 @@ class ImageClassifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.evaluation.prepare(**checkpoint["classifier"])
+        follow_classes(self.network, len(self.evaluation.classes))

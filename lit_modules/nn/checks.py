@@ -30,6 +30,12 @@ def device_of(network: nn.Module) -> torch.device:
     return next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
 
 
+def follow_classes(network: nn.Module, num_classes: int) -> None:
+    """Give a network that leaves the number of classes open a last layer for so many; any other stays as it is."""
+    if hasattr(network, "follow_classes"):
+        network.follow_classes(num_classes)  # type: ignore[operator]
+
+
 def check_classifier(network: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:
     """Run a blank image of `image_shape` (C, H, W) through a classifier: a mismatch is one line before training.
 

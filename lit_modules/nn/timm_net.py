@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import MissingExtraError, UserError, nearest
+from leanlight.contracts import MissingExtraError, UserError, derived_seed, isolated_rng, nearest, run_seed
 from lit_modules.frozen import load_weights
-from lit_modules.nn.checks import first_line
+from lit_modules.nn.checks import device_of, first_line, require_positive
 from lit_modules.nn.normalize import Normalize, PixelStatistic
 
 
@@ -21,7 +22,8 @@ class TimmNet(nn.Module):
     Args:
         name: of the network in timm, e.g. ``resnet18``.
         in_channels: channels of an image: 1 for grey, 3 for colour.
-        num_classes: number of classes, the size of the output.
+        num_classes: number of classes, the size of the output; None: those of the data, by a fresh last layer that the
+            module makes with `follow_classes`. Until then outputs are what that layer sees.
         pretrained: load timm's weights, which downloads them.
         weights: file of weights of this network with timm's names, ``.safetensors`` or a state dict that
             ``torch.load(weights_only=True)`` reads, in the place of a download. As timm does it, a first layer for
@@ -29,6 +31,7 @@ class TimmNet(nn.Module):
         options: further arguments of ``timm.create_model``, e.g. ``img_size``.
         mean: subtracted from pixels in [0, 1], one number or one a channel.
         std: divides pixels after that, one number or one a channel.
+        input_size: side of the square, in pixels, to which images are resized first; None leaves them as they are.
 
     Raises:
         MissingExtraError: timm is not installed.
@@ -39,12 +42,13 @@ class TimmNet(nn.Module):
         self,
         name: str,
         in_channels: int = 3,
-        num_classes: int = 10,
+        num_classes: int | None = 10,
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
         weights: Path | None = None,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         try:
@@ -55,8 +59,12 @@ class TimmNet(nn.Module):
             raise UserError(f"name: timm has no network {name!r}{nearest(name, timm.list_models())}")
         if pretrained and weights is not None:
             raise UserError("weights: expected none with pretrained, which loads timm's own")
+        for size, value in (("num_classes", num_classes), ("input_size", input_size)):
+            if value is not None:
+                require_positive(**{size: value})
+        self.open_head, self.input_size = num_classes is None, input_size
         self.normalize = Normalize(in_channels, mean, std)
-        make = partial(timm.create_model, name, in_chans=in_channels, num_classes=num_classes, **(options or {}))
+        make = partial(timm.create_model, name, in_chans=in_channels, num_classes=num_classes or 0, **(options or {}))
         try:
             self.network: Any = make(pretrained=pretrained)
         except OSError as error:
@@ -67,16 +75,30 @@ class TimmNet(nn.Module):
         if weights is not None:
             self.network = load_weights(partial(_with_weights, make, self.network), weights, name, "weights")
 
+    def follow_classes(self, num_classes: int) -> None:
+        """Where `num_classes` was left open, make the last layer, from the run's seed."""
+        if self.open_head:
+            # Not from the global stream: a resumed prediction and every process must find the same layer.
+            with isolated_rng(derived_seed(run_seed(), "last layer")):
+                self.network.reset_classifier(num_classes)
+            self.network.to(device_of(self.normalize))
+            self.open_head = False
+
     def forward(self, image: Tensor) -> Tensor:
-        return self.network(self.normalize(image))
+        return self.network(self._prepare(image))
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Images in [0, 1] → timm's features."""
-        return self.network.forward_features(self.normalize(image))
+        return self.network.forward_features(self._prepare(image))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """timm's features → logits (N, num_classes), or with `pre_logits` the vectors (N, D) before the last layer."""
         return self.network.forward_head(features, pre_logits=pre_logits)
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        if self.input_size is not None:
+            image = F.interpolate(image, (self.input_size, self.input_size), mode="bilinear", antialias=True)
+        return self.normalize(image)
 
 
 def _with_weights(make: Callable[..., Any], fresh: Any, state: dict[str, Any]) -> Any:

@@ -66,3 +66,56 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", no_network)
     with pytest.raises(UserError, match=r"^pretrained: no weights of resnet10t here"):
         TimmNet("resnet10t", pretrained=True)
+
+
+def test_open_classes_follow_the_data_with_weights_of_the_seed_and_once(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    first, second = TimmNet("resnet10t", num_classes=None).eval(), TimmNet("resnet10t", num_classes=None).eval()
+    image = torch.rand(2, 3, 32, 32)
+    before = first.forward_head(first.forward_features(image), pre_logits=True)
+    torch.rand(7)  # what was drawn in between does not matter
+    state = torch.get_rng_state()
+    for network in (first, second):
+        network.follow_classes(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.network.fc.weight, second.network.fc.weight)
+    assert first(image).shape == (2, 5)
+    assert torch.equal(first.forward_head(first.forward_features(image), pre_logits=True), before)
+    first.follow_classes(6)
+    assert first(image).shape == (2, 5)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "4")
+    other = TimmNet("resnet10t", num_classes=None)
+    other.follow_classes(5)
+    assert not torch.equal(first.network.fc.weight, other.network.fc.weight)
+
+
+def test_given_classes_are_kept():
+    network = TimmNet("resnet10t", num_classes=4)
+    network.follow_classes(9)
+    assert network.network.fc.out_features == 4
+
+
+def test_images_are_resized_first_where_asked():
+    torch.manual_seed(0)
+    network = TimmNet("resnet10t", num_classes=4, input_size=64).eval()
+    image = torch.rand(2, 3, 32, 32)
+    wide = torch.nn.functional.interpolate(image, (64, 64), mode="bilinear", antialias=True)
+    assert torch.equal(network(image), network.network(network.normalize(wide)))
+
+
+def test_a_checkpoint_of_a_classifier_with_open_classes_is_rebuilt(tmp_path):
+    from leanlight import build, load
+
+    overrides = {
+        "model.init_args.network": {
+            "class_path": "lit_modules.nn.TimmNet",
+            "init_args": {"name": "resnet10t", "in_channels": 1, "num_classes": None, "input_size": 32},
+        },
+        "trainer.max_steps": 1,
+        "trainer.default_root_dir": str(tmp_path),
+        "trainer.enable_progress_bar": False,
+    }
+    run = build("classifier/digits_small", overrides)
+    run.trainer.fit(run.model, run.data)
+    again = load(run.trainer.default_root_dir)
+    assert torch.equal(again.network.network.fc.weight, run.model.network.network.fc.weight.cpu())
