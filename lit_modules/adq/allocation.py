@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 
@@ -37,18 +36,15 @@ def bin_shares(
     return [each / sum(raw) for each in raw]
 
 
-def apportion(shares: Sequence[float], sizes: Sequence[int], budget: int, generator: torch.Generator) -> list[int]:
-    """Whole numbers by the largest remainder, none above its bin's size, that sum to the budget.
+def quotas(shares: Sequence[float], sizes: Sequence[int], budget: int) -> list[float]:
+    """Items to draw from each bin before rounding: shares of the budget, none above its bin's size.
 
     What a full bin cannot take goes to the others by their shares, and by their sizes once none of them has a share.
-    Between equal remainders the generator decides: in a fixed order, classes with fewer picks than bins would all
-    leave out the same bins.
 
     Args:
         shares: of each bin, not negative.
         sizes: items of each bin.
         budget: items to draw, at most the sum of the sizes.
-        generator: on the CPU.
     """
     quota, free, rest = [float(size) for size in sizes], list(range(len(sizes))), float(budget)
     while free:
@@ -56,25 +52,29 @@ def apportion(shares: Sequence[float], sizes: Sequence[int], budget: int, genera
         per_weight = rest / sum(weights[n] for n in free)
         if not (full := [n for n in free if weights[n] * per_weight >= sizes[n]]):
             for n in free:
-                quota[n] = weights[n] * per_weight
+                # Sums of shares miss halves and whole numbers by rounding.
+                quota[n] = round(weights[n] * per_weight, 9)
             break
         rest -= sum(sizes[n] for n in full)
         free = [n for n in free if n not in full]
-    drawn = [math.floor(each + 1e-9) for each in quota]
-    rank = torch.randperm(len(sizes), generator=generator).tolist()
-    hungry = sorted(
-        (n for n in range(len(sizes)) if drawn[n] < sizes[n]), key=lambda n: (-round(quota[n] - drawn[n], 9), rank[n])
-    )
-    for n in hungry[: budget - sum(drawn)]:
-        drawn[n] += 1
-    return drawn
+    return quota
 
 
-def rounded_each(sizes: Sequence[int], budget: int) -> list[int]:
-    """DQ's own numbers: the same fraction of each bin, rounded for itself with halves to even; the sum may differ.
+def apportion(quota: Sequence[float], owed: Sequence[float], generator: torch.Generator) -> list[int]:
+    """Round each quota up or down so that the sum stays: the largest remainders go up.
+
+    What earlier classes owe counts as part of the remainder. Without it, classes with few picks would all leave out the
+    same bins.
 
     Args:
-        sizes: items of each bin.
-        budget: items the fraction is meant to give.
+        quota: from `quotas`; they sum to a whole number.
+        owed: how much more earlier classes should have drawn from each bin; zeros for a class by itself.
+        generator: on the CPU; decides between equals.
     """
-    return [round(Fraction(budget * size, sum(sizes))) for size in sizes]
+    drawn = [math.floor(each) for each in quota]
+    rank = torch.randperm(len(quota), generator=generator).tolist()
+    broken = (n for n in range(len(quota)) if quota[n] > drawn[n])
+    order = sorted(broken, key=lambda n: (-round(quota[n] - drawn[n] + owed[n], 6), rank[n]))
+    for n in order[: round(sum(quota)) - sum(drawn)]:
+        drawn[n] += 1
+    return drawn

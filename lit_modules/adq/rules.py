@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
-from lit_modules.adq.allocation import apportion, bin_shares, rounded_each
+from lit_modules.adq.allocation import apportion, bin_shares, quotas
 from lit_modules.adq.bins import Binning
 from lit_modules.adq.scores import (
     bin_means,
@@ -86,16 +86,9 @@ class BinRule(Rule):
         """
         return bin_shares(worth, sizes, "uniform")
 
-    def count(self, shares: list[float], sizes: list[int], budget: int, generator: torch.Generator) -> list[int]:
-        """Items to draw from each bin of a class.
-
-        Args:
-            shares: of each bin.
-            sizes: items of each bin.
-            budget: items of the class to keep.
-            generator: a stream of this seed and class.
-        """
-        return apportion(shares, sizes, budget, generator)
+    def whole(self, quota: list[float], owed: list[float], generator: torch.Generator) -> list[int]:
+        """Items to draw from each bin of a class, see `apportion`."""
+        return apportion(quota, owed, generator)
 
     def select(self, features: Features, budget: Tensor, seed: int, work: Work | None = None) -> Picks:
         binning, counts = self.binning, features.label.bincount(minlength=features.num_classes).tolist()
@@ -108,26 +101,28 @@ class BinRule(Rule):
         scores = {"spread": spread, **self.judge(features, bin)}
         worth = scores["importance"].tolist() if "importance" in scores else [0.0] * self.num_bins
         keep = float(budget.sum()) / len(features)
-        choices, shares, drawn = [], [], []
+        owed, planned, drawn, choices = [0.0] * self.num_bins, torch.zeros(self.num_bins).double(), [], []
         for label, (own, wanted) in enumerate(zip(cut, budget.tolist(), strict=True)):
             sizes: list[int] = own.bincount(minlength=self.num_bins).tolist()
-            if self.single_bin is None:
-                share = self.share(worth, sizes, keep)
-            elif wanted <= (size := sizes[self.single_bin]):
-                share = [float(number == self.single_bin) for number in range(self.num_bins)]
-            else:
-                raise UserError(f"single_bin: bin {self.single_bin} of class {label} has {size} items, not {wanted}")
-            numbers = self.count(share, sizes, wanted, class_generator(seed, label, "remainders"))
-            choices.append(_draw(own, numbers, seed, label))
-            shares.append([each * wanted / float(budget.sum()) for each in share])
-            drawn.append(numbers)
+            quota = quotas(self._shares(worth, sizes, wanted, keep, label), sizes, wanted)
+            drawn.append(self.whole(quota, owed, class_generator(seed, label, "remainders")))
+            owed = [rest + due - got for rest, due, got in zip(owed, quota, drawn[-1], strict=True)]
+            planned += torch.tensor(quota).double()
+            choices.append(_draw(own, drawn[-1], seed, label))
         bins = {
             "size": bin.bincount(minlength=self.num_bins).tolist(),
             **{name: score.tolist() for name, score in scores.items()},
-            "share": [sum(of_bin) for of_bin in zip(*shares, strict=True)],
-            "drawn": [sum(of_bin) for of_bin in zip(*drawn, strict=True)],
+            "share": (planned / planned.sum()).tolist(),
+            "drawn": torch.tensor(drawn).sum(0).tolist(),
         }
         return join_picks(features, choices, {"bins": bins})
+
+    def _shares(self, worth: Sequence[float], sizes: list[int], budget: int, keep: float, label: int) -> list[float]:
+        if self.single_bin is None:
+            return self.share(worth, sizes, keep)
+        if budget > (size := sizes[self.single_bin]):
+            raise UserError(f"single_bin: bin {self.single_bin} of class {label} has {size} items, not {budget}")
+        return [float(number == self.single_bin) for number in range(self.num_bins)]
 
 
 def _draw(bin: Tensor, numbers: Sequence[int], seed: int, label: int) -> dict[str, Tensor]:
@@ -152,10 +147,8 @@ class DQ(BinRule):
 
     rounding: Literal["budget", "repo"] = "budget"
 
-    def count(self, shares: list[float], sizes: list[int], budget: int, generator: torch.Generator) -> list[int]:
-        if self.rounding == "repo" and self.single_bin is None:
-            return rounded_each(sizes, budget)
-        return super().count(shares, sizes, budget, generator)
+    def whole(self, quota: list[float], owed: list[float], generator: torch.Generator) -> list[int]:
+        return [round(each) for each in quota] if self.rounding == "repo" else super().whole(quota, owed, generator)
 
 
 @dataclass(frozen=True)
