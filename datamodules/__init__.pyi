@@ -22,5 +22,6 @@ from .images.catalog import CATALOG as CATALOG
 from .images.catalog import DatasetInfo as DatasetInfo
 from .images.module import ImageDataModule as ImageDataModule
 from .images.stream import ImageFolderStream as ImageFolderStream
+from .images.subset import SubsetDataModule as SubsetDataModule
+from .images.subset import SubsetStream as SubsetStream
 from .images.substitute import DistilledDataModule as DistilledDataModule
-from .images.substitute import SubsetDataModule as SubsetDataModule

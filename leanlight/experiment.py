@@ -27,6 +27,7 @@ from leanlight.contracts import UserError
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
+from leanlight.objects import admitted_object
 from leanlight.parser import LeanlightParser
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.registry import config_root
@@ -354,16 +355,13 @@ def load_data(run: Path | str, overrides: Mapping[str, Any] | None = None, trust
 
 def _instantiate(kind: type, named: Mapping[str, Any], where: Path, trust: Sequence[str]) -> Any:
     """The one way from a config that came with a run to an object: what it names must be admitted, and a `kind`."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "source", fail_untyped=False)
-    wanted = {"class_path": named["class_path"], "init_args": named.get("init_args") or {}}
+
+    def module(config: Any) -> pl.LightningModule:
+        package, _, name = config.class_path.rpartition(".")
+        return rebuild(getattr(import_module(package), name), named.get("init_args") or {})
+
     try:
-        with only_admitted(trust):
-            config = parser.parse_object({"source": wanted})
-            if kind is not pl.LightningModule:
-                return parser.instantiate_classes(config).source
-            package, _, name = config.source.class_path.rpartition(".")
-            return rebuild(getattr(import_module(package), name), wanted["init_args"])
+        return admitted_object(kind, "source", named, trust, module if kind is pl.LightningModule else None)
     except (jsonargparse.ArgumentError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"{where}: {one_line(str(error), None)}") from error
 

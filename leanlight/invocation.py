@@ -41,7 +41,7 @@ def expand(argv: list[str]) -> Invocation:
     names, args = take_all(args, "--config", "-c")
     for path in (path for name in names for path in find_configs(name)):
         content = read_config(path)
-        if not _lies_in_a_run(path):
+        if not lies_in_a_run(path):
             trusted |= named_packages(content)
         configs.append(f"--config={path}")
     packages, args = take_all(args, "--trust")
@@ -102,7 +102,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def _lies_in_a_run(path: Path) -> bool:
+def lies_in_a_run(path: Path) -> bool:
     """Whether a config belongs to a run folder: it travels with a checkpoint, and may come from anywhere."""
     return (path.parent / "checkpoints").is_dir() or (path.parent / "summary.json").is_file()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,25 @@ def describe_predictions(run: Path | str) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error})") from error
 
 
-def read_predictions(run: Path | str) -> Iterator[Predictions]:
+def read_predictions(run: Path | str, fields: Collection[str] | None = None) -> Iterator[Predictions]:
     """Yield one piece after the other: ``index`` (N,) and the other fields, (N, …) tensors and tuples of N strings.
 
     A piece is sorted by index, and pieces come in order of their first item; every item comes once. Memory holds one
-    piece. run: a run folder, or the folder of the predictions itself. UserError for a damaged piece.
+    piece. run: a run folder, or the folder of the predictions itself. fields: those to keep; all by default.
+    UserError for a damaged piece.
     """
     seen = SeenItems()
     for piece in describe_predictions(run)["pieces"]:
         outputs = _read_piece(_folder(run), piece)
+        if fields is not None:
+            outputs = {name: value for name, value in outputs.items() if name == "index" or name in fields}
         new = seen.add(outputs["index"])  # type: ignore[arg-type]
         yield outputs if new.all() else _take(outputs, new.nonzero()[:, 0])
 
 
-def load_predictions(run: Path | str) -> Predictions:
+def load_predictions(run: Path | str, fields: Collection[str] | None = None) -> Predictions:
     """All items at once, sorted by index; the same fields as `read_predictions` yields."""
-    pieces = list(read_predictions(run))
+    pieces = list(read_predictions(run, fields))
     if not pieces:
         return {"index": torch.zeros(0, dtype=torch.int64)}
     joined: Predictions = {}

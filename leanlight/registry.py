@@ -82,13 +82,17 @@ class Command:
         name: what is typed after `leanlight`.
         module: import path of a module with ``main(arguments) -> exit code``.
         help: one line for `leanlight --help`.
-        stage: whether a pipeline may have it as a stage although it is no training.
+        stage: whether a pipeline may have it as a stage although it is no training; its module then has
+            ``parser()``, which knows the options, and ``arguments(words)``, which also checks their values.
+        record: JSON file in the stage's output: its ``code_files`` decided it, its numbers are metrics of the stage;
+            empty for none.
     """
 
     name: str
     module: str
     help: str
     stage: bool = False
+    record: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,13 @@ COMMANDS = (
     Command("benchmark", "leanlight.cli.benchmark", "measure speed and memory, compare two measurements"),
     Command("data", "leanlight.cli.data", "list, prepare and check data sets"),
     Command("export", "leanlight.cli.export", "write a trained model so that it works without this suite", stage=True),
+    Command(
+        "select",
+        "leanlight.cli.select",
+        "choose the items of a labelled set to keep; --list names the rules",
+        stage=True,
+        record="selection.json",
+    ),
     Command("methods", "leanlight.cli.methods", "list methods, configs, tables, pipelines and papers"),
 )
 

@@ -309,6 +309,11 @@ def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that a file or folder belongs to, or `path` itself where it belongs to none."""
+    return next((place for place in (path, *path.parents) if (place / "summary.json").is_file()), path)
+
+
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json atomically."""
     atomic_write(run_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")

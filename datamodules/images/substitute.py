@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from datamodules.images.module import ImageDataModule, scaled
-from leanlight.contracts import ImageBatch, ImageSplit, UserError, sha256_file
+from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, UserError, sha256_file
 from leanlight.ops.differentiable import find_augmentation
 from leanlight.ops.whitening import apply_zca
-
-_WHOLE_NUMBERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class SubstituteDataModule(ImageDataModule):
@@ -40,8 +36,7 @@ class SubstituteDataModule(ImageDataModule):
 
     def ensure_available(self) -> None:
         """Find the real data and the substitute; UserError for what is missing."""
-        if not self.file.is_file():
-            raise UserError(f"{self.argument}: expected {self.expected}; nothing at {self.file}")
+        check_there(self.file, self.argument, self.expected)
         super().ensure_available()
 
     def setup(self, stage: str | None = None) -> None:
@@ -51,18 +46,28 @@ class SubstituteDataModule(ImageDataModule):
         super().setup(stage)
         self.train_split = self.load_substitute()
         self._substituted = True
-        labels = self.train_split.labels
-        labels = labels.argmax(1) if labels.ndim > 1 else labels
-        self.meta = dataclasses.replace(
-            self.meta,
-            counts={**self.meta.counts, "train": len(labels)},
-            class_counts=tuple(labels.bincount(minlength=self.meta.num_classes).tolist()),
-            fingerprint=f"{self.meta.fingerprint}+{sha256_file(self.file)}",
-        )
+        self.meta = with_training_set(self.meta, self.train_split.labels, self.file)
 
     def load_substitute(self) -> ImageSplit:
         """The training set in ``file``; ``train_split`` still is the real one. UserError unless it fits `meta`."""
         raise NotImplementedError
+
+
+def check_there(file: Path, argument: str, expected: str) -> None:
+    """Raise UserError unless there is a file."""
+    if not file.is_file():
+        raise UserError(f"{argument}: expected {expected}; nothing at {file}")
+
+
+def with_training_set(meta: ImageMeta, labels: Tensor, file: Path) -> ImageMeta:
+    """Facts of data whose training set came from a file, with (N,) classes or (N, K) soft labels."""
+    labels = labels.argmax(1) if labels.ndim > 1 else labels
+    return dataclasses.replace(
+        meta,
+        counts={**meta.counts, "train": len(labels)},
+        class_counts=tuple(labels.bincount(minlength=meta.num_classes).tolist()),
+        fingerprint=f"{meta.fingerprint}+{sha256_file(file)}",
+    )
 
 
 class DistilledDataModule(SubstituteDataModule):
@@ -87,7 +92,7 @@ class DistilledDataModule(SubstituteDataModule):
 
     def load_substitute(self) -> ImageSplit:
         """Images (N, C, H, W) float32 and soft labels (N, K); the rest of the file says what space they lie in."""
-        tensors = _read_safetensors(self.file, self.argument)
+        tensors = read_safetensors(self.file, self.argument)
         if not {"images", "labels"} <= set(tensors) or not (
             {"whitening"} <= set(tensors) or {"mean", "std"} <= set(tensors)
         ):
@@ -117,59 +122,8 @@ class DistilledDataModule(SubstituteDataModule):
         return dataclasses.replace(batch, image=(image - space["mean"]) / space["std"])
 
 
-class SubsetDataModule(SubstituteDataModule):
-    """Trains on chosen items of the real training split, such as a coreset; validation and test sets stay whole.
-
-    Positions are those of ``index`` in training batches; they mean the same items only with the same `dataset`,
-    `variant`, `val_fraction`, `train_fraction` and `split_seed`.
-
-    Args:
-        subset: file with the positions: a list in ``.json``, an array in ``.npy``, or ``index`` in ``.safetensors``.
-        kwargs: of `ImageDataModule`; they say which real images.
-    """
-
-    argument = "subset"
-    expected = "a .json, .npy or .safetensors file of positions"
-
-    def __init__(self, subset: str | Path, **kwargs: Any) -> None:
-        super().__init__(Path(subset), **kwargs)
-
-    def load_substitute(self) -> ImageSplit:
-        """The chosen items, in the order of the file; ``origin`` still points to the source's own train part."""
-        whole, index = self.train_split, self._read()
-        if not len(index):
-            raise UserError(f"subset: expected positions, {self.file} holds none")
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= len(whole):
-            raise UserError(
-                f"subset: expected positions in the training split, 0 to {len(whole) - 1}; {self.file} holds "
-                f"{low if low < 0 else high}"
-            )
-        values, counts = index.unique(return_counts=True)
-        if len(values) < len(index):
-            repeated = int(values[counts > 1][0])
-            raise UserError(f"subset: expected every position once; {self.file} holds {repeated} more than once")
-        return ImageSplit(whole.images[index], whole.labels[index], whole.origin[index])
-
-    def _read(self) -> Tensor:
-        """(N,) int64 positions as they stand in the file; UserError for anything else. Executes no pickle."""
-        kind, index = self.file.suffix, None
-        try:
-            if kind == ".json":
-                index = torch.as_tensor(json.loads(self.file.read_text()))
-            elif kind == ".npy":
-                index = torch.from_numpy(np.load(self.file, allow_pickle=False))
-            elif kind == ".safetensors":
-                index = _read_safetensors(self.file, self.argument).get("index")
-        except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
-            raise UserError(f"subset: {self.file} is damaged, or no list of positions ({error})") from error
-        if index is None or index.ndim != 1 or (index.numel() and index.dtype not in _WHOLE_NUMBERS):
-            got = f"a {index.dtype} of shape {tuple(index.shape)}" if index is not None else "none"
-            raise UserError(f"subset: expected {self.expected}, whole numbers (N,); {self.file} holds {got}")
-        return index.long()
-
-
-def _read_safetensors(file: Path, argument: str) -> dict[str, Tensor]:
+def read_safetensors(file: Path, argument: str) -> dict[str, Tensor]:
+    """Tensors of a file by name; UserError naming `argument` when it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

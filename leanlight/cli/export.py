@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ def parser() -> Parser:
     return parser
 
 
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The parsed options."""
+    return parser().parse_args(argv)
+
+
 def main(argv: list[str]) -> int:
     """Export a run's last or best model, or one checkpoint."""
-    args = parser().parse_args(argv)
+    args = arguments(argv)
     from leanlight.experiment import load
 
     module: Any = load(args.source, args.checkpoint, args.trust)

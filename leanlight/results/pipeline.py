@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -107,9 +108,10 @@ class PipelineRunner:
             return 0
         if decision.action == "diverged":
             return 1
-        if decision.action == "resume":
+        if decision.action == "resume" and stage.trains:
             return run_in_foreground(command(*resume_words(run_dir)), environment(), lock)
-        clear(run_dir, self.runs_root)
+        if decision.action == "start":
+            clear(run_dir, self.runs_root)
         if not stage.trains:
             return self._run_stage_command(stage, arguments, run_dir, identity, lock)
         where = ["--run.id", run_dir.name, option("trainer.default_root_dir", str(self.runs_root))]
@@ -119,33 +121,45 @@ class PipelineRunner:
         self, stage: Stage, arguments: list[str], run_dir: Path, identity: str, lock: RunLock
     ) -> int:
         """Run a command that writes a folder but, being no run of a Trainer, no summary: the stage gets one here."""
-        begin, output = time.monotonic(), str(run_dir / "artifacts" / stage.command)
-        code = run_in_foreground(command(stage.command, *arguments, "--output", output), environment(), lock)
-        if code:
-            return code
-        source = Path(stage.inputs["source"])
-        origin = runs.read_summary(source if source.is_dir() else source.parent.parent) or {}
-        own_code = stage_commands()[stage.command].replace(".", "/") + ".py"
-        code_hash, code_files = runs.code_version([*(origin.get("code_files") or []), own_code])
+        begin, output = time.monotonic(), run_dir / "artifacts" / stage.command
+        called = stage_commands()[stage.command]
+        origin = runs.read_summary(runs.run_of(Path(stage.inputs["source"]))) or {}
+        code = {*(origin.get("code_files") or []), called.module.replace(".", "/") + ".py"}
         commit, dirty = runs.commit()
-        summary = {
-            "status": "finished",
-            "method": self.spec.method,
-            "dataset": self.spec.dataset,
-            "run_id": run_dir.name,
-            "command": [stage.command],
-            "metrics": {},
-            "config_hash": identity,
-            "code_hash": code_hash,
-            "code_files": code_files,
-            "commit": commit,
-            "dirty": dirty,
-            "wall_s": round(time.monotonic() - begin, 3),
-            "artifacts": runs.list_artifacts(run_dir),
-            "machine": runs.machine(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        runs.write_summary(run_dir, summary)
+
+        def write(status: str, **more: Any) -> None:
+            code_hash, code_files = runs.code_version(code)
+            summary = {
+                "status": status,
+                "method": self.spec.method,
+                "dataset": self.spec.dataset,
+                "run_id": run_dir.name,
+                "command": [stage.command],
+                "metrics": {},
+                "config_hash": identity,
+                "code_hash": code_hash,
+                "code_files": code_files,
+                "commit": commit,
+                "dirty": dirty,
+                "wall_s": round(time.monotonic() - begin, 3),
+                "machine": runs.machine(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            runs.write_summary(run_dir, summary | more)
+
+        write("running")
+        try:
+            status = run_in_foreground(command(stage.command, *arguments, "--output", str(output)), environment(), lock)
+        except KeyboardInterrupt:
+            write("interrupted")
+            raise
+        if status:
+            write("failed")
+            return status
+        record = json.loads((output / called.record).read_text()) if called.record else {}
+        code |= set(record.get("code_files", []))
+        numbers = {key: value for key, value in record.items() if type(value) in (int, float)}
+        write("finished", metrics=numbers, artifacts=runs.list_artifacts(run_dir))
         return 0
 
     # -- before the first stage
@@ -167,7 +181,7 @@ class PipelineRunner:
                 if stage.trains:
                     self._resolve(stage.command, arguments)
                 else:
-                    import_module(stage_commands()[stage.command]).parser().parse_args(arguments)
+                    import_module(stage_commands()[stage.command].module).arguments(arguments)
             except UserError as error:
                 raise UserError(f"stage {stage.name}: {error}") from None
 

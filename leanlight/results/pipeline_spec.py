@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from leanlight.configs_path import find_config
 from leanlight.contracts.errors import UserError, nearest
-from leanlight.registry import commands
+from leanlight.registry import Command, commands
 from leanlight.results.reading import Reader, read_mapping, unique
 from leanlight.runs import folder_name
 
@@ -24,13 +25,13 @@ _SET_BY_RUNNER = frozenset(
 SEEDS = range(2**32)  # what the generators of numpy and torch both take
 
 
-def stage_commands() -> dict[str, str]:
-    """Commands that make something of what an earlier stage left, without a config or a Trainer.
+def stage_commands() -> dict[str, Command]:
+    """Commands that make something of what an earlier stage left, without a config or a Trainer, by name.
 
-    They are called as ``leanlight NAME SOURCE --output FOLDER [--KEY=VALUE ...]``. Returns name → module, whose
-    ``parser()`` knows the options.
+    They are called as ``leanlight NAME SOURCE --output FOLDER [--KEY=VALUE ...]``. One that finds finished parts of its
+    work in ``FOLDER/.parts`` goes on with them, and removes that folder in the end.
     """
-    return {name: command.module for name, command in commands().items() if command.stage}
+    return {name: command for name, command in commands().items() if command.stage}
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,20 @@ class PipelineSpec:
         return replace(self, stages=stages)
 
     def with_seed(self, seed: int) -> PipelineSpec:
-        """Return a copy that runs with `seed`; a stage that names its own seed_everything keeps it."""
+        """Return a copy that runs with `seed`; a stage that names its own keeps it, one that draws nothing has none."""
         if seed not in SEEDS:
             raise UserError(f"--seed: expected 0 to {SEEDS[-1]}, got {seed}")
-        stages = tuple(
-            replace(s, overrides={"seed_everything": seed, **s.overrides}) if s.trains else s for s in self.stages
-        )
-        return replace(self, stages=stages)
+        seeds = [{key: seed} if (key := _seed_key(stage)) else {} for stage in self.stages]
+        stages = (replace(s, overrides={**own, **s.overrides}) for s, own in zip(self.stages, seeds, strict=True))
+        return replace(self, stages=tuple(stages))
+
+
+def _seed_key(stage: Stage) -> str:
+    """The override that sets a stage's seed; empty when it has none."""
+    if stage.trains:
+        return "seed_everything"
+    options = import_module(stage_commands()[stage.command].module).parser().format_usage()
+    return "seed" if "--seed" in options else ""
 
 
 def load_pipeline(name: str) -> PipelineSpec:

@@ -27,9 +27,9 @@ class Decision:
 def decide(run_dir: Path, identity: str, *, fresh: bool = False, rerun_stale: bool = False) -> Decision:
     """Decide about the run folder `run_dir` that should hold the run with configuration hash `identity`.
 
-    Only a finished run of this very configuration is reused. An unfinished one goes on from its last checkpoint or its
-    last predictions, unless the code has changed: half a run of each version would be a result of neither. A diverged
-    run of the same code would diverge again, so it is not repeated.
+    Only a finished run of this very configuration is reused. An unfinished one goes on from its last checkpoint, its
+    last predictions or the finished parts of its work, unless the code has changed: half a run of each version would be
+    a result of neither. A diverged run of the same code would diverge again, so it is not repeated.
 
     Args:
         run_dir: the folder, which may not exist.
@@ -57,6 +57,8 @@ def decide(run_dir: Path, identity: str, *, fresh: bool = False, rerun_stale: bo
         if any(path.is_file() for path in (run_dir / "artifacts" / "predictions").rglob("*")):
             return Decision("resume", f"{status}, with predictions")
         return Decision("start", f"{status}, without predictions")
+    if any((run_dir / "artifacts").glob("*/.parts")):
+        return Decision("resume", f"{status}, with finished parts")
     if (run_dir / "checkpoints" / "last.ckpt").is_file():
         return Decision("resume", f"{status}, with a checkpoint")
     return Decision("start", f"{status}, without a checkpoint to go on from")

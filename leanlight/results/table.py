@@ -90,11 +90,15 @@ class Cell:
         """What its finished run contributes to the results, from summary.json alone.
 
         A metric of the table is a logged name, or ``summary/<key>`` for a number of the summary itself, e.g.
-        ``summary/train_wall_s``. Raises UserError when one is missing or not finite.
+        ``summary/train_wall_s``. ``stages/<stage>/<name>`` is either of another stage of the row's pipeline, e.g.
+        ``stages/select/wall_s`` or ``stages/scorer/val/accuracy``. Raises UserError when one is missing or not finite.
         """
         summaries, counted = self._summaries()
-        numbers = {f"summary/{key}": value for key, value in counted.items() if isinstance(value, (int, float))}
-        measured = numbers | (counted.get("metrics") or {})
+        measured = {f"summary/{key}": value for key, value in _numbers(counted).items()}
+        measured |= counted.get("metrics") or {}
+        for summary in summaries if self.row.pipeline else ():
+            named = _numbers(summary) | (summary.get("metrics") or {})
+            measured |= {f"stages/{summary['_stage']}/{key}": value for key, value in named.items()}
         values = {}
         for name, metric in spec.metrics.items():
             value = measured.get(name)
@@ -291,6 +295,11 @@ def _most_common(machines: list[dict[str, Any]]) -> dict[str, Any]:
 def _mean(parts: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [part[key] for part in parts if part[key] is not None]
     return round(mean_std(values)[0], 3) if values else None
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary itself counts: seconds, memory, samples."""
+    return {key: value for key, value in summary.items() if isinstance(value, (int, float))}
 
 
 def _largest(parts: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -17,7 +17,7 @@ from leanlight.results.reading import Reader, read_mapping, unique
 from leanlight.runs import folder_name
 
 Scale = Literal["small", "paper"]
-_METRIC = re.compile(r"(train|val|test|summary|progress)(/[\w.\-]+)+")
+_METRIC = re.compile(r"((train|val|test|summary|progress)|stages/(?P<stage>[\w\-]+))(/[\w.\-]+)+")
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,10 @@ def _seeds(top: Reader) -> tuple[int, ...]:
 
 def _metric(name: str, content: Any, where: str) -> Metric:
     if not _METRIC.fullmatch(name):
-        raise UserError(f"{where}: is not the name of a metric; expected train/, val/, test/ or summary/ and a name")
+        raise UserError(
+            f"{where}: is not the name of a metric; expected train/, val/, test/ or summary/ and a name, or "
+            "stages/STAGE/ and a name"
+        )
     reader = Reader(content, where, "label higher_is_better unit scale digits optional")
     digits = reader.get("digits", int, 3)
     if not 0 <= digits <= 9:
@@ -263,6 +266,7 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -
             raise UserError(f"{where}: stage {stage!r} is not in {reader.content['pipeline']}{nearest(stage, stages)}")
     elif "stage" in reader.content:
         raise UserError(f"{where}: stage belongs to a pipeline, this row has a config")
+    _check_stages(metrics, pipeline, where)
     overrides = reader.get("overrides", dict, {})
     _check_overrides(overrides, pipeline, where)
     paper = reader.get("paper", dict, {})
@@ -280,6 +284,17 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -
         pipeline=pipeline,
         stage=stage,
     )
+
+
+def _check_stages(metrics: Mapping[str, Metric], pipeline: PipelineSpec | None, where: str) -> None:
+    """A metric of another stage must be one of the row's own pipeline, unless the metric is optional."""
+    stages = [stage.name for stage in pipeline.stages] if pipeline else []
+    for name, metric in metrics.items():
+        match = _METRIC.fullmatch(name)
+        wanted = match["stage"] if match else None
+        if wanted is not None and wanted not in stages and not metric.optional:
+            lacks = f"its pipeline has no stage {wanted!r}{nearest(wanted, stages)}" if pipeline else "it has no stages"
+            raise UserError(f"{where}: metric {name}: {lacks}; say optional: true if the row shall go without")
 
 
 def _check_overrides(overrides: Mapping[Any, Any], pipeline: PipelineSpec | None, where: str) -> None:

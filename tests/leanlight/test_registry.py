@@ -32,8 +32,13 @@ def test_a_command_has_a_module_that_runs_it(command):
     assert command.help
 
 
-def test_only_export_is_a_stage_without_training():
-    assert [name for name, command in commands().items() if command.stage] == ["export"]
+def test_stages_without_training_check_their_options_before_they_run():
+    stages = [command for command in commands().values() if command.stage]
+    assert [command.name for command in stages] == ["export", "select"]
+    for command in stages:
+        module = import_module(command.module)
+        assert "--output" in module.parser().format_usage()
+        assert callable(module.arguments)
 
 
 def test_a_citation_is_one_line_and_a_bibtex_entry():

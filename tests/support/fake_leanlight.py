@@ -1,7 +1,8 @@
-"""Stands in for `python -m leanlight fit|predict|export`: writes a run folder in milliseconds.
+"""Stands in for `python -m leanlight fit|predict|export|select`: writes a run folder in milliseconds.
 
 Options of the fake model: value and slope make test/accuracy = value + 0.01 * slope * seed; fail ends with exit code 1;
-wait sleeps until interrupted, but not when resumed; files leaves so many in artifacts/bank.
+wait sleeps until interrupted, but not when resumed; files leaves so many in artifacts/bank. A select of --seed 13 ends
+with exit code 1 after its first part, once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,24 @@ def main(command: str, words: list[str]) -> int:
         target.mkdir(parents=True)
         (target / "weights.bin").write_bytes(b"exported")
         return 0
-    return fit(command, words)
+    return select(words) if command == "select" else fit(command, words)
+
+
+def select(words: list[str]) -> int:
+    target = Path(words[words.index("--output") + 1])
+    part = target / ".parts" / "0"
+    if "--seed=13" in words and not part.exists():
+        part.parent.mkdir(parents=True)
+        part.touch()
+        return 1
+    target.mkdir(parents=True, exist_ok=True)
+    record = {"kept": 12, "rho_s": 0.2, "rule": "random", "code_files": ["leanlight/contracts/files.py"]}
+    (target / "selection.json").write_text(json.dumps(record))
+    (target / "selection.safetensors").write_text(f"{sorted(words[1:-2])} {part.exists()}")
+    if part.exists():
+        part.unlink()
+        part.parent.rmdir()
+    return 0
 
 
 def fit(command: str, words: list[str]) -> int:

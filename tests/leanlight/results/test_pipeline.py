@@ -15,6 +15,7 @@ from leanlight.cli.run import main
 from leanlight.contracts import UserError
 from leanlight.results.pipeline import PipelineRunner
 from leanlight.results.pipeline_spec import load_pipeline
+from leanlight.results.table_spec import load_table
 
 TEACHER = "${stages.teacher.artifacts.checkpoint}"
 
@@ -169,6 +170,97 @@ def test_a_wrong_stage_command_is_found_before_the_first_stage(suite: Any, stage
     assert not Path("runs").exists()
 
 
+def _selecting(suite: Any, overrides: dict[str, Any] | None = None, **stage: Any) -> Path:
+    stages = [
+        {"name": "features", "command": "predict", "config": str(suite.folder / "a.yaml")},
+        {
+            "name": "choose",
+            "command": "select",
+            "overrides": {"rule": "random", "keep": 0.2, **(overrides or {})},
+            "inputs": {"source": "${stages.features.run_dir}"},
+            **stage,
+        },
+        {
+            "name": "train",
+            "config": str(suite.folder / "b.yaml"),
+            "overrides": {
+                "subset": "${stages.choose.artifacts.select}",
+                "share": "${stages.choose.metrics.rho_s}",
+                "value": 0.7,
+            },
+        },
+    ]
+    return suite.write("selecting.yaml", {"method": "classifier", "dataset": "digits", "stages": stages})
+
+
+def _chosen() -> dict[Path, dict[str, Any]]:
+    folders = sorted(Path("runs/classifier/digits").glob("selecting-choose-*"))
+    return {folder: json.loads((folder / "summary.json").read_text()) for folder in folders}
+
+
+def test_a_selection_is_a_stage_whose_folder_and_numbers_later_stages_take(suite: Any) -> None:
+    assert main([str(_selecting(suite))]) == 0
+    ((folder, summary),) = _chosen().items()
+    train = suite.commands()[-1]["argv"]
+    assert _option(train, "subset") == f"{folder}/artifacts/select"
+    assert _option(train, "share") == "0.2"
+    assert summary["status"] == "finished"
+    assert summary["metrics"] == {"kept": 12, "rho_s": 0.2}
+    assert summary["wall_s"] > 0
+    # Of the features, of the command, and of what the rule imported.
+    assert {"leanlight/contracts/errors.py", "leanlight/cli/select.py", "leanlight/contracts/files.py"} == set(
+        summary["code_files"]
+    )
+    assert main([str(_selecting(suite))]) == 0
+    assert len(suite.commands()) == 3
+
+
+def test_a_seed_reaches_a_stage_command_that_draws_and_its_own_stands_above(suite: Any) -> None:
+    assert main([str(_selecting(suite)), "--seed", "3"]) == 0
+    assert main([str(_selecting(suite, {"seed": 5})), "--seed", "3"]) == 0
+    seeds = [_option(c["argv"], "seed") for c in suite.commands() if c["argv"][0] == "select"]
+    assert seeds == ["3", "5"]
+    assert len(_chosen()) == 2
+    spec = load_pipeline(_with_command(suite)).with_seed(3)
+    assert [stage.overrides for stage in spec.stages] == [{"seed_everything": 3}, {}]  # an export draws nothing
+
+
+def test_options_and_input_content_are_the_identity_of_a_selection(suite: Any) -> None:
+    main([str(_selecting(suite))])
+    main([str(_selecting(suite, {"keep": 0.3}))])
+    (features,) = Path("runs/classifier/digits").glob("selecting-features-*")
+    (features / "artifacts/predictions/0.safetensors").write_text("other features")
+    main([str(_selecting(suite, {"keep": 0.3}))])
+    assert len(_chosen()) == 3
+
+
+def test_a_stage_that_broke_off_goes_on_with_its_parts_and_ends_as_any(suite: Any) -> None:
+    path = str(_selecting(suite, {"seed": 13}))
+    assert main([path]) == 1
+    ((folder, summary),) = _chosen().items()
+    assert summary["status"] == "failed"
+    assert main([path]) == 0
+    assert (folder / "artifacts/select/selection.safetensors").read_text().endswith("True")
+    assert _chosen()[folder]["status"] == "finished"
+    assert not (folder / "artifacts/select/.parts").exists()
+    assert main([path, "--from", "choose"]) == 1  # repeated from nothing
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"rule": "randm"}, "stage choose: rule: 'randm' is none (did you mean 'random'?)"),
+        ({"keep": 0}, "stage choose: --keep: expected a share in (0, 1], got 0.0"),
+        ({"set": {"alpha": 1}}, "stage choose: --set alpha: not an argument of lit_modules.selection.Random"),
+        ({"config": "x.yaml"}, "stage choose: overrides: config is set by the pipeline itself"),
+    ],
+)
+def test_a_wrong_selection_is_found_before_the_first_stage(suite: Any, overrides: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        main([str(_selecting(suite, overrides))])
+    assert not Path("runs").exists()
+
+
 def test_what_is_checked_stands_in_for_outputs_of_earlier_stages(suite: Any) -> None:
     """Neither the path nor the number is there yet when all stages are parsed."""
     spec = load_pipeline(str(_pipeline(suite)))
@@ -225,7 +317,7 @@ def test_a_missing_metric_is_named(suite: Any) -> None:
         ({"inputs": {"t": "${stages.teacher.artifacts.../../secret}"}}, "expected ${stages.STAGE.run_dir}"),
         ({"overrides": {"run.id": "x"}}, "overrides: run.id is set by the pipeline itself"),
         ({"command": "export"}, "export takes no config and one input"),
-        ({"command": "train"}, "command must be one of fit, validate, test, predict, export, got 'train'"),
+        ({"command": "train"}, "command must be one of fit, validate, test, predict, export, select, got 'train'"),
         ({"name": "teacher"}, "name 'teacher' stands twice"),
         ({"inputs": {"t": 3}}, "inputs must map names to paths"),
         ({"config": "classifier/no_such"}, "config 'classifier/no_such'"),
@@ -265,6 +357,43 @@ def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str
 def test_references_to_other_things_are_left_to_the_config(suite: Any) -> None:
     spec = load_pipeline(str(_pipeline(suite, overrides={"dim": "${data.init_args.dim}"})))
     assert spec.stages[1].overrides == {"dim": "${data.init_args.dim}"}
+
+
+def test_a_table_reads_numbers_of_every_stage(suite: Any) -> None:
+    metrics = {
+        "test/accuracy": {"label": "Accuracy", "higher_is_better": True},
+        "stages/choose/wall_s": {"label": "Selection", "higher_is_better": False, "unit": "s"},
+        "stages/choose/rho_s": {"label": "Kept", "higher_is_better": False},
+        "stages/features/val/accuracy": {"label": "Selector", "higher_is_better": True},
+        "stages/train/samples_seen": {"label": "Items", "higher_is_better": False},
+    }
+    rows = [{"name": "good", "pipeline": str(_selecting(suite)), "stage": "train"}]
+    table = {"rows": rows, "seeds": [0, 1], "metrics": metrics, "claims": []}
+    assert reproduce([str(suite.table(**table))]) == 0
+    measured = json.loads(Path("runs/results/classifier/two.json").read_text())["rows"][0]["metrics"]
+    assert measured["test/accuracy"]["by_seed"] == pytest.approx({"0": 0.7, "1": 0.71})
+    assert measured["stages/features/val/accuracy"]["by_seed"] == pytest.approx({"0": 0.5, "1": 0.51})
+    assert measured["stages/choose/rho_s"]["by_seed"] == {"0": 0.2, "1": 0.2}
+    assert measured["stages/train/samples_seen"]["mean"] == 640
+    walls = sorted(summary["wall_s"] for summary in _chosen().values())
+    assert sorted(measured["stages/choose/wall_s"]["by_seed"].values()) == walls
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"stage": "train"}, "metric stages/chose/wall_s: its pipeline has no stage 'chose' (did you mean 'choose'?)"),
+        ({"pipeline": None, "config": "b.yaml"}, "metric stages/chose/wall_s: it has no stages; say optional: true"),
+    ],
+)
+def test_a_metric_of_a_stage_that_a_row_lacks_is_one_line(suite: Any, row: dict[str, Any], message: str) -> None:
+    full = {"name": "good", "pipeline": str(_selecting(suite)), **row}
+    row = {key: value for key, value in full.items() if value is not None}
+    metric = {"label": "Selection", "higher_is_better": False}
+    with pytest.raises(UserError, match=re.escape(message)):
+        reproduce([str(suite.table(rows=[row], claims=[], metrics={"stages/chose/wall_s": metric}))])
+    optional = {"stages/chose/wall_s": {**metric, "optional": True}}
+    assert load_table(str(suite.table(rows=[row], claims=[], metrics=optional))).rows
 
 
 def test_a_table_row_can_be_a_stage_of_a_pipeline(suite: Any) -> None:

@@ -1,0 +1,133 @@
+"""`leanlight select`: choose the items of a labelled set to keep, from what a selector says of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from leanlight.cli.arguments import Parser, add_trust
+from leanlight.contracts.errors import UserError
+from leanlight.selection_rules import RULES
+from leanlight.selection_rules import rule as rule_info
+
+_SEEDS = range(2**32)
+
+
+def parser() -> Parser:
+    """The command's options; a pipeline checks a stage's options with it."""
+    parser = Parser(prog="leanlight select", description=__doc__)
+    parser.add_argument(
+        "features", nargs="?", type=Path, help="run folder of `leanlight predict`, or one .safetensors file of features"
+    )
+    parser.add_argument("--list", action="store_true", help="say what each rule does and needs")
+    parser.add_argument("--rule", help="a name of --list, or the import path of a Rule of your own")
+    parser.add_argument("--keep", type=float, help="share of the items of each class to keep, in (0, 1]")
+    parser.add_argument("--seed", type=int, help="of whatever the rule draws (default: 0)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a switch of the rule, or JSON of several",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with the keys rule, keep, seed and set")
+    parser.add_argument(
+        "--output", type=Path, help="folder to write (default: artifacts/selection/RULE_KEEP_sSEED of the run)"
+    )
+    add_trust(parser)
+    return parser
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Parsed and checked as far as can be without the features: rule, share, seed and switches."""
+    args = parser().parse_args(argv)
+    if args.list:
+        return args
+    args.settings = _settings(args.set)
+    if args.config is not None:
+        _add_config(args)
+    args.seed = 0 if args.seed is None else args.seed
+    if args.features is None:
+        raise UserError("select: expected FEATURES, the run folder of `leanlight predict`")
+    if args.rule is None:
+        raise UserError("--rule: expected a rule; `leanlight select --list` names them")
+    if "." not in args.rule:
+        rule_info(args.rule)
+    if args.keep is None:
+        raise UserError("--keep: expected a share of the items in (0, 1], e.g. --keep 0.1")
+    if not 0 < args.keep <= 1:
+        raise UserError(f"--keep: expected a share in (0, 1], got {args.keep}")
+    if args.seed not in _SEEDS:
+        raise UserError(f"--seed: expected 0 to {_SEEDS[-1]}, got {args.seed}")
+    from leanlight.invocation import lies_in_a_run
+    from leanlight.selection import build_rule  # loads torch
+    from lit_modules.admission import named_packages
+
+    # What the user wrote is trusted, as everywhere; what a config in a run folder names is not.
+    foreign = args.config is not None and lies_in_a_run(args.config)
+    args.rule_object = build_rule(
+        args.rule, args.settings, [*args.trust, *(() if foreign else named_packages(args.rule))]
+    )
+    return args
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """Switches of the rule: ``key=value``, values as YAML, or mappings of several."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        try:
+            if text.lstrip().startswith("{"):
+                settings |= json.loads(text)
+            elif equals and key:
+                settings[key] = yaml.safe_load(value)
+            else:
+                raise ValueError("neither KEY=VALUE nor a mapping")
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"--set: expected KEY=VALUE or a JSON mapping, got {text!r} ({error})") from None
+    return settings
+
+
+def _add_config(args: argparse.Namespace) -> None:
+    """Fill what the command line leaves open from a YAML file."""
+    from leanlight.results.reading import Reader, read_mapping
+
+    if not args.config.is_file():
+        raise UserError(f"--config: nothing at {args.config}")
+    reader = Reader(read_mapping(args.config), args.config.name, "rule keep seed set")
+    args.rule = args.rule or reader.get("rule", str, None)
+    args.keep = reader.get("keep", (int, float), None) if args.keep is None else args.keep
+    args.seed = reader.get("seed", int, None) if args.seed is None else args.seed
+    args.settings = {**reader.get("set", dict, {}), **args.settings}
+
+
+def _list() -> str:
+    width = max(map(len, RULES))
+    lines = [
+        f"{name:<{width}}  {info.help}; needs {', '.join(info.needs) or 'labels alone'}" for name, info in RULES.items()
+    ]
+    return "\n".join([*lines, "Needs are what `leanlight predict` writes of the training part for a selector."])
+
+
+def main(argv: list[str]) -> int:
+    """Select and say where the selection is."""
+    args = arguments(argv)
+    if args.list:
+        print(_list())
+        return 0
+    from leanlight.selection import default_output, select
+
+    place = (args.features, args.rule, args.keep, args.seed, args.settings)
+    output = args.output or default_output(*place)
+    try:
+        record = select(args.features, args.rule, args.rule_object, args.keep, args.seed, output)
+    except KeyboardInterrupt:
+        print("finished classes are kept; the same command goes on from there", file=sys.stderr)
+        raise
+    print(f"{record['kept']:,} of {record['items']:,} items: {output / 'selection.safetensors'}")
+    return 0

@@ -1,0 +1,34 @@
+"""From a class that a config or a command line names to an object of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jsonargparse
+
+from lit_modules.admission import only_admitted
+
+
+def admitted_object(
+    kind: type, key: str, named: Mapping[str, Any], trust: Iterable[str], make: Callable[[Any], Any] | None = None
+) -> Any:
+    """An object of the `kind` that ``{class_path, init_args}`` names; its package must be admitted.
+
+    Args:
+        kind: base class.
+        key: how messages call it.
+        named: class_path, and init_args where they are not the defaults; values must have the types of the arguments.
+        trust: packages outside the suite that it may name.
+        make: makes the object of the parsed ``{class_path, init_args}``; by default the parser does.
+
+    Raises:
+        jsonargparse.ArgumentError: and ValueError, TypeError, ImportError; `leanlight.messages.one_line` reads them.
+    """
+    jsonargparse.set_parsing_settings(subclasses_enabled=[kind])  # of a dataclass it would take no heirs
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, key, fail_untyped=False)
+    wanted = {"class_path": named["class_path"], "init_args": named.get("init_args") or {}}
+    with only_admitted(trust):
+        config = parser.parse_object({key: wanted})
+        return make(config[key]) if make else parser.instantiate_classes(config)[key]
