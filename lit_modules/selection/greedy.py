@@ -12,8 +12,8 @@ from lit_modules.selection.work import Advance
 
 #: Items whose gain is looked at together in `facility_location`.
 _LOOK = 16
-#: Most and fewest candidates of `graph_cut` for which exact gains are kept at once.
-_POOL = 256, 8192
+#: Fewest and most candidates of `graph_cut` for which exact gains are kept at once.
+_POOL = 512, 8192
 
 
 def _silent(done: int) -> None:
@@ -79,8 +79,8 @@ def _graph_cut_of_pools(kernel: Kernel, gain: Tensor, count: int, advance: Advan
         gain[chosen[-1]] = -torch.inf
         left -= len(picks)
         advance(len(picks))
-        # The pool's own kernel should cost as much as catching up does.
-        size = min(max(int((len(picks) * len(kernel)) ** 0.5), _POOL[0]), _POOL[1])
+        # The pool's own kernel should cost a quarter of what catching up does.
+        size = min(max(int((len(picks) * len(kernel)) ** 0.5) // 2, _POOL[0]), _POOL[1])
     return torch.cat(chosen), torch.cat(values)
 
 

@@ -59,7 +59,7 @@ class Kernel:
         if not self.in_memory:
             return self.computed(items)
         if self._table is None:
-            self._table = self.computed(torch.arange(len(self)))
+            self._table = self._all_rows()
         return self._table[items]
 
     def take(self, items: Tensor) -> Kernel:
@@ -82,23 +82,31 @@ class Kernel:
         found = torch.empty(len(items), len(self))
         size = min(max(_BLOCK // len(self), 1), 256)
         for begin in range(0, len(items), size):
-            block = self._block(items[begin : begin + size])
-            found[begin : begin + size] = block.mul_(1 / self.grid).round_().mul_(self.grid)
+            torch.mul(self._steps(items[begin : begin + size]).round_(), self.grid, out=found[begin : begin + size])
         return found
 
     def rounded(self, value: Tensor) -> Tensor:
         """The nearest multiples of the grid, float64."""
         return (value / self.grid).round() * self.grid
 
-    def _block(self, items: Tensor) -> Tensor:
-        """(n, N) float64 similarities before they are rounded."""
+    def _all_rows(self) -> Tensor:
+        """(N, N) float32; of each pair only one half is computed."""
+        found = torch.empty(len(self), len(self))
+        for items in torch.arange(len(self)).split(256):
+            begin, end = int(items[0]), int(items[-1]) + 1
+            torch.mul(self._steps(items, slice(begin, None)).round_(), self.grid, out=found[begin:end, begin:])
+            found[end:, begin:end] = found[begin:end, end:].T
+        return found
+
+    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
+        """(n, m) float64 similarities of items to others, as multiples of the grid, before they are rounded."""
         raise NotImplementedError
 
     def _column_sums(self) -> Tensor:
         """Sums of rows; an heir that knows them in closed form says so."""
         total = torch.zeros(len(self), dtype=torch.float64)
         for items in torch.arange(len(self)).split(256):
-            total += self.computed(items).sum(0, dtype=torch.float64)
+            total += self.rows(items).sum(0, dtype=torch.float64)
         return total
 
 
@@ -112,9 +120,10 @@ class Cosine(Kernel):
     def __init__(self, x: Tensor) -> None:
         super().__init__(unit(x), lowest=0.0, highest=1.0)
 
-    def _block(self, items: Tensor) -> Tensor:
+    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
         (x,) = self.factors
-        return (x[items] @ x.T).mul_(0.5).add_(0.5)
+        half = 0.5 / self.grid
+        return ((half * x[items]) @ x[others].T).add_(half)
 
     def _column_sums(self) -> Tensor:
         (x,) = self.factors
@@ -134,9 +143,10 @@ class GradientCosine(Kernel):
     def __init__(self, error: Tensor, embedding: Tensor) -> None:
         super().__init__(unit(error), unit(with_bias(embedding)), lowest=0.0, highest=1.0)
 
-    def _block(self, items: Tensor) -> Tensor:
+    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
         error, inputs = self.factors
-        return (error[items] @ error.T).mul_(inputs[items] @ inputs.T).mul_(0.5).add_(0.5)
+        half = 0.5 / self.grid
+        return ((half * error[items]) @ error[others].T).mul_(inputs[items] @ inputs[others].T).add_(half)
 
     def _column_sums(self) -> Tensor:
         error, inputs = self.factors
@@ -156,9 +166,10 @@ class NegSquaredDistance(Kernel):
         norm = centred.square().sum(1)
         super().__init__(centred, norm, lowest=-4 * float(norm.max()), highest=0.0)
 
-    def _block(self, items: Tensor) -> Tensor:
+    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
         x, norm = self.factors
-        return (x[items] @ x.T).mul_(2).sub_(norm).sub_(norm[items, None]).clamp_(max=0)
+        found = ((2 * x[items]) @ x[others].T).sub_(norm[others]).sub_(norm[items, None])
+        return found.clamp_(max=0).mul_(1 / self.grid)
 
     def _column_sums(self) -> Tensor:
         x, norm = self.factors
@@ -179,12 +190,13 @@ class GradientCloseness(Kernel):
         self.highest = 2 * float(norm.max().sqrt())
         super().__init__(error, inputs, norm, lowest=0.0, highest=self.highest)
 
-    def _block(self, items: Tensor) -> Tensor:
+    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
         error, inputs, norm = self.factors
-        square = (error[items] @ error.T).mul_(inputs[items] @ inputs.T).mul_(-2).add_(norm).add_(norm[items, None])
+        scale = norm[items, None] + norm[others]
+        square = ((-2 * error[items]) @ error[others].T).mul_(inputs[items] @ inputs[others].T).add_(scale)
         # Equal gradients differ by rounding; the root would make 1e-8 of 1e-16.
-        square.masked_fill_(square < 1e-12 * (norm + norm[items, None]), 0.0)
-        return square.sqrt_().neg_().add_(self.highest)
+        square.masked_fill_(square < scale.mul_(1e-12), 0.0)
+        return square.sqrt_().neg_().add_(self.highest).mul_(1 / self.grid)
 
 
 def kernel_of(
