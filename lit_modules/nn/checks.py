@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leanlight.contracts import UserError, isolated_rng
 
@@ -36,28 +37,45 @@ def follow_classes(network: nn.Module, num_classes: int) -> None:
         network.follow_classes(num_classes)  # type: ignore[operator]
 
 
-def check_classifier(network: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:
-    """Run a blank image of `image_shape` (C, H, W) through a classifier: a mismatch is one line before training.
+def blank_output(
+    network: nn.Module,
+    image_shape: tuple[int, ...],
+    argument: str = "network",
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+) -> Tensor:
+    """What a network gives for a blank image, so that a mismatch is one line before anything is computed.
 
-    Leaves the network's mode and the random states as they were. Errors name the argument ``network``.
+    Leaves the network's mode and the random states as they were.
+
+    Args:
+        network: on any device.
+        image_shape: (C, H, W) of the data's images.
+        argument: name of the caller's argument that made the network, for errors.
+        call: how to ask it.
+    """
+    was_training = network.training
+    with isolated_rng(), torch.no_grad():
+        try:
+            return call(network.eval(), torch.zeros(1, *image_shape, device=device_of(network)))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            channels, size = image_shape[0], image_shape[-1]
+            raise UserError(
+                f"{argument}: expected one for images of shape {image_shape}, that is in_channels {channels} "
+                f"and, where it has one, image_size {size}; got {first_line(error)}"
+            ) from error
+        finally:
+            network.train(was_training)
+
+
+def check_classifier(network: nn.Module, image_shape: tuple[int, ...], num_classes: int) -> None:
+    """Run a blank image through a classifier, see `blank_output`. Errors name the argument ``network``.
 
     Args:
         network: the classifier.
         image_shape: (C, H, W) of the data's images.
         num_classes: number of the data's classes.
     """
-    was_training = network.training
-    with isolated_rng(), torch.no_grad():
-        try:
-            logits = network.eval()(torch.zeros(1, *image_shape, device=device_of(network)))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            channels, size = image_shape[0], image_shape[-1]
-            raise UserError(
-                f"network: expected one for images of shape {image_shape}, that is in_channels {channels} "
-                f"and, where it has one, image_size {size}; got {first_line(error)}"
-            ) from error
-        finally:
-            network.train(was_training)
+    logits = blank_output(network, image_shape)
     if logits.shape != (1, num_classes):
         raise UserError(
             f"network: expected one with num_classes {num_classes}, that of the data; its output has shape "

@@ -3,6 +3,9 @@ from .coverage import FacilityLocation as FacilityLocation
 from .coverage import GraphCut as GraphCut
 from .coverage import Herding as Herding
 from .coverage import KCenter as KCenter
+from .dynamics import DYNAMICS as DYNAMICS
+from .dynamics import TrainingDynamics as TrainingDynamics
+from .dynamics import item_statistics as item_statistics
 from .features import FIELDS as FIELDS
 from .features import Features as Features
 from .features import Picks as Picks
