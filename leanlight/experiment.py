@@ -125,6 +125,8 @@ class LeanlightCLI(LightningCLI):
         root = Path(self.resolved["trainer"]["default_root_dir"] or "runs")
         inherited = os.environ.get(_RUN_DIR) if "LOCAL_RANK" in os.environ else None
         chosen = self.call.run_dir or (Path(inherited) if inherited else None)
+        if inherited and os.environ["LOCAL_RANK"] != "0":
+            chosen = Path(inherited)  # not what `--from` chose here, after the first process had made its folder
         run_id = self.settings.id or runs.new_run_id(identity)
         self.run_dir = (chosen or root / self.method / self.dataset / run_id).resolve()
         self.fresh = chosen is None or not chosen.exists()

@@ -223,6 +223,19 @@ METHODS: dict[str, MethodInfo] = {
             benchmark="leanlight.benchmarks.at_bptt:run",
         ),
         MethodInfo(
+            name="adq",
+            title="ADQ, DQ and coreset rules: which items of a labelled set to keep",
+            module="lit_modules.adq.SampleScorer",
+            smallest="adq/digits_small",
+            citation=Citation(
+                authors=("Muquan Li", "Dongyang Zhang", "Qiang Dong", "Xiurui Xie", "Ke Qin"),
+                title="Adaptive Dataset Quantization",
+                venue="AAAI",
+                year=2025,
+                arxiv="2412.16895",
+            ),
+        ),
+        MethodInfo(
             name="dsqn",
             title="DSQN, DQN and converted DQN: deep spiking Q-networks on games",
             module="lit_modules.dsqn.DeepQLearning",

@@ -34,7 +34,7 @@ from lit_modules.classifier.export import export_network
 from lit_modules.frozen import Frozen
 from lit_modules.hparams import save_hparams
 from lit_modules.nn import logits_and_features, pooled_features
-from lit_modules.nn.checks import blank_output, check_classifier, require_positive
+from lit_modules.nn.checks import blank_output, check_classifier, follow_classes, require_positive
 from lit_modules.optim import configure
 from lit_modules.selection import DYNAMICS, TrainingDynamics
 from lit_modules.step_log import log_step
@@ -100,6 +100,7 @@ class SampleScorer(LightningModule):
     def setup(self, stage: str) -> None:
         """Check networks against the data, make metrics for its classes, make room for what training will tell."""
         meta = data_of(self, ImageData).meta
+        follow_classes(self.network, meta.num_classes)
         check_classifier(self.network, meta.shape, meta.num_classes)
         self.evaluation.prepare(meta.shape, meta.classes)
         if {"embedding", "views"} & set(self.outputs):
@@ -247,6 +248,7 @@ class SampleScorer(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.evaluation.prepare(**checkpoint["classifier"])
+        follow_classes(self.network, len(self.evaluation.classes))
         if "dynamics" in checkpoint:
             state = checkpoint["dynamics"]
             self._fingerprint = state["data"]

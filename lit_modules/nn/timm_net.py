@@ -113,7 +113,9 @@ def _with_weights(make: Callable[..., Any], fresh: Any, state: dict[str, Any]) -
     heads = facts.get("classifier") or ()
     for name in (heads,) if isinstance(heads, str) else heads:
         for key in (f"{name}.weight", f"{name}.bias"):
-            if key in state and key in own and state[key].shape != own[key].shape:
+            if key in state and key not in own:  # a network without a last layer, as yet
+                del state[key]
+            elif key in state and state[key].shape != own[key].shape:
                 state[key] = own[key]
     # timm drops the last layer and forgives missing names where it believes in another number of classes.
     overlay = {"state_dict": state, "num_classes": fresh.num_classes, "custom_load": False, "label_offset": 0}

@@ -38,6 +38,13 @@ def test_the_last_layer_of_other_classes_starts_anew_and_all_else_is_taken(tmp_p
     assert all(torch.equal(value, got[key]) for key, value in state.items() if not key.startswith("fc."))
 
 
+def test_open_classes_take_all_but_the_last_layer(tmp_path):
+    state = written(tmp_path / "a.pt", num_classes=1000)
+    got = TimmNet("resnet10t", num_classes=None, weights=tmp_path / "a.pt").network.state_dict()
+    assert got.keys() == {key for key in state if not key.startswith("fc.")}
+    assert all(torch.equal(value, state[key]) for key, value in got.items())
+
+
 def test_a_first_layer_for_colour_sees_a_grey_image_as_it_saw_the_same_in_colour(tmp_path):
     written(tmp_path / "a.pt", num_classes=7)
     colour = TimmNet("resnet10t", 3, 7, weights=tmp_path / "a.pt").eval()
