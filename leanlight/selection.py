@@ -32,7 +32,7 @@ from leanlight.messages import one_line
 from leanlight.objects import admitted_object
 from leanlight.predictions import describe_predictions, load_predictions
 from leanlight.selection_rules import rule as rule_info
-from lit_modules.selection import FIELDS, Features, Picks, Rule, Work, class_budget
+from lit_modules.selection import FIELDS, Features, Picks, Rule, ScoreRule, Work, class_budget
 from lit_modules.selection.work import Advance, ClassStep
 
 FORMAT = 1
@@ -257,7 +257,7 @@ def select(features: Path, name: str, rule: Rule, keep: float, seed: int, output
         rule: see `build_rule`.
         keep: share of the items of each class, in (0, 1].
         seed: of whatever the rule draws.
-        output: folder for ``selection.safetensors``, ``.csv`` and ``.json``.
+        output: folder for ``selection.safetensors``, ``.csv``, ``.json`` and pictures in ``media``.
 
     Raises:
         UserError: bad features, too small a share, an output that cannot be written. Nothing is left behind then.
@@ -288,6 +288,7 @@ def select(features: Path, name: str, rule: Rule, keep: float, seed: int, output
             "code_hash": code_hash,
             "code_files": code_files,
         }
+        _draw(output / "media", source.features, picks, rule, f"{name}, {keep:g} kept")
         _write(output, picks, source, record)
     shutil.rmtree(output / ".parts", ignore_errors=True)
     return record
@@ -381,6 +382,17 @@ def _write(output: Path, picks: Picks, source: Source, record: Mapping[str, Any]
     atomic_write(output / "selection.safetensors", content)
     atomic_write(output / "selection.csv", text.getvalue())
     atomic_write(last, json.dumps(described, indent=2, allow_nan=False) + "\n")
+
+
+def _draw(folder: Path, features: Features, picks: Picks, rule: Rule, what: str) -> None:
+    """Write the pictures of a selection, in place of those of an earlier one. what: for their titles."""
+    from callbacks.pictures import render
+    from lit_modules.adq import selection_pictures
+
+    shutil.rmtree(folder, ignore_errors=True)
+    score = rule.score(features) if isinstance(rule, ScoreRule) else None
+    for picture, item in selection_pictures(features, picks, score).items():
+        render(item, folder / picture, f"{picture.replace('_', ' ')} ({what})")
 
 
 def _texts(column: Tensor) -> list[str]:

@@ -15,10 +15,10 @@ from lit_modules.selection.work import Advance
 
 @dataclass(frozen=True)
 class ScoreRule(ClassRule):
-    """Base of rules that keep the largest scores of each class; of equals the first."""
+    """Base of rules that go by a score of each item: they keep the largest of each class, of equals the first."""
 
     def score(self, features: Features) -> Tensor:
-        """(N,) float64 of the items of one class."""
+        """(N,) float64, of each item by itself."""
         raise NotImplementedError
 
     def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class Entropy(ScoreRule):
 
 
 @dataclass(frozen=True)
-class CCS(ClassRule):
+class CCS(ScoreRule):
     """Coverage-centric selection (Zheng et al. 2023): as many from each stratum of the margin, the hardest left out.
 
     The score is the mean over epochs of the logit of the own class above the largest other one.
@@ -111,8 +111,11 @@ class CCS(ClassRule):
     def needs(self) -> tuple[str, ...]:
         return ("train_margin",)
 
+    def score(self, features: Features) -> Tensor:
+        return features["train_margin"].double().mean(1)
+
     def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
-        score, order = features["train_margin"].double().mean(1).sort(stable=True)
+        score, order = self.score(features).sort(stable=True)
         beta = self.beta if self.beta is not None else 0.3 * min((1 - count / len(score)) / 0.9, 1.0)
         # Never so many that the budget cannot be spent.
         dropped = min(int(beta * len(score) + 1e-9), len(score) - count)

@@ -21,7 +21,7 @@ from leanlight.contracts import UserError
 from leanlight.selection_rules import RULES
 
 ITEMS, CLASSES = 60, 3
-FILES = ["selection.csv", "selection.json", "selection.safetensors"]
+FILES = ["media", "selection.csv", "selection.json", "selection.safetensors"]
 OWN = '''
 import os, time
 from dataclasses import dataclass
@@ -320,7 +320,7 @@ def test_a_class_that_is_done_is_not_worked_out_again(run, place, monkeypatch, n
     assert (place / "first").read_text().split() == ["0", "1", "2"]
     assert (place / "second").read_text().split() == ["2"]
     assert sorted(path.name for path in (place / "out").iterdir()) == FILES
-    for name in FILES[::2]:
+    for name in ("selection.csv", "selection.safetensors"):
         assert (place / "out" / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
     left, right = record(place / "out"), record(place / "undisturbed")
     assert {key for key in left if left[key] != right[key]} <= {"seconds", "code_hash", "code_files"}
@@ -354,10 +354,19 @@ def test_parts_of_another_selection_are_not_taken(run, place, monkeypatch, chang
 
 def test_a_bad_rule_leaves_an_earlier_selection_as_it_was(run, place):
     main([str(run), "--rule=random", "--keep=0.5", "--output=out"])
-    before = {path: path.read_bytes() for path in (place / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (place / "out").rglob("*.*")}
     with pytest.raises(UserError, match="kernel"):
         main([str(run), "--rule=own_rule.Weighted", "--keep=0.5", "--set=fails_in=2", "--output=out"])
-    assert {path: path.read_bytes() for path in (place / "out").iterdir()} == before
+    assert {path: path.read_bytes() for path in (place / "out").rglob("*.*")} == before
+
+
+def test_pictures_of_a_selection_lie_beside_it_and_take_the_place_of_earlier_ones(place):
+    values = {**features(), "train_error": torch.rand(ITEMS, 3)}
+    run = predict_run(place / "run", values)
+    main([str(run), "--rule=el2n", "--keep=0.5", "--output=out"])
+    assert {path.name for path in Path("out/media").iterdir()} == {"classes.png", "scores.png"}
+    main([str(run), "--rule=random", "--keep=0.5", "--output=out"])
+    assert {path.name for path in Path("out/media").iterdir()} == {"classes.png"}
 
 
 def test_the_list_of_rules_says_what_each_needs_without_torch():
