@@ -157,7 +157,7 @@ class ADQ(BinRule):
 
     Args:
         scores: what importance adds up: ``texture``, ``diversity``, ``both``, or ``none``, which makes it DQ.
-        alpha: part of importance in the shares α, in [0, 1]; by default 0.6, and 0.7 where more than 30 % are kept.
+        alpha: part of importance in the shares α, in [0, 1]; by default 0.6, above 30 % kept 0.7.
         allocation: from importance to shares, see `bin_shares`.
         diversity: ``mean_cosine`` of views, which is what the authors' code runs; ``contrastive``, what the paper says.
         heads: projection heads that diversity is averaged over; 0 for none.
@@ -197,5 +197,5 @@ class ADQ(BinRule):
         return {**found, "importance": importance(*found.values())} if found else {}
 
     def share(self, worth: Sequence[float], sizes: list[int], keep: float) -> list[float]:
-        alpha = self.alpha if self.alpha is not None else 0.6 if keep <= 0.3 else 0.7
+        alpha = self.alpha if self.alpha is not None else 0.6 if round(keep, 2) <= 0.3 else 0.7
         return bin_shares(worth, sizes, self.allocation, alpha)

@@ -45,7 +45,7 @@ def digits():
 
 @functools.cache
 def clusters():
-    """Five classes of six clusters, from half of the class to a twenty-fifth of it; those of the test part are equal."""
+    """Five classes of six clusters, from half of a class to a twenty-fifth of it; those of the test part are equal."""
     generator = torch.Generator().manual_seed(0)
     centre = torch.randn(5, 6, 16, generator=generator) * 1.5
 

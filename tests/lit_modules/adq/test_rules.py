@@ -159,6 +159,35 @@ def test_more_weight_on_importance_above_30_percent():
     assert pick(ADQ(scores="texture", alpha=0.6), data, 0.4).details["bins"]["share"][0] == pytest.approx(0.04)
 
 
+def test_rounding_of_the_budgets_does_not_change_the_weight_on_importance():
+    data = features((43, 43, 43))
+    data.values["texture"].copy_(bin_of_all(DQ(), data))
+    assert class_budget(data, 0.3).sum() > 0.3 * len(data)
+    rule, fixed = ADQ(scores="texture"), ADQ(scores="texture", alpha=0.6)
+    assert pick(rule, data, 0.3).details == pick(fixed, data, 0.3).details
+
+
+def test_every_switch_of_the_bins_and_scores_is_heard():
+    data = features((60, 60, 60))
+    by_default = pick(ADQ(), data)
+    switches = [
+        {"num_bins": 5},
+        {"bin_scheme": "geometric"},
+        {"feature": "embedding"},
+        {"feature": "embedding", "similarity": "neg_sqeuclid"},
+        {"double_softmax": False},
+        {"submodular": "facility_location"},
+        {"diversity": "contrastive"},
+        {"heads": 0},
+        {"scores": "diversity"},
+        {"allocation": "repo"},
+        {"alpha": 1.0},
+    ]
+    details = [by_default.details, *(pick(ADQ(**switch), data).details for switch in switches)]
+    for number, one in enumerate(details):
+        assert one not in details[:number], switches[number - 1]
+
+
 def test_texture_within_classes_forgets_what_the_class_has():
     data = features((100, 100))
     bins = bin_of_all(DQ(), data)
