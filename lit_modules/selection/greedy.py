@@ -12,8 +12,10 @@ from lit_modules.selection.work import Advance
 
 #: Items whose gain is looked at together in `facility_location`.
 _LOOK = 16
-#: Fewest and most candidates of `graph_cut` for which exact gains are kept at once.
-_POOL = 512, 8192
+#: Items of which `graph_cut` keeps exact gains, where it cannot of all: at first, and at most.
+_POOL = 2048, 8192
+#: With fewer picks than that from a pool after bounds were renewed, another pool is better.
+_LEAST = 8
 
 
 def _silent(done: int) -> None:
@@ -60,45 +62,90 @@ def _graph_cut_of_all(kernel: Kernel, gain: Tensor, count: int, advance: Advance
 
 
 def _graph_cut_of_pools(kernel: Kernel, gain: Tensor, count: int, advance: Advance) -> tuple[Tensor, Tensor]:
-    """Keep the gains of the best items exact, those of the others only from time to time.
+    """Keep exact gains of the most promising items alone, a pool, and bounds of the others'.
 
-    Gains only ever fall, so an old gain is a bound: while the best of the pool is above all of them, it is the best of
-    all. The others' gains catch up by one product of matrices for all picks since.
+    As long as the best of the pool is above all bounds, it is the best of all. Bounds come from sums in closed form, so
+    few similarities are computed: those within a pool, and those of a new pool to the picks before.
     """
-    chosen: list[Tensor] = []
-    values: list[Tensor] = []
-    left, size = count, 1024
-    while left:
-        pool, bound = _best(gain, size)
-        inner = kernel.take(pool).computed(torch.arange(len(pool)))
-        picks, value = _within(inner, gain[pool], pool, bound, left)
-        chosen.append(pool[picks])
-        values.append(value)
-        for items in chosen[-1].split(64):
-            gain.sub_(kernel.computed(items).sum(0, dtype=torch.float64), alpha=2)
-        gain[chosen[-1]] = -torch.inf
-        left -= len(picks)
-        advance(len(picks))
-        # The pool's own kernel should cost a quarter of what catching up does.
-        size = min(max(int((len(picks) * len(kernel)) ** 0.5) // 2, _POOL[0]), _POOL[1])
-    return torch.cat(chosen), torch.cat(values)
+    cut = _Cut(kernel, gain)
+    while len(cut.chosen) < count:
+        before = len(cut.chosen)
+        cut.pool(count)
+        if len(cut.chosen) == before:
+            # Gains so near that bounds do not part them.
+            cut.catch_up()
+            cut.pool(count)
+        advance(len(cut.chosen) - before)
+    return cut.chosen, torch.cat(cut.values)
 
 
-def _best(gain: Tensor, size: int) -> tuple[Tensor, tuple[float, int]]:
-    """The `size` items of the largest gains, ascending, and the largest gain with its item among the others."""
-    order = gain.sort(descending=True, stable=True).indices
-    rest = (float(gain[order[size]]), int(order[size])) if size < len(order) else (-torch.inf, len(order))
-    return order[:size].sort().values, rest
+class _Cut:
+    """A graph cut under way.
+
+    Args:
+        kernel: of N items, whose similarities are not negative: gains only ever fall.
+        gain: (N,) float64 before the first pick.
+    """
+
+    def __init__(self, kernel: Kernel, gain: Tensor) -> None:
+        self.kernel, self.gain = kernel, gain
+        self.chosen = torch.empty(0, dtype=torch.int64)
+        self.values: list[Tensor] = []
+        # So many picks are in `gain`.
+        self.caught = 0
+        self.size, self.largest = _POOL
+
+    def bounds(self, picks: Tensor) -> Tensor:
+        """(N,) float64 that no gain is above; picks: those that are not in `gain`."""
+        # Rounding moves a similarity by half the grid at most, and counts twice; double that is safe.
+        bound = self.gain - 2 * self.kernel.sums(picks) + 2 * len(picks) * self.kernel.grid
+        bound[picks] = -torch.inf
+        return bound
+
+    def catch_up(self) -> None:
+        """Make all gains exact."""
+        for items in self.chosen[self.caught :].split(256):
+            self.gain.sub_(self.kernel.computed(items).sum(0, dtype=torch.float64), alpha=2)
+        self.gain[self.chosen] = -torch.inf
+        self.caught = len(self.chosen)
+
+    def pool(self, count: int) -> None:
+        """Pick from one pool while that is certain to be right, up to `count` picks in all."""
+        recent = self.chosen[self.caught :]
+        order = self.bounds(recent).sort(descending=True, stable=True).indices
+        pool, others = order[: self.size].sort().values, order[self.size :]
+        gain = self.gain[pool]
+        for items in recent.split(256):
+            gain.sub_(self.kernel.computed(items, pool).sum(0, dtype=torch.float64), alpha=2)
+        gain[torch.isin(pool, self.chosen)] = -torch.inf
+        inner, before = self.kernel.take(pool).all_rows(), len(self.chosen)
+        while len(self.chosen) < count:
+            outside = self._best_of(others)
+            picks, values = _within(inner, gain, pool, outside, count - len(self.chosen))
+            self.chosen = torch.cat([self.chosen, pool[picks]])
+            self.values.append(values)
+            if len(picks) < _LEAST:
+                break
+        if len(self.chosen) - before < self.size // 8:
+            self.size = min(2 * self.size, self.largest)
+
+    def _best_of(self, others: Tensor) -> tuple[float, int]:
+        """The largest bound among these items, with the first item that has it."""
+        bound = self.bounds(self.chosen[self.caught :])[others]
+        largest = float(bound.max()) if len(bound) else -torch.inf
+        return largest, int(others[bound == largest].min()) if len(bound) else len(self.gain)
 
 
-def _within(inner: Tensor, gain: Tensor, pool: Tensor, bound: tuple[float, int], most: int) -> tuple[list[int], Tensor]:
-    """Greedy picks in a pool, as long as no item outside can be better."""
+def _within(
+    inner: Tensor, gain: Tensor, pool: Tensor, outside: tuple[float, int], most: int
+) -> tuple[list[int], Tensor]:
+    """Greedy picks in a pool, in place in `gain`, as long as no item outside can be better."""
     picks: list[int] = []
     values = []
     while len(picks) < most:
         best = int(gain.argmax())
         value = float(gain[best])
-        if value == -torch.inf or (-value, int(pool[best])) > (-bound[0], bound[1]):
+        if value == -torch.inf or (-value, int(pool[best])) > (-outside[0], outside[1]):
             break
         picks.append(best)
         values.append(value)

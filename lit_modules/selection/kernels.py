@@ -59,7 +59,7 @@ class Kernel:
         if not self.in_memory:
             return self.computed(items)
         if self._table is None:
-            self._table = self._all_rows()
+            self._table = self.all_rows()
         return self._table[items]
 
     def take(self, items: Tensor) -> Kernel:
@@ -74,23 +74,32 @@ class Kernel:
         return own
 
     def column_sums(self) -> Tensor:
-        """(N,) float64 sums over all items, each item's similarity to itself included."""
-        return self.rounded(self._column_sums())
+        """(N,) float64 sums over all items, each item's similarity to itself included; multiples of the grid."""
+        return self.rounded(self.sums(torch.arange(len(self))))
 
-    def computed(self, items: Tensor) -> Tensor:
-        """(n, N) float32 rows, computed anew."""
-        found = torch.empty(len(items), len(self))
-        size = min(max(_BLOCK // len(self), 1), 256)
+    def sums(self, items: Tensor) -> Tensor:
+        """(N,) float64 sums of `rows`; heirs that know them in closed form give sums of what is not rounded."""
+        total = torch.zeros(len(self), dtype=torch.float64)
+        for some in items.split(256):
+            total += self.rows(some).sum(0, dtype=torch.float64)
+        return total
+
+    def computed(self, items: Tensor, others: Tensor | slice = slice(None)) -> Tensor:
+        """(n, m) float32 similarities of items to others, to all by default, computed anew."""
+        width = len(others) if isinstance(others, Tensor) else len(self)
+        found = torch.empty(len(items), width)
+        size = min(max(_BLOCK // width, 1), 256)
         for begin in range(0, len(items), size):
-            torch.mul(self._steps(items[begin : begin + size]).round_(), self.grid, out=found[begin : begin + size])
+            steps = self._steps(items[begin : begin + size], others)
+            torch.mul(steps.round_(), self.grid, out=found[begin : begin + size])
         return found
 
     def rounded(self, value: Tensor) -> Tensor:
         """The nearest multiples of the grid, float64."""
         return (value / self.grid).round() * self.grid
 
-    def _all_rows(self) -> Tensor:
-        """(N, N) float32; of each pair only one half is computed."""
+    def all_rows(self) -> Tensor:
+        """(N, N) float32, computed anew, each pair once."""
         found = torch.empty(len(self), len(self))
         for items in torch.arange(len(self)).split(256):
             begin, end = int(items[0]), int(items[-1]) + 1
@@ -98,16 +107,9 @@ class Kernel:
             found[end:, begin:end] = found[begin:end, end:].T
         return found
 
-    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
+    def _steps(self, items: Tensor, others: Tensor | slice) -> Tensor:
         """(n, m) float64 similarities of items to others, as multiples of the grid, before they are rounded."""
         raise NotImplementedError
-
-    def _column_sums(self) -> Tensor:
-        """Sums of rows; an heir that knows them in closed form says so."""
-        total = torch.zeros(len(self), dtype=torch.float64)
-        for items in torch.arange(len(self)).split(256):
-            total += self.rows(items).sum(0, dtype=torch.float64)
-        return total
 
 
 class Cosine(Kernel):
@@ -120,14 +122,14 @@ class Cosine(Kernel):
     def __init__(self, x: Tensor) -> None:
         super().__init__(unit(x), lowest=0.0, highest=1.0)
 
-    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
+    def _steps(self, items: Tensor, others: Tensor | slice) -> Tensor:
         (x,) = self.factors
         half = 0.5 / self.grid
         return ((half * x[items]) @ x[others].T).add_(half)
 
-    def _column_sums(self) -> Tensor:
+    def sums(self, items: Tensor) -> Tensor:
         (x,) = self.factors
-        return 0.5 * len(self) + 0.5 * (x @ x.sum(0))
+        return 0.5 * len(items) + 0.5 * (x @ x[items].sum(0))
 
 
 class GradientCosine(Kernel):
@@ -143,14 +145,14 @@ class GradientCosine(Kernel):
     def __init__(self, error: Tensor, embedding: Tensor) -> None:
         super().__init__(unit(error), unit(with_bias(embedding)), lowest=0.0, highest=1.0)
 
-    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
+    def _steps(self, items: Tensor, others: Tensor | slice) -> Tensor:
         error, inputs = self.factors
         half = 0.5 / self.grid
         return ((half * error[items]) @ error[others].T).mul_(inputs[items] @ inputs[others].T).add_(half)
 
-    def _column_sums(self) -> Tensor:
+    def sums(self, items: Tensor) -> Tensor:
         error, inputs = self.factors
-        return 0.5 * len(self) + 0.5 * ((error @ (error.T @ inputs)) * inputs).sum(1)
+        return 0.5 * len(items) + 0.5 * ((inputs @ (inputs[items].T @ error[items])) * error).sum(1)
 
 
 class NegSquaredDistance(Kernel):
@@ -166,14 +168,14 @@ class NegSquaredDistance(Kernel):
         norm = centred.square().sum(1)
         super().__init__(centred, norm, lowest=-4 * float(norm.max()), highest=0.0)
 
-    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
+    def _steps(self, items: Tensor, others: Tensor | slice) -> Tensor:
         x, norm = self.factors
         found = ((2 * x[items]) @ x[others].T).sub_(norm[others]).sub_(norm[items, None])
         return found.clamp_(max=0).mul_(1 / self.grid)
 
-    def _column_sums(self) -> Tensor:
+    def sums(self, items: Tensor) -> Tensor:
         x, norm = self.factors
-        return 2 * (x @ x.sum(0)) - norm.sum() - len(self) * norm
+        return 2 * (x @ x[items].sum(0)) - norm[items].sum() - len(items) * norm
 
 
 class GradientCloseness(Kernel):
@@ -190,7 +192,7 @@ class GradientCloseness(Kernel):
         self.highest = 2 * float(norm.max().sqrt())
         super().__init__(error, inputs, norm, lowest=0.0, highest=self.highest)
 
-    def _steps(self, items: Tensor, others: slice = slice(None)) -> Tensor:
+    def _steps(self, items: Tensor, others: Tensor | slice) -> Tensor:
         error, inputs, norm = self.factors
         scale = norm[items, None] + norm[others]
         square = ((-2 * error[items]) @ error[others].T).mul_(inputs[items] @ inputs[others].T).add_(scale)
