@@ -88,50 +88,47 @@ class _Cut:
     """
 
     def __init__(self, kernel: Kernel, gain: Tensor) -> None:
-        self.kernel, self.gain = kernel, gain
+        self.kernel = kernel
         self.chosen = torch.empty(0, dtype=torch.int64)
         self.values: list[Tensor] = []
-        # So many picks are in `gain`.
-        self.caught = 0
+        # Exact gains after the first `caught` picks, and what no gain is above after all picks.
+        self.gain, self.caught, self.bound = gain, 0, gain.clone()
         self.size, self.largest = _POOL
-
-    def bounds(self, picks: Tensor) -> Tensor:
-        """(N,) float64 that no gain is above; picks: those that are not in `gain`."""
-        # Rounding moves a similarity by half the grid at most, and counts twice; double that is safe.
-        bound = self.gain - 2 * self.kernel.sums(picks) + 2 * len(picks) * self.kernel.grid
-        bound[picks] = -torch.inf
-        return bound
 
     def catch_up(self) -> None:
         """Make all gains exact."""
         for items in self.chosen[self.caught :].split(256):
             self.gain.sub_(self.kernel.computed(items).sum(0, dtype=torch.float64), alpha=2)
         self.gain[self.chosen] = -torch.inf
-        self.caught = len(self.chosen)
+        self.caught, self.bound = len(self.chosen), self.gain.clone()
 
     def pool(self, count: int) -> None:
         """Pick from one pool while that is certain to be right, up to `count` picks in all."""
-        recent = self.chosen[self.caught :]
-        order = self.bounds(recent).sort(descending=True, stable=True).indices
+        order = self.bound.sort(descending=True, stable=True).indices
         pool, others = order[: self.size].sort().values, order[self.size :]
-        gain = self.gain[pool]
-        for items in recent.split(256):
+        gain, before = self.gain[pool], len(self.chosen)
+        for items in self.chosen[self.caught :].split(256):
             gain.sub_(self.kernel.computed(items, pool).sum(0, dtype=torch.float64), alpha=2)
-        gain[torch.isin(pool, self.chosen)] = -torch.inf
-        inner, before = self.kernel.take(pool).all_rows(), len(self.chosen)
+        gain[self.bound[pool] == -torch.inf] = -torch.inf
+        inner = self.kernel.take(pool).all_rows()
         while len(self.chosen) < count:
-            outside = self._best_of(others)
-            picks, values = _within(inner, gain, pool, outside, count - len(self.chosen))
-            self.chosen = torch.cat([self.chosen, pool[picks]])
-            self.values.append(values)
+            picks, values = _within(inner, gain, pool, self._best_of(others), count - len(self.chosen))
+            self._take(pool[picks], values)
             if len(picks) < _LEAST:
                 break
         if len(self.chosen) - before < self.size // 8:
             self.size = min(2 * self.size, self.largest)
 
+    def _take(self, picks: Tensor, values: Tensor) -> None:
+        self.chosen = torch.cat([self.chosen, picks])
+        self.values.append(values)
+        # Rounding moves a similarity by half the grid at most, and counts twice; double that is safe.
+        self.bound.sub_(self.kernel.sums(picks), alpha=2).add_(2 * len(picks) * self.kernel.grid)
+        self.bound[picks] = -torch.inf
+
     def _best_of(self, others: Tensor) -> tuple[float, int]:
         """The largest bound among these items, with the first item that has it."""
-        bound = self.bounds(self.chosen[self.caught :])[others]
+        bound = self.bound[others]
         largest = float(bound.max()) if len(bound) else -torch.inf
         return largest, int(others[bound == largest].min()) if len(bound) else len(self.gain)
 
