@@ -28,6 +28,7 @@ def _say(text: str) -> None:
 
 
 _CHECKPOINTS = {"artifacts.checkpoint": "checkpoints/last.ckpt", "artifacts.best": "checkpoints/best.ckpt"}
+Resolved = dict[tuple[str, ...], dict[str, Any]]  # words of a command → its complete configuration
 _ANY_METRIC = 0.5  # stands in for what is not measured yet: a share, a positive number
 
 
@@ -39,13 +40,16 @@ class PipelineRunner:
         runs_root: folder of all runs.
         run_id: name of the pipeline's own summary under ``<runs_root>/pipelines``; by default the file's stem.
         say: where lines for the reader go.
+        resolved: configurations that were parsed before, and are added to: pipelines of one table share most stages.
     """
 
-    def __init__(self, spec: PipelineSpec, runs_root: Path, run_id: str = "", say: Say = _say) -> None:
+    def __init__(
+        self, spec: PipelineSpec, runs_root: Path, run_id: str = "", say: Say = _say, resolved: Resolved | None = None
+    ) -> None:
         self.spec, self.runs_root, self.say = spec, runs_root, say
         self.folder = runs_root / "pipelines" / runs.folder_name(run_id or spec.stem, "--id")
         self.run_dirs: dict[str, Path] = {}
-        self._resolved: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._resolved: Resolved = {} if resolved is None else resolved
         self._stages: list[dict[str, Any]] = []
         self._begin = time.monotonic()
 

@@ -16,7 +16,7 @@ from leanlight.contracts.files import atomic_write
 from leanlight.invocation import option
 from leanlight.results.claims import judge, mean_std
 from leanlight.results.launch import command
-from leanlight.results.pipeline import PipelineRunner, pipeline_identity
+from leanlight.results.pipeline import PipelineRunner, Resolved, pipeline_identity
 from leanlight.results.pipeline_spec import PipelineSpec
 from leanlight.results.state import Decision, clear, decide, resume_words
 from leanlight.results.table_spec import Row, TableSpec
@@ -147,16 +147,17 @@ class Cell:
 def make_cells(spec: TableSpec, runs_root: Path) -> list[Cell]:
     """Every cell of the table, seed by seed. UserError names the row whose config, or a stage of it, does not parse."""
     cells = []
+    parsed: Resolved = {}
     for seed in spec.seeds:
         for row in spec.rows:
             try:
-                cells.append(_make_cell(spec, row, seed, runs_root))
+                cells.append(_make_cell(spec, row, seed, runs_root, parsed))
             except UserError as error:
                 raise UserError(f"row {row.name}: {error}") from None
     return cells
 
 
-def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path) -> Cell:
+def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path, parsed: Resolved) -> Cell:
     arguments = row_arguments(spec, row, seed)
     if row.pipeline is None:
         from leanlight.experiment import resolve  # loads torch and lightning
@@ -169,7 +170,7 @@ def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path) -> Cell:
         pipeline = row.pipeline.with_overrides(_pipeline_overrides(spec, row, row.pipeline), "overrides")
         pipeline = pipeline.with_seed(seed)
         if seed == spec.seeds[0]:  # the others differ in nothing that could be wrong
-            PipelineRunner(pipeline, runs_root).check()
+            PipelineRunner(pipeline, runs_root, resolved=parsed).check()
         identity, folder = pipeline_identity(pipeline), Path("pipelines")
     run_id = folder_name(f"{spec.stem}-{row.name}-s{seed}-{identity[:8]}", "name of its runs")
     return Cell(row, seed, identity, run_id, runs_root / folder / run_id, runs_root, arguments)

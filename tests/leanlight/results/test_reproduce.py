@@ -216,6 +216,18 @@ def test_a_stage_that_does_not_parse_is_found_in_the_dry_run(suite: Any) -> None
         main([str(table), "--dry-run"])
 
 
+def test_a_stage_that_many_rows_share_is_parsed_once(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import leanlight.experiment as experiment
+
+    parsed, parse = [], experiment.resolve
+    monkeypatch.setattr(experiment, "resolve", lambda *words: parsed.append(words) or parse(*words))
+    stages = [{"name": "only", "config": str(suite.folder / "a.yaml")}]
+    pipeline = suite.write("one.yaml", {"method": "classifier", "dataset": "digits", "stages": stages})
+    rows = [{"name": name, "pipeline": str(pipeline), "stage": "only"} for name in ("good", "bad", "third")]
+    assert main([str(suite.table(rows=rows, claims=[])), "--dry-run"]) == 0
+    assert len(parsed) == 1
+
+
 @pytest.mark.parametrize("place", ["..", "../outside", ".", "inside/../../outside"])
 def test_nothing_outside_the_runs_root_is_ever_removed(tmp_path: Path, place: str) -> None:
     root, outside = tmp_path / "runs", tmp_path / "outside"
