@@ -32,13 +32,13 @@ def selection_pictures(
     Args:
         features: the items it was made of.
         picks: the selection.
-        score: (N,) what the rule ranks by, of all items; None where only chosen items have a score.
+        score: (N,) what the rule ranks by, of all items; None where it ranks by nothing that dropped items have.
         images: from (n,) positions in `features` to (n, C, H, W) images in [0, 1], C 1 or 3; None draws none.
     """
     drawn: dict[str, MediaItem] = {"classes": class_histogram(features.label, picks.index, features.num_classes)}
     drawn |= bin_curves(picks.details.get("bins", {}))
-    if score is not None or picks.score.any():
-        drawn["scores"] = score_histogram(picks, score)
+    if score is not None:
+        drawn["scores"] = score_histogram(picks.index, score)
     if images is not None:
         drawn["montage"] = montage(features.label, picks, images)
     return drawn
@@ -55,21 +55,24 @@ def bin_curves(bins: Mapping[str, Sequence[Any]]) -> dict[str, MediaItem]:
     drawn: dict[str, MediaItem] = {
         f"bin_{name}": _curve({name: bins[name]}, ylabel) for name, ylabel in _BIN_CURVES.items() if bins.get(name)
     }
-    if bins.get("share") and bins.get("size"):
-        even = [size / sum(bins["size"]) for size in bins["size"]]
-        drawn["bin_share"] = _curve({"drawn": bins["share"], "in proportion to size": even}, "share of the selection")
+    if bins.get("drawn") and bins.get("size"):
+        drawn["bin_share"] = _curve(
+            {"drawn": _shares(bins["drawn"]), "in proportion to size": _shares(bins["size"])}, "share of the selection"
+        )
     return drawn
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [count / sum(counts) for count in counts]
 
 
 def _curve(series: Mapping[str, Sequence[float]], ylabel: str) -> Curve:
     return Curve(range(max(map(len, series.values()))), series, "bin", ylabel)
 
 
-def score_histogram(picks: Picks, score: Tensor | None = None) -> Histogram:
-    """Scores of the kept items and of those dropped. score: (N,) of all items; None shows the kept ones alone."""
-    if score is None:
-        return Histogram({"kept": picks.score}, "score")
-    kept = torch.zeros(len(score), dtype=torch.bool).index_fill(0, picks.index, True)
+def score_histogram(index: Tensor, score: Tensor) -> Histogram:
+    """Scores of the kept items and of those dropped. index: (n,) positions kept. score: (N,) of all items."""
+    kept = torch.zeros(len(score), dtype=torch.bool).index_fill(0, index, True)
     return Histogram({"kept": score[kept], "dropped": score[~kept]}, "score")
 
 

@@ -9,10 +9,10 @@ LABEL = torch.tensor([0, 1, 2]).repeat_interleave(20)
 DETAILS = {"bins": {"size": [30, 30], "texture": [0.2, 0.3], "share": [0.75, 0.25], "drawn": [3, 1], "diversity": []}}
 
 
-def picks(index, bin=-1, score=0.0, details=DETAILS):
+def picks(index, bin=-1, details=DETAILS):
     index = torch.tensor(index)
     zeros = torch.zeros(len(index))
-    return Picks(index, zeros.long(), zeros + score, zeros + 1, zeros.long() + torch.tensor(bin), details)
+    return Picks(index, zeros.long(), zeros, zeros + 1, zeros.long() + torch.tensor(bin), details)
 
 
 def images(position):
@@ -39,12 +39,10 @@ def test_shares_stand_beside_those_of_the_sizes():
 
 
 def test_scores_are_parted_into_kept_and_dropped():
-    drawn = selection_pictures(Features(LABEL, 3), picks([3, 59], score=1.0), torch.arange(60.0))["scores"]
+    drawn = selection_pictures(Features(LABEL, 3), picks([3, 59]), torch.arange(60.0))["scores"]
     assert isinstance(drawn, Histogram)
     assert drawn.series["kept"].tolist() == [3, 59]
     assert sorted(drawn.series["kept"].tolist() + drawn.series["dropped"].tolist()) == list(range(60))
-    alone = selection_pictures(Features(LABEL, 3), picks([3, 59], score=1.0))["scores"]
-    assert {name: len(values) for name, values in alone.series.items()} == {"kept": 2}
 
 
 def test_a_montage_has_a_row_a_bin_and_asks_for_shown_images_alone():
