@@ -17,6 +17,7 @@ from leanlight.registry import config_root
 
 SLOW = '''
 import os, time
+from lit_modules.adq import SampleScorer
 from lit_modules.classifier import ImageClassifier
 
 class Slow(ImageClassifier):
@@ -26,6 +27,12 @@ class Slow(ImageClassifier):
         outputs = super().predict_step(batch, batch_idx)
         words = [self.evaluation.classes[i] for i in outputs["probabilities"].argmax(1)]
         return {**outputs, "word": words}
+
+class SlowScorer(SampleScorer):
+    """Scores items slowly."""
+    def predict_step(self, batch, batch_idx):
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        return super().predict_step(batch, batch_idx)
 '''
 PIPELINE = {
     "method": "classifier",
@@ -119,6 +126,31 @@ def test_a_killed_predict_goes_on_where_it_was(project, whole):
     same(load_predictions(run), whole)
     assert all(path.stat().st_mtime_ns == written for path, written in pieces.items())
     assert describe_predictions(run)["items"] == 360
+
+
+@pytest.mark.parametrize("fitted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_scores_go_on_to_the_same_bits(project, fitted):
+    """Of a network that is only made, too: it, the crops and their order are functions of the seed."""
+    config = yaml.safe_load((config_root() / "adq" / "digits_small.yaml").read_text())
+    config["model"]["class_path"] = "slow.SlowScorer"
+    config["data"]["init_args"]["eval_batch_size"] = 16
+    config["run"] = {"method": f"scorer{fitted}", "wandb": "disabled"}
+    (project / f"scorer{fitted}.yaml").write_text(yaml.safe_dump(config))
+    start = [f"--config=scorer{fitted}.yaml", "--predictions.piece_items=32"]
+    if fitted:
+        done = call(project, "fit", f"--config=scorer{fitted}.yaml", "--trainer.max_epochs=2", "--run.id=fit")
+        assert done.returncode == 0, done.stderr[-2000:]
+        start += [f"--ckpt_path=runs/scorer{fitted}/digits/fit/checkpoints/last.ckpt"]
+    done = call(project, "predict", *start, "--run.id=whole")
+    assert done.returncode == 0, done.stderr[-2000:]
+    killed(project, f"runs/scorer{fitted}/digits/killed", "predict", *start, "--run.id=killed")
+    run = project / f"runs/scorer{fitted}/digits/killed"
+    assert 0 < len(list(run.glob("artifacts/predictions/*_0.json"))) < 1293 / 32
+    done = call(project, "predict", "--resume", str(run), "--trust=slow")
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = load_predictions(project / f"runs/scorer{fitted}/digits/whole")
+    assert ("train_margin" in expected) == fitted
+    same(load_predictions(run), expected)
 
 
 @pytest.mark.slow

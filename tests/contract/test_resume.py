@@ -91,6 +91,9 @@ def check(folder, case, undisturbed, lines):
     assert resumed["global_step"] == expected["global_step"]
     for name, value in expected["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][name]), f"{name} after a kill at line {lines}"
+    told, again = (dict(saved.get("dynamics", {})) for saved in (expected, resumed))  # what training told of its items
+    assert told.pop("data", "") == again.pop("data", "")
+    torch.testing.assert_close(again, told, rtol=0, atol=0, equal_nan=True)
     assert (found / "metrics.csv").read_bytes() == metrics, f"metrics.csv after a kill at line {lines}"
 
 
