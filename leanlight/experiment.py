@@ -32,6 +32,7 @@ from leanlight.parser import LeanlightParser
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.registry import config_root
 from leanlight.standard import STANDARD_CALLBACKS
+from leanlight.tracking import is_offline
 from lit_modules.admission import TRUST, only_admitted
 from lit_modules.hparams import rebuild
 
@@ -226,7 +227,7 @@ class Session:
         settings = self.cli.settings
         if settings.wandb == "disabled" or any(isinstance(x, pl.loggers.WandbLogger) for x in self.trainer.loggers):
             return
-        offline = settings.wandb == "offline" or (settings.wandb == "auto" and not _wandb_key())
+        offline = is_offline(settings.wandb)
         if offline:
             os.environ.setdefault("WANDB_SILENT", "true")  # it has no page to point to
         logger = RunWandbLogger(
@@ -412,16 +413,6 @@ def _allow_tf32(allowed: bool) -> None:
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _wandb_key() -> bool:
-    """Whether W&B can log in without asking; WANDB_MODE stands above."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path.home() / ".netrc"
-    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from leanlight.messages import one_line
 from leanlight.objects import admitted_object
 from leanlight.predictions import describe_predictions, load_predictions
 from leanlight.selection_rules import rule as rule_info
-from lit_modules.selection import FIELDS, Features, Picks, Rule, ScoreRule, Work, class_budget
+from lit_modules.selection import Features, Picks, Rule, ScoreRule, Work, class_budget
 from lit_modules.selection.work import Advance, ClassStep
 
 FORMAT = 1
@@ -58,15 +58,23 @@ def build_rule(name: str, settings: Mapping[str, Any], trust: Sequence[str] = ()
     try:
         rule: Rule = admitted_object(Rule, "rule", {"class_path": target, "init_args": settings}, trust)
     except (jsonargparse.ArgumentError, ValueError, TypeError, ImportError) as error:
-        text = re.sub(
-            r"Does not validate against.*(?:Parser key \"\w+\"|Errors): (?:- )?", "", one_line(str(error), None)
-        )
-        text = re.sub(r"^rule(\.class_path)?(?=: )", "--rule", text)
-        text = re.sub(r"^rule\.(init_args\.)?", "--set ", text)
-        raise UserError(text) from error
+        raise UserError(_about_options(error)) from error
     if not is_dataclass(rule):
         raise UserError(f"--rule: {target} is no dataclass, so its switches cannot be written down")
     return rule
+
+
+def _about_options(error: Exception) -> str:
+    """What the parser or the rule itself says of a value, by the names that options have here."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"--set {cause}"
+    text = one_line(str(error), None)
+    text = re.sub(r"Does not validate against.*(?:Parser key \"\w+\"|Errors): (?:- )?", "", text)
+    text = re.sub(r"^rule(\.class_path)?(?=: )", "--rule", text)
+    return re.sub(r"^rule\.(init_args\.)?", "--set ", text)
 
 
 # -- the features
@@ -101,11 +109,10 @@ def read_source(path: Path, rule: Rule, name: str) -> Source:
     wanted = ("index", "origin", "label", *rule.needs)
     values, facts = _from_file(path, wanted) if path.is_file() else _from_run(path, wanted)
     if missing := [field for field in rule.needs if field not in values]:
-        what = "; ".join(f"{field}: {FIELDS.get(field, 'of its own')}" for field in missing)
-        raise UserError(f"--rule {name}: needs {', '.join(missing)}, which {path} lacks ({what}); {_predict(rule)}")
+        raise UserError(f"--rule {name}: needs {', '.join(missing)}, which {path} lacks; {_remedy(rule, missing)}")
     for field in ("origin", "label"):
         if field not in values:
-            raise UserError(f"features: {path} has no {field}; {_predict(rule)}")
+            raise UserError(f"features: {path} has no {field}; {_remedy(rule, [])}")
     _check(values, path)
     label, origin = values["label"].long(), values["origin"].long()
     needed = {field: values[field] for field in rule.needs}
@@ -113,10 +120,15 @@ def read_source(path: Path, rule: Rule, name: str) -> Source:
     return Source(Features(label, int(label.max()) + 1, needed), origin, facts)
 
 
-def _predict(rule: Rule) -> str:
-    outputs = ",".join(rule.needs)
-    asked = f" --model.init_args.outputs=[{outputs}]" if outputs else ""
-    return f"write them with: leanlight predict --from RUN --data.init_args.predict_split=train{asked}"
+def _remedy(rule: Rule, missing: Sequence[str]) -> str:
+    """How to get what the features lack."""
+    again = "leanlight predict --from RUN --data.init_args.predict_split=train"
+    if any(field.startswith("train_") for field in missing):
+        return f"a selector records them as it trains: leanlight fit --config adq/digits_small, then {again}"
+    if {"texture", "views"} & set(missing):
+        outputs = ",".join(rule.needs)
+        return f"lit_modules.adq.SampleScorer gives them: {again} --model.init_args.outputs=[{outputs}]"
+    return f"write them with: {again}"
 
 
 def _from_run(path: Path, wanted: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -288,9 +300,9 @@ def select(features: Path, name: str, rule: Rule, keep: float, seed: int, output
             "code_hash": code_hash,
             "code_files": code_files,
         }
-        _draw(output / "media", source.features, picks, rule, f"{name}, {keep:g} kept")
-        _write(output, picks, source, record)
+        record = _write(output, picks, source, record)
     shutil.rmtree(output / ".parts", ignore_errors=True)
+    _draw(output / "media", source.features, picks, rule, f"{name}, {keep:g} kept")
     return record
 
 
@@ -359,8 +371,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(output: Path, picks: Picks, source: Source, record: Mapping[str, Any]) -> None:
-    """Write the three files, ``selection.json`` last: without it a folder holds no selection."""
+def _write(output: Path, picks: Picks, source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the three files, ``selection.json`` last: without it a folder holds no selection. Returns what that says."""
     columns = {
         "index": source.origin[picks.index],
         "label": source.features.label[picks.index],
@@ -382,6 +394,7 @@ def _write(output: Path, picks: Picks, source: Source, record: Mapping[str, Any]
     atomic_write(output / "selection.safetensors", content)
     atomic_write(output / "selection.csv", text.getvalue())
     atomic_write(last, json.dumps(described, indent=2, allow_nan=False) + "\n")
+    return described
 
 
 def _draw(folder: Path, features: Features, picks: Picks, rule: Rule, what: str) -> None:

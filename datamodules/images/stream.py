@@ -87,9 +87,12 @@ class ImageFolderStream(pl.LightningDataModule):
         drop_last: leave out the last, shorter training batch of an epoch.
         min_scale: smallest share of a picture's area that a training crop takes, in (0, 1].
         predict_split: part that `predict` goes through: ``train``, ``val`` or ``test``; centre crops, in order.
+
+    Attributes (after `setup`): ``meta``; ``splits``, ``train``, ``val`` and ``test``.
     """
 
     meta: ImageMeta
+    splits: dict[str, StreamSplit]
 
     def __init__(
         self,
@@ -136,13 +139,13 @@ class ImageFolderStream(pl.LightningDataModule):
         train, val = stratified_split(labels, self.val_fraction, 1.0, self.split_seed)
         if not len(val):
             raise UserError(f"val_fraction: {self.val_fraction} of {len(paths):,} items leaves none for validation")
-        self._splits = {
+        self.splits = {
             "train": _split(paths, labels, train),
             "val": _split(paths, labels, val),
             "test": _split(test_paths, test_labels, np.arange(len(test_paths))),
         }
         digest = hashlib.sha256()
-        for name, split in self._splits.items():
+        for name, split in self.splits.items():
             lines = (f"{path.relative_to(self.path)} {path.stat().st_size}" for path in split.paths)
             digest.update("\n".join([name, *lines]).encode())
         self.meta = ImageMeta(
@@ -151,14 +154,14 @@ class ImageFolderStream(pl.LightningDataModule):
             num_classes=len(classes),
             shape=(3, self.image_size, self.image_size),
             classes=classes,
-            counts={name: len(split.paths) for name, split in self._splits.items()},
+            counts={name: len(split.paths) for name, split in self.splits.items()},
             class_counts=tuple(np.bincount(labels[train], minlength=len(classes)).tolist()),
             fingerprint=digest.hexdigest(),
         )
 
     def _fetch(self, blocks: Iterable[Tensor], name: str, transform: v2.Transform, seed: str | None) -> Iterator[Any]:
         loader = DataLoader(
-            PictureFiles(self._splits[name], transform, seed),
+            PictureFiles(self.splits[name], transform, seed),
             batch_sampler=[block.tolist() for block in blocks],
             num_workers=self.num_workers,
             collate_fn=collate,
@@ -170,7 +173,7 @@ class ImageFolderStream(pl.LightningDataModule):
         """Random crops and flips in shuffled order, stateful."""
         crop = v2.RandomResizedCrop(self.image_size, (self.min_scale, 1.0), antialias=True)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        size = len(self._splits["train"].paths)
+        size = len(self.splits["train"].paths)
 
         def fetch(blocks: Iterable[Tensor]) -> Iterator[Any]:
             order = loader.sampler  # asked when the epoch begins: Lightning sets it after the loader is made
@@ -183,7 +186,7 @@ class ImageFolderStream(pl.LightningDataModule):
         resize = v2.Resize(round(self.image_size * 8 / 7), antialias=True)
         transform = v2.Compose([resize, v2.CenterCrop(self.image_size), v2.PILToTensor()])
         fetch = partial(self._fetch, name=name, transform=transform, seed=None)
-        return EvalLoader(len(self._splits[name].paths), self.eval_batch_size, fetch, *rank_and_world(), done)
+        return EvalLoader(len(self.splits[name].paths), self.eval_batch_size, fetch, *rank_and_world(), done)
 
     def val_dataloader(self) -> EvalLoader:
         """Centre crops of the held-out items."""
@@ -199,7 +202,7 @@ class ImageFolderStream(pl.LightningDataModule):
 
     def origin(self, split: Split) -> Tensor:
         """(N,) int64 position of each item of a part among the pictures of its folder, in sorted order."""
-        return self._splits[split].origin
+        return self.splits[split].origin
 
     def skip_predicted(self, index: Tensor) -> None:
         """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""

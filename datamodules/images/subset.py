@@ -168,8 +168,8 @@ class SubsetStream(ImageFolderStream):
         if self._chosen:
             return
         super().setup(stage)
-        whole = self._splits["train"]
+        whole = self.splits["train"]
         items, weight = self.subset.find(self.meta, whole.labels, whole.origin)
         labels = whole.labels[items]
-        self._splits["train"] = StreamSplit([whole.paths[i] for i in items], labels, whole.origin[items], weight)
+        self.splits["train"] = StreamSplit([whole.paths[i] for i in items], labels, whole.origin[items], weight)
         self.meta, self._chosen = with_training_set(self.meta, labels, self.subset.file), True

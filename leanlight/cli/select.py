@@ -39,6 +39,15 @@ def parser() -> Parser:
     parser.add_argument(
         "--output", type=Path, help="folder to write (default: artifacts/selection/RULE_KEEP_sSEED of the run)"
     )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="also write the chosen pictures there, in a folder for each class"
+    )
+    parser.add_argument(
+        "--wandb",
+        choices=("auto", "offline", "online", "disabled"),
+        default="disabled",
+        help="log the selection as an artefact; as run.wandb, but disabled by default",
+    )
     add_trust(parser)
     return parser
 
@@ -114,6 +123,15 @@ def _list() -> str:
     return "\n".join([*lines, "Needs are what `leanlight predict` writes of the training part for a selector."])
 
 
+def _images(args: argparse.Namespace) -> Any:
+    """What writes the pictures, if they are asked for."""
+    if args.images is None:
+        return None
+    from leanlight.selection_images import PictureFolders  # loads lightning
+
+    return PictureFolders(args.features, args.images, args.trust)
+
+
 def main(argv: list[str]) -> int:
     """Select and say where the selection is."""
     args = arguments(argv)
@@ -124,10 +142,18 @@ def main(argv: list[str]) -> int:
 
     place = (args.features, args.rule, args.keep, args.seed, args.settings)
     output = args.output or default_output(*place)
+    images = _images(args)
     try:
         record = select(args.features, args.rule, args.rule_object, args.keep, args.seed, output)
     except KeyboardInterrupt:
         print("finished classes are kept; the same command goes on from there", file=sys.stderr)
         raise
     print(f"{record['kept']:,} of {record['items']:,} items: {output / 'selection.safetensors'}")
+    if args.wandb != "disabled":
+        from leanlight.tracking import log_selection
+
+        log_selection(args.features, output, record, args.wandb)
+    if images is not None:
+        images.write(output)
+        print(f"pictures: {args.images}")
     return 0

@@ -9,15 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from torchvision.datasets import ImageFolder
+from wandb_file import read_wandb
 
-from datamodules import ImageDataModule, SubsetDataModule
+from datamodules import ImageDataModule, ImageFolderStream, SubsetDataModule
 from leanlight.cli.select import main
 from leanlight.contracts import UserError
+from leanlight.selection_images import folder_names
 from leanlight.selection_rules import RULES
 
 ITEMS, CLASSES = 60, 3
@@ -44,6 +50,10 @@ class Weighted(ClassRule):
     fails_in: int | None = None
     exact: bool = True
 
+    def __post_init__(self):
+        if self.bins < 1:
+            raise UserError(f"bins: expected at least 1, got {self.bins}")
+
     @property
     def needs(self):
         return ("embedding",) if self.exact else ()
@@ -55,7 +65,8 @@ class Weighted(ClassRule):
         if label == self.fails_in:
             raise UserError("kernel: too large for memory")
         if "PAUSE_IN" in os.environ and label == int(os.environ["PAUSE_IN"]):
-            Path("reached").touch()
+            Path("reached.part").write_text(str(os.getpid()))
+            Path("reached.part").rename("reached")
             time.sleep(60)
         score = features["embedding"][:, 0] ** self.power + torch.rand(len(features), generator=generator) * 1e-6
         index = score.argsort(descending=self.sign == "largest", stable=True)[:count]
@@ -105,6 +116,11 @@ def run(place):
     return predict_run(place / "run", features())
 
 
+def files(folder: Path) -> list[str]:
+    """What lies in a folder beside pictures."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "media")
+
+
 def record(folder: Path) -> dict:
     return json.loads((folder / "selection.json").read_text())
 
@@ -112,7 +128,7 @@ def record(folder: Path) -> dict:
 def test_a_selection_holds_the_best_items_of_each_class_under_their_origin(run):
     words = ["--rule", "own_rule.Weighted", "--keep", "0.2", "--set", "power=2", "--seed", "3", "--output", "out"]
     assert main([str(run), *words]) == 0
-    assert sorted(path.name for path in Path("out").iterdir()) == FILES
+    assert files(Path("out")) == FILES
     chosen, values = load_file("out/selection.safetensors"), features()
     for label in range(CLASSES):
         own = [i for i in range(ITEMS) if i % CLASSES == label]
@@ -227,6 +243,7 @@ def test_switches_come_as_pairs_as_a_mapping_and_from_a_config(run, place):
         ),
         (["--rule=os.system", "--keep=1"], "--rule: 'os.system' is never imported"),
         (["--rule=own_rule.Weighted", "--keep=1", "--set=fails_in=1"], "kernel: too large for memory"),
+        (["--rule=own_rule.Weighted", "--keep=1", "--set=bins=0"], "--set bins: expected at least 1, got 0"),
         (["--config=none.yaml"], "--config: nothing at none.yaml"),
         (["--rule=random", "--keep=1", "--output=/proc/none"], "--output: cannot write /proc/none"),
     ],
@@ -297,6 +314,7 @@ def test_what_a_rule_needs_may_depend_on_its_switches(place):
 
 def started(folder: Path, *words: str, **environ: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "leanlight", "select", "run", "--rule=own_rule.Weighted", "--keep=0.5", *words]
+    environ |= {"WANDB_SILENT": "true"}
     return subprocess.Popen(
         command, cwd=folder, env={**os.environ, **environ}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -319,11 +337,51 @@ def test_a_class_that_is_done_is_not_worked_out_again(run, place, monkeypatch, n
     again.communicate()
     assert (place / "first").read_text().split() == ["0", "1", "2"]
     assert (place / "second").read_text().split() == ["2"]
-    assert sorted(path.name for path in (place / "out").iterdir()) == FILES
+    assert files(place / "out") == FILES
     for name in ("selection.csv", "selection.safetensors"):
         assert (place / "out" / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
     left, right = record(place / "out"), record(place / "undisturbed")
     assert {key for key in left if left[key] != right[key]} <= {"seconds", "code_hash", "code_files"}
+
+
+def test_a_pipeline_killed_in_a_selection_ends_as_an_undisturbed_one(place):
+    save_file(features(), place / "features.safetensors")
+    stage = {
+        "name": "choose",
+        "command": "select",
+        "overrides": {"rule": "own_rule.Weighted", "keep": 0.5, "set": {"power": 2}},
+        "inputs": {"source": "features.safetensors"},
+    }
+    (place / "pipe.yaml").write_text(json.dumps({"method": "adq", "dataset": "own", "stages": [stage]}))
+
+    def pipeline(root: str, **environ: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "leanlight", "run", "pipe.yaml", "--seed=4", f"--runs-root={root}"]
+        env = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{place}", **environ}
+        return subprocess.Popen(command, cwd=place, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+    process = pipeline("killed", PAUSE_IN="2", CALLS="first")
+    while not (place / "reached").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(int((place / "reached").read_text()), signal.SIGKILL)  # the stage is in a group of its own
+    process.communicate()
+    (folder,) = place.glob("killed/adq/own/*")
+    assert json.loads((folder / "summary.json").read_text())["status"] == "running"
+    again, undisturbed = pipeline("killed", CALLS="second"), pipeline("undisturbed")
+    out, _ = again.communicate(timeout=120)
+    assert (again.returncode, undisturbed.wait(timeout=120)) == (0, 0)
+    undisturbed.communicate()
+    assert "choose: resume (running, with finished parts)" in out
+    assert (place / "second").read_text().split() == ["2"]
+    (other,) = place.glob("undisturbed/adq/own/*")
+    assert other.name == folder.name
+    for name in FILES[::2]:
+        left, right = (run / "artifacts" / "select" / name for run in (folder, other))
+        assert left.read_bytes() == right.read_bytes()
+    assert record(folder / "artifacts" / "select")["seed"] == 4
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["metrics"]["kept"]) == ("finished", 30)
 
 
 @pytest.mark.parametrize("change", ["--seed=1", "--set=power=2", "--keep=0.25", "features", "own_rule.py"])
@@ -384,14 +442,25 @@ def test_selecting_loads_no_lightning(run):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_selection_is_a_training_set(place):
-    data = ImageDataModule("digits", download=False)
+def predicted(folder: Path, kind: type, **arguments) -> tuple[Path, Any]:
+    """A run folder with the predictions of the training part of real data, and the data."""
+    data = kind(**arguments)
     data.setup()
-    split = data.train_split
-    values = {"index": torch.arange(len(split)), "origin": split.origin, "label": split.labels}
-    run = predict_run(place / "digits", values, items=len(split))
+    split = data.splits["train"] if kind is ImageFolderStream else data.train_split
+    values = {"index": torch.arange(len(split.labels)), "origin": split.origin, "label": split.labels}
+    run = predict_run(folder, values, items=len(split.labels))
     described = run / "artifacts/predictions/predictions.json"
     described.write_text(json.dumps({**json.loads(described.read_text()), "data": data.meta.fingerprint}))
+    config = {"data": {"class_path": f"datamodules.{kind.__name__}", "init_args": arguments}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    return run, data
+
+
+DIGITS = {"dataset": "digits", "download": False}
+
+
+def test_a_selection_is_a_training_set(place):
+    run, _ = predicted(place / "digits", ImageDataModule, **DIGITS)
     main([str(run), "--rule=random", "--keep=0.1", "--output=out"])
     chosen = SubsetDataModule("out", dataset="digits", download=False)
     chosen.ensure_available()
@@ -399,3 +468,81 @@ def test_a_selection_is_a_training_set(place):
     assert torch.equal(chosen.train_split.origin, load_file("out/selection.safetensors")["index"])
     with pytest.raises(UserError, match="other data or another split"):
         SubsetDataModule("out", dataset="digits", download=False, val_fraction=0.2).setup()
+
+
+def test_pictures_of_a_set_in_memory_are_png_files_that_other_libraries_read(place):
+    run, data = predicted(place / "run", ImageDataModule, **DIGITS)
+    main([str(run), "--rule=random", "--keep=0.1", "--output=out", "--images=pictures"])
+    chosen, split = load_file("out/selection.safetensors"), data.train_split
+    folder = ImageFolder("pictures")
+    assert folder.classes == list(data.meta.classes)
+    labels = dict(zip(chosen["index"].tolist(), chosen["label"].tolist(), strict=True))
+    assert len(folder.samples) == len(labels) == record(Path("out"))["kept"]
+    for path, label in folder.samples:
+        origin = int(Path(path).stem)
+        assert labels[origin] == label
+        with Image.open(path) as picture:
+            item = int((split.origin == origin).nonzero())
+            assert np.array_equal(np.array(picture), split.images[item, 0].numpy())
+
+
+def test_pictures_of_a_streamed_folder_are_copied_as_they_are(place):
+    for part in ("train", "val"):
+        for label, name in enumerate(("a cat", "dog")):
+            (place / "set" / part / name).mkdir(parents=True)
+            for number in range(6):
+                picture = Image.new("RGB", (9, 8), (100 * label, 10 * number, 0))
+                picture.save(place / "set" / part / name / f"{number}.jpg", quality=80)
+    arguments = {"path": str(place / "set"), "image_size": 8, "num_workers": 0, "val_fraction": 0.3}
+    run, _ = predicted(place / "run", ImageFolderStream, **arguments)
+    main([str(run), "--rule=random", "--keep=0.5", "--output=out", "--images=pictures"])
+    sources = sorted((place / "set" / "train").rglob("*.jpg"))
+    written = {int(path.stem): path for path in Path("pictures").rglob("*.jpg")}
+    assert sorted(written) == sorted(load_file("out/selection.safetensors")["index"].tolist())
+    for number, path in written.items():
+        assert path.read_bytes() == sources[number].read_bytes()
+        assert path.parent.name == sources[number].parent.name
+
+
+def test_class_names_that_are_no_folders_become_some():
+    names = folder_names(["T-shirt/top", "..", "a/b", "a_b", "fine name", ""])
+    assert names == ["T-shirt_top", "__1", "a_b_2", "a_b_3", "fine name", "__5"]
+
+
+@pytest.mark.parametrize("case", ["taken", "a file of features", "other data", "no pictures"])
+def test_pictures_that_cannot_be_written_are_found_before_anything_is_selected(place, case):
+    run, _ = predicted(place / "run", ImageDataModule, **DIGITS)
+    source = run
+    if case == "taken":
+        (place / "pictures" / "x").mkdir(parents=True)
+    elif case == "a file of features":
+        source = place / "features.safetensors"
+        save_file(features(), source)
+    elif case == "other data":
+        named = {"class_path": "datamodules.ImageDataModule", "init_args": {**DIGITS, "val_fraction": 0.3}}
+        (run / "config.yaml").write_text(json.dumps({"data": named}))
+    else:
+        named = {"class_path": "datamodules.GameDataModule", "init_args": {"game": "catch"}}
+        (run / "config.yaml").write_text(json.dumps({"data": named}))
+    with pytest.raises(UserError, match="--images: ") as error:
+        main([str(source), "--rule=random", "--keep=0.5", "--output=out", "--images=pictures"])
+    assert "\n" not in str(error.value)
+    assert not (place / "out").exists()
+    assert len(list(place.glob("pictures/*"))) == (case == "taken")
+
+
+def test_a_selection_is_an_artefact_made_of_its_features(run, place):
+    done = started(place, "--wandb=offline", "--output=run/artifacts/chosen")
+    assert done.wait(timeout=120) == 0, done.communicate()
+    done.communicate()
+    (file,) = run.glob("wandb/offline-*/*.wandb")
+    found = read_wandb(file)
+    assert found["artifacts"] == ["run-features", "run-chosen-selection"]
+    told = record(run / "artifacts/chosen")
+    for key in ("rule", "keep", "seed", "data", "weights", "features", "rho", "sha256"):
+        assert found["config"][key] == told[key]
+
+
+def test_wandb_is_left_alone_unless_asked(run):
+    main([str(run), "--rule=random", "--keep=0.5"])
+    assert not (run / "wandb").exists()

@@ -52,12 +52,12 @@ def test_weights_travel_with_their_items_and_every_item_knows_its_picture(folder
     data = stream(folder, num_workers=2)
     assert next(iter(data.train_dataloader())).weight is None
     weight = torch.rand(18)
-    data._splits["train"] = data._splits["train"]._replace(weight=weight)
+    data.splits["train"] = data.splits["train"]._replace(weight=weight)
     for batch in data.train_dataloader():
         assert torch.equal(batch.weight, weight[batch.index])
     names = sorted(path.relative_to(folder) for path in (folder / "train").glob("*/*"))
     for split in ("train", "val"):
-        found = [path.relative_to(folder) for path in data._splits[split].paths]
+        found = [path.relative_to(folder) for path in data.splits[split].paths]
         assert [names[i] for i in data.origin(split)] == found
     assert torch.equal(data.origin("test"), torch.arange(8))
 
