@@ -372,7 +372,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write(output: Path, picks: Picks, source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the three files, ``selection.json`` last: without it a folder holds no selection. Returns what that says."""
+    """Write the three files, the ``selection.json`` that is returned last: without it a folder holds no selection."""
     columns = {
         "index": source.origin[picks.index],
         "label": source.features.label[picks.index],

@@ -175,6 +175,8 @@ def test_an_existing_run_is_never_overwritten(refuse, tmp_path):
         (["run", "nowhere.yaml"], ["nowhere.yaml"]),
         (["reproduce", "nowhere.yaml"], ["nowhere.yaml"]),
         (["export", "nowhere"], ["nowhere"]),
+        (["select", "nowhere", "--rule=random", "--keep=1"], ["nowhere", "leanlight predict"]),
+        (["select", "nowhere", "--rule=random", "--kepe=1"], ["--kepe", "did you mean '--keep'"]),
         (["test", "--resume", "x"], ["--resume", "fit"]),
         (["benchmark", "clasifier"], ["clasifier", "did you mean 'classifier'"]),
     ],

@@ -67,3 +67,13 @@ def test_the_help_of_a_class_explains_its_arguments_and_lists_no_subclasses():
     assert "known subclasses" not in text
     assert len(text.splitlines()) < 100
     assert "label_smoothing" in text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--list"]])
+def test_help_of_selecting_and_its_list_load_nothing_heavy(words):
+    code = (
+        f"import sys; from leanlight.__main__ import main\ntry: main(['select', *{words}])\nexcept SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'lightning', 'wandb', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"

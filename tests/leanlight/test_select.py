@@ -21,13 +21,15 @@ from torchvision.datasets import ImageFolder
 from wandb_file import read_wandb
 
 from datamodules import ImageDataModule, ImageFolderStream, SubsetDataModule
+from leanlight import selection
 from leanlight.cli.select import main
 from leanlight.contracts import UserError
 from leanlight.selection_images import folder_names
 from leanlight.selection_rules import RULES
 
 ITEMS, CLASSES = 60, 3
-FILES = ["media", "selection.csv", "selection.json", "selection.safetensors"]
+DRAW = selection._draw
+FILES = ["selection.csv", "selection.json", "selection.safetensors"]
 OWN = '''
 import os, time
 from dataclasses import dataclass
@@ -107,6 +109,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_rule.py").write_text(OWN)
+    monkeypatch.setattr(selection, "_draw", lambda *arguments: None)  # takes long, and one test looks at it
     yield tmp_path
     sys.modules.pop("own_rule", None)
 
@@ -203,6 +206,15 @@ def test_switches_come_as_pairs_as_a_mapping_and_from_a_config(run, place):
     told = record(place / "out")
     assert told["arguments"] == {"power": 2.0, "bins": 5, "sign": "smallest", "fails_in": None, "exact": True}
     assert (told["rule"], told["keep"], told["seed"]) == ("own_rule.Weighted", 0.4, 9)
+
+
+def test_a_config_that_came_with_a_run_does_not_decide_which_code_runs(run, place):
+    (run / "rule.yaml").write_text("{rule: own_rule.Weighted, keep: 0.5}")
+    words = [str(run), f"--config={run / 'rule.yaml'}", "--output=out"]
+    with pytest.raises(UserError, match=r"'own_rule.Weighted' is outside of the suite .* add --trust own_rule"):
+        main(words)
+    assert "own_rule" not in sys.modules
+    assert main([*words, "--trust=own_rule"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -320,7 +332,9 @@ def started(folder: Path, *words: str, **environ: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGKILL, -9)]
+)
 def test_a_class_that_is_done_is_not_worked_out_again(run, place, monkeypatch, number, code):
     main([str(run), "--rule=own_rule.Weighted", "--keep=0.5", "--output=undisturbed"])
     process = started(place, "--output=out", PAUSE_IN="2", CALLS="first")
@@ -344,6 +358,7 @@ def test_a_class_that_is_done_is_not_worked_out_again(run, place, monkeypatch, n
     assert {key for key in left if left[key] != right[key]} <= {"seconds", "code_hash", "code_files"}
 
 
+@pytest.mark.slow
 def test_a_pipeline_killed_in_a_selection_ends_as_an_undisturbed_one(place):
     save_file(features(), place / "features.safetensors")
     stage = {
@@ -418,7 +433,8 @@ def test_a_bad_rule_leaves_an_earlier_selection_as_it_was(run, place):
     assert {path: path.read_bytes() for path in (place / "out").rglob("*.*")} == before
 
 
-def test_pictures_of_a_selection_lie_beside_it_and_take_the_place_of_earlier_ones(place):
+def test_pictures_of_a_selection_lie_beside_it_and_take_the_place_of_earlier_ones(place, monkeypatch):
+    monkeypatch.setattr(selection, "_draw", DRAW)
     values = {**features(), "train_error": torch.rand(ITEMS, 3)}
     run = predict_run(place / "run", values)
     main([str(run), "--rule=el2n", "--keep=0.5", "--output=out"])
@@ -531,6 +547,7 @@ def test_pictures_that_cannot_be_written_are_found_before_anything_is_selected(p
     assert len(list(place.glob("pictures/*"))) == (case == "taken")
 
 
+@pytest.mark.slow
 def test_a_selection_is_an_artefact_made_of_its_features(run, place):
     done = started(place, "--wandb=offline", "--output=run/artifacts/chosen")
     assert done.wait(timeout=120) == 0, done.communicate()
