@@ -25,6 +25,10 @@ from .kernels import Kernel as Kernel
 from .kernels import NegSquaredDistance as NegSquaredDistance
 from .kernels import error_of as error_of
 from .kernels import kernel_of as kernel_of
+from .matching import Glister as Glister
+from .matching import GradMatch as GradMatch
+from .neighbours import CAL as CAL
+from .neighbours import D2 as D2
 from .rules import ClassRule as ClassRule
 from .rules import Full as Full
 from .rules import Random as Random
@@ -33,9 +37,13 @@ from .rules import class_generator as class_generator
 from .rules import herding_subset as herding_subset
 from .rules import random_subset as random_subset
 from .scores import CCS as CCS
+from .scores import DUAL as DUAL
 from .scores import EL2N as EL2N
 from .scores import Entropy as Entropy
 from .scores import Forgetting as Forgetting
+from .scores import LeastConfidence as LeastConfidence
+from .scores import Margin as Margin
+from .scores import Moderate as Moderate
 from .scores import ScoreRule as ScoreRule
 from .work import Advance as Advance
 from .work import Work as Work

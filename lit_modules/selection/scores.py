@@ -86,6 +86,101 @@ class Entropy(ScoreRule):
 
 
 @dataclass(frozen=True)
+class LeastConfidence(ScoreRule):
+    """Items whose most probable class is the least probable.
+
+    Args:
+        deepcore_compat: go by the largest logit, as DeepCore's code does.
+    """
+
+    deepcore_compat: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("logits",)
+
+    def score(self, features: Features) -> Tensor:
+        logits = features["logits"].double()
+        return -(logits if self.deepcore_compat else logits.softmax(1)).amax(1)
+
+
+@dataclass(frozen=True)
+class Margin(ScoreRule):
+    """Items whose two most probable classes are the nearest to each other.
+
+    Args:
+        deepcore_compat: the farthest instead, as the unbalanced branch of DeepCore's code does.
+    """
+
+    deepcore_compat: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("logits",)
+
+    def score(self, features: Features) -> Tensor:
+        first, second = features["logits"].double().softmax(1).topk(2).values.unbind(1)
+        return first - second if self.deepcore_compat else second - first
+
+
+@dataclass(frozen=True)
+class Moderate(ScoreRule):
+    """Items whose distance to the mean of the class is nearest to the median one (Xia et al. 2023)."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("embedding",)
+
+    def score(self, features: Features) -> Tensor:
+        x = features["embedding"].double()
+        distance = (x - x.mean(0)).norm(dim=1)
+        return -(distance - distance.quantile(0.5)).abs()
+
+
+@dataclass(frozen=True)
+class DUAL(ClassRule):
+    """Items whose probability of the own class is low and varies, drawn at random (Cho et al. 2025).
+
+    The score is the mean over windows of epochs of ``std(p) (1 - mean p)``. Chances are in proportion to it, times a
+    beta density of the item's mean p, which turns to easier items the fewer are kept.
+
+    Args:
+        epochs: the first so many are looked at, or all where fewer are recorded.
+        window: epochs of a window, at most.
+        power: how fast the density turns with the part that is left out.
+    """
+
+    epochs: int = 30
+    window: int = 10
+    power: float = 5.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.window <= self.epochs:
+            raise UserError(f"window: expected 2 to {self.epochs}, the epochs looked at; got {self.window}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("train_probability",)
+
+    def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
+        probability = features["train_probability"][:, : self.epochs].double()
+        if probability.shape[1] < 2:
+            raise UserError("features: expected train_probability of 2 epochs or more, got 1")
+        windows = probability.unfold(1, min(self.window, probability.shape[1]), 1)
+        score = (windows.std(2) * (1 - windows.mean(2))).mean(1)
+        mean = probability.mean(1).clamp(1e-6, 1 - 1e-6)
+        hardest = mean[score.sort(descending=True, stable=True).indices[:10]].mean()
+        b = 15 * (1 - hardest) * (1 - (1 - count / len(score)) ** self.power)
+        chance = score.log() + (15 - b) * mean.log() + (b - 1) * (1 - mean).log()
+        # The largest of such sums are draws without replacement (Gumbel).
+        noise = -torch.empty_like(chance).exponential_(generator=generator).log()
+        index = (chance + noise).sort(descending=True, stable=True).indices[:count]
+        advance(count)
+        return class_picks(index, score[index])
+
+
+@dataclass(frozen=True)
 class CCS(ScoreRule):
     """Coverage-centric selection (Zheng et al. 2023): as many from each stratum of the margin, the hardest left out.
 

@@ -1,12 +1,14 @@
 """Rules by score against counting by hand."""
 
 import math
+import statistics
 
 import pytest
 import torch
+from scipy.stats import beta
 
 from leanlight.contracts import UserError
-from lit_modules.selection import CCS, EL2N, Entropy, Features, Forgetting
+from lit_modules.selection import CCS, DUAL, EL2N, Entropy, Features, Forgetting, LeastConfidence, Margin, Moderate
 
 
 def one_class(**values):
@@ -98,3 +100,52 @@ def test_ccs_draws_by_the_seed():
 def test_wrong_arguments_of_ccs_are_refused(arguments, text):
     with pytest.raises(UserError, match=text):
         CCS(**arguments)
+
+
+def test_confidence_and_margin_go_by_probabilities_and_the_public_code_otherwise():
+    logits = torch.tensor([[10.0, 9.9, 9.9], [1.0, 0.0, 0.0], [0.0, -9.0, 0.0]])
+    assert select(LeastConfidence(), 3, logits=logits).index.tolist() == [0, 2, 1]
+    assert select(LeastConfidence(deepcore_compat=True), 3, logits=logits).index.tolist() == [2, 1, 0]
+    picks = select(Margin(), 3, logits=logits)
+    assert picks.index.tolist() == [2, 0, 1]
+    first, second, _ = logits[1].softmax(0).tolist()
+    assert picks.score[2].item() == pytest.approx(second - first)
+    assert select(Margin(deepcore_compat=True), 3, logits=logits).index.tolist() == [1, 0, 2]
+
+
+def test_moderate_keeps_the_median_distances_from_the_mean():
+    x = torch.tensor([[0.0], [1.0], [-1.0], [2.0], [-2.0], [7.0], [-7.0]])
+    assert sorted(select(Moderate(), 2, embedding=x).index.tolist()) == [3, 4]
+
+
+def dual_score(row, window):
+    """Mean over windows of std (1 - mean), by the statistics module."""
+    parts = [row[begin : begin + window] for begin in range(len(row) - window + 1)]
+    return statistics.fmean(statistics.stdev(part) * (1 - statistics.fmean(part)) for part in parts)
+
+
+def test_the_score_of_dual_is_the_mean_over_windows():
+    probability = torch.rand(12, 8, generator=torch.Generator().manual_seed(0))
+    picks = select(DUAL(epochs=6, window=3), 12, train_probability=probability)
+    want = [dual_score(probability[item, :6].tolist(), 3) for item in picks.index]
+    assert picks.score.tolist() == pytest.approx(want, rel=1e-5)
+    assert len(select(DUAL(), 12, train_probability=probability)) == 12  # fewer epochs than a window
+
+
+def test_dual_draws_in_proportion_to_the_score_times_a_beta_density():
+    probability = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.6, 0.4], [0.7, 0.9, 0.6], [0.2, 0.8, 0.3]])
+    data, drawn = one_class(train_probability=probability), torch.zeros(4)
+    for seed in range(4000):
+        drawn[DUAL(window=3).select(data, torch.tensor([1]), seed).index] += 1
+    mean = probability.double().mean(1)
+    b = 15 * (1 - float(mean.mean())) * (1 - 0.75**5.5)
+    score = torch.tensor([dual_score(row.tolist(), 3) for row in probability])
+    chance = score * torch.tensor([beta.pdf(float(each), 16 - b, b) for each in mean])
+    assert torch.allclose(drawn / 4000, (chance / chance.sum()).float(), atol=0.03)
+
+
+def test_dual_needs_two_epochs():
+    with pytest.raises(UserError, match="expected train_probability of 2 epochs or more, got 1"):
+        select(DUAL(), 1, train_probability=torch.rand(5, 1))
+    with pytest.raises(UserError, match="window: expected 2 to 5, the epochs looked at; got 1"):
+        DUAL(epochs=5, window=1)
