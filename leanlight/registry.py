@@ -234,6 +234,7 @@ METHODS: dict[str, MethodInfo] = {
                 year=2025,
                 arxiv="2412.16895",
             ),
+            benchmark="leanlight.benchmarks.adq:run",
         ),
         MethodInfo(
             name="dsqn",
