@@ -32,6 +32,7 @@ from leanlight.messages import one_line
 from leanlight.objects import admitted_object
 from leanlight.predictions import describe_predictions, load_predictions
 from leanlight.selection_rules import rule as rule_info
+from lit_modules.adq import PatchDrop
 from lit_modules.selection import Features, Picks, Rule, ScoreRule, Work, class_budget
 from lit_modules.selection.work import Advance, ClassStep
 
@@ -58,23 +59,39 @@ def build_rule(name: str, settings: Mapping[str, Any], trust: Sequence[str] = ()
     try:
         rule: Rule = admitted_object(Rule, "rule", {"class_path": target, "init_args": settings}, trust)
     except (jsonargparse.ArgumentError, ValueError, TypeError, ImportError) as error:
-        raise UserError(_about_options(error)) from error
+        raise UserError(_about_options(error, "rule", "--set")) from error
     if not is_dataclass(rule):
         raise UserError(f"--rule: {target} is no dataclass, so its switches cannot be written down")
     return rule
 
 
-def _about_options(error: Exception) -> str:
-    """What the parser or the rule itself says of a value, by the names that options have here."""
+def build_patches(settings: Mapping[str, Any]) -> PatchDrop:
+    """What ``--patches`` says. settings: arguments of `PatchDrop`."""
+    try:
+        named = {"class_path": "lit_modules.adq.PatchDrop", "init_args": settings}
+        patches: PatchDrop = admitted_object(PatchDrop, "patches", named, ())
+        return patches
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_about_options(error, "patches", "--patches")) from error
+
+
+def _about_options(error: Exception, key: str, option: str) -> str:
+    """What the parser or the object itself says of a value, by the names that options have here.
+
+    Args:
+        error: caught.
+        key: what the parser calls the object.
+        option: that sets its arguments.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
     if cause is not None:
-        return f"--set {cause}"
+        return f"{option} {cause}"
     text = one_line(str(error), None)
     text = re.sub(r"Does not validate against.*(?:Parser key \"\w+\"|Errors): (?:- )?", "", text)
-    text = re.sub(r"^rule(\.class_path)?(?=: )", "--rule", text)
-    return re.sub(r"^rule\.(init_args\.)?", "--set ", text)
+    text = re.sub(rf"^{key}(\.class_path)?(?=: )", f"--{key}", text)
+    return re.sub(rf"^{key}\.(init_args\.)?", f"{option} ", text)
 
 
 # -- the features
@@ -257,7 +274,9 @@ def _counter(done: int, move: Move) -> Advance:
 # -- the selection
 
 
-def select(features: Path, name: str, rule: Rule, keep: float, seed: int, output: Path) -> dict[str, Any]:
+def select(
+    features: Path, name: str, rule: Rule, keep: float, seed: int, output: Path, patches: PatchDrop | None = None
+) -> dict[str, Any]:
     """Select items by a rule and write them to the folder `output`; return what its ``selection.json`` says.
 
     Finished classes wait in ``output/.parts`` until the selection is whole, so that the same call goes on where one was
@@ -270,6 +289,7 @@ def select(features: Path, name: str, rule: Rule, keep: float, seed: int, output
         keep: share of the items of each class, in (0, 1].
         seed: of whatever the rule draws.
         output: folder for ``selection.safetensors``, ``.csv``, ``.json`` and pictures in ``media``.
+        patches: what is left out of the chosen pictures, to be written down.
 
     Raises:
         UserError: bad features, too small a share, an output that cannot be written. Nothing is left behind then.
@@ -293,7 +313,8 @@ def select(features: Path, name: str, rule: Rule, keep: float, seed: int, output
         record = told | {
             "format": FORMAT,
             "split": "train",
-            **_shares(len(picks), len(source.features)),
+            **_shares(len(picks), len(source.features), patches.drop_ratio if patches else 0.0),
+            **({"patches": asdict(patches)} if patches else {}),
             "counts": _counts(picks, source.features),
             "details": _plain(picks.details),
             "seconds": round(time.monotonic() - begin, 3),
@@ -342,9 +363,9 @@ def _check_picks(picks: Picks, features: Features, rule: str) -> None:
         raise UserError(f"--rule: {rule} gave weights that are negative or not finite")
 
 
-def _shares(kept: int, items: int) -> dict[str, Any]:
+def _shares(kept: int, items: int, dropped: float) -> dict[str, Any]:
     """Share of the items, dropped share of each picture, and their product: what is stored of the data."""
-    sampled, dropped = kept / items, 0.0
+    sampled = kept / items
     return {"items": items, "kept": kept, "rho_s": sampled, "theta": dropped, "rho": sampled * (1 - dropped)}
 
 

@@ -8,17 +8,22 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
+from torch import Tensor, nn
 
 from datamodules import DistilledDataModule, ImageDataModule, ImageFolderStream
 from datamodules.images.stream import StreamSplit
 from datamodules.images.subset import Subset
 from leanlight import runs
 from leanlight.contracts import UserError
-from leanlight.experiment import load_data
+from leanlight.experiment import load, load_data
+from leanlight.invocation import read_config
 from leanlight.predictions import describe_predictions
+from lit_modules.adq import PatchDrop
+from lit_modules.adq.patches import kept_patches, patch_grid, salience
 
 
 class PictureFolders:
@@ -30,9 +35,12 @@ class PictureFolders:
         features: run folder of the features, whose configuration names the data.
         target: the folder to write, new or empty.
         trust: packages outside the suite that the configuration may name.
+        patches: what is left out of the pictures and filled in again.
     """
 
-    def __init__(self, features: Path, target: Path, trust: Sequence[str] = ()) -> None:
+    def __init__(
+        self, features: Path, target: Path, trust: Sequence[str] = (), patches: PatchDrop | None = None
+    ) -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"--images: expected a new or empty folder, there is something at {target}")
         run = runs.run_of(features)
@@ -51,31 +59,66 @@ class PictureFolders:
             )
         self.target, self.meta = target, data.meta
         self.split = data.splits["train"] if isinstance(data, ImageFolderStream) else data.train_split
+        self.patches, self.network = patches, None
+        if patches is not None and patches.changes_pictures:
+            if isinstance(self.split, StreamSplit):
+                raise UserError("--patches: pictures of a streamed folder are copied as they are, of whatever size")
+            rows, columns = patch_grid(self.split.images, patches.patch)
+            kept_patches(torch.zeros(1, rows * columns), patches.drop_ratio)
+            if patches.patch_select == "gradcam":
+                self.network = _network(run, trust)
+                salience(self.network, self.split.images[:1].float() / 255)
 
-    def write(self, selection: Path) -> None:
-        """Write the pictures of the selection in a folder, all or none of them."""
+    def write(self, selection: Path, seed: int = 0) -> None:
+        """Write the pictures of the selection in a folder, all or none of them. seed: of what is random in patches."""
         items, _ = Subset(selection).find(self.meta, self.split.labels, self.split.origin)
+        rebuilt = self._rebuilt(items, seed)
         names = folder_names(self.meta.classes)
         part = self.target.with_name(f".{self.target.name}.{os.getpid()}.part")
         console = Console(stderr=True)
         try:
             for name in names:
                 (part / name).mkdir(parents=True)
-            for item in track(items.tolist(), "pictures", console=console, disable=not console.is_terminal):
-                self._write_one(item, part / names[int(self.split.labels[item])] / f"{int(self.split.origin[item]):07}")
+            shown = track(items.tolist(), "pictures", console=console, disable=not console.is_terminal)
+            for number, item in enumerate(shown):
+                place = part / names[int(self.split.labels[item])] / f"{int(self.split.origin[item]):07}"
+                if isinstance(self.split, StreamSplit):
+                    source = self.split.paths[item]
+                    shutil.copyfile(source, place.with_suffix(source.suffix.lower()))
+                else:
+                    image = self.split.images[item] if rebuilt is None else rebuilt[number]
+                    Image.fromarray(image.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(
+                        place.with_suffix(".png")
+                    )
             os.replace(part, self.target)
         except OSError as error:
             raise UserError(f"--images: cannot write {self.target} ({error.strerror or error})") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _write_one(self, item: int, place: Path) -> None:
-        if isinstance(self.split, StreamSplit):
-            source = self.split.paths[item]
-            shutil.copyfile(source, place.with_suffix(source.suffix.lower()))
-            return
-        pixels = self.split.images[item].permute(1, 2, 0)
-        Image.fromarray(pixels.squeeze(2).contiguous().numpy()).save(place.with_suffix(".png"))
+    def _rebuilt(self, items: Tensor, seed: int) -> Tensor | None:
+        """The pictures without the patches that are left out, if any are."""
+        if isinstance(self.split, StreamSplit) or self.patches is None or not self.patches.changes_pictures:
+            return None
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("autoencoder", total=self.patches.steps)
+            images = self.split.images
+            return self.patches.rebuild(images[items], self.network, images, seed, lambda done: bar.advance(task, done))
+
+
+def _network(run: Path, trust: Sequence[str]) -> nn.Module:
+    """The network with which a run predicted."""
+    checkpoint = read_config(run / "config.yaml").get("ckpt_path")
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_file():
+        raise UserError(
+            f"--patches: patch_select gradcam needs the weights that {run} was predicted with, got {checkpoint}; "
+            "set patch_select=random"
+        )
+    network = getattr(load(Path(checkpoint), trust=trust), "network", None)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--patches: the module of {checkpoint} has no network; set patch_select=random")
+    return network
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

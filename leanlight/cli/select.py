@@ -43,6 +43,13 @@ def parser() -> Parser:
         "--images", type=Path, metavar="DIR", help="also write the chosen pictures there, in a folder for each class"
     )
     parser.add_argument(
+        "--patches",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="leave out patches of those pictures: drop_ratio, patch, patch_select, reconstructor, steps",
+    )
+    parser.add_argument(
         "--wandb",
         choices=("auto", "offline", "online", "disabled"),
         default="disabled",
@@ -57,7 +64,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser().parse_args(argv)
     if args.list:
         return args
-    args.settings = _settings(args.set)
+    args.settings = _settings(args.set, "--set")
     if args.config is not None:
         _add_config(args)
     args.seed = 0 if args.seed is None else args.seed
@@ -74,7 +81,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if args.seed not in _SEEDS:
         raise UserError(f"--seed: expected 0 to {_SEEDS[-1]}, got {args.seed}")
     from leanlight.invocation import lies_in_a_run
-    from leanlight.selection import build_rule  # loads torch
+    from leanlight.selection import build_patches, build_rule  # loads torch
     from lit_modules.admission import named_packages
 
     # What the user wrote is trusted, as everywhere; what a config in a run folder names is not.
@@ -82,11 +89,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.rule_object = build_rule(
         args.rule, args.settings, [*args.trust, *(() if foreign else named_packages(args.rule))]
     )
+    args.patch_drop = build_patches(_settings(args.patches, "--patches")) if args.patches else None
+    if args.patch_drop and args.images is None:
+        raise UserError("--patches: goes with --images DIR, the pictures they are left out of")
     return args
 
 
-def _settings(texts: list[str]) -> dict[str, Any]:
-    """Switches of the rule: ``key=value``, values as YAML, or mappings of several."""
+def _settings(texts: list[str], option: str) -> dict[str, Any]:
+    """Switches: ``key=value``, values as YAML, or mappings of several. option: whose they are, for the error."""
     settings: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -98,7 +108,7 @@ def _settings(texts: list[str]) -> dict[str, Any]:
             else:
                 raise ValueError("neither KEY=VALUE nor a mapping")
         except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise UserError(f"--set: expected KEY=VALUE or a JSON mapping, got {text!r} ({error})") from None
+            raise UserError(f"{option}: expected KEY=VALUE or a JSON mapping, got {text!r} ({error})") from None
     return settings
 
 
@@ -129,7 +139,7 @@ def _images(args: argparse.Namespace) -> Any:
         return None
     from leanlight.selection_images import PictureFolders  # loads lightning
 
-    return PictureFolders(args.features, args.images, args.trust)
+    return PictureFolders(args.features, args.images, args.trust, args.patch_drop)
 
 
 def main(argv: list[str]) -> int:
@@ -144,7 +154,7 @@ def main(argv: list[str]) -> int:
     output = args.output or default_output(*place)
     images = _images(args)
     try:
-        record = select(args.features, args.rule, args.rule_object, args.keep, args.seed, output)
+        record = select(args.features, args.rule, args.rule_object, args.keep, args.seed, output, args.patch_drop)
     except KeyboardInterrupt:
         print("finished classes are kept; the same command goes on from there", file=sys.stderr)
         raise
@@ -154,6 +164,6 @@ def main(argv: list[str]) -> int:
 
         log_selection(args.features, output, record, args.wandb)
     if images is not None:
-        images.write(output)
+        images.write(output, args.seed)
         print(f"pictures: {args.images}")
     return 0

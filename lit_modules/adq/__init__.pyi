@@ -2,6 +2,7 @@ from .allocation import ALLOCATIONS as ALLOCATIONS
 from .allocation import bin_shares as bin_shares
 from .bins import Binning as Binning
 from .module import SampleScorer as SampleScorer
+from .patches import PatchDrop as PatchDrop
 from .pictures import selection_pictures as selection_pictures
 from .rules import ADQ as ADQ
 from .rules import DQ as DQ

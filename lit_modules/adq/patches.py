@@ -4,15 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError, isolated_rng
+from leanlight.contracts import UserError, derived_seed, isolated_rng
 from lit_modules.nn.features import has_features
 
 _CHUNK = 256  # images at once
+
+
+@dataclass(frozen=True)
+class PatchDrop:
+    """What is left out of pictures, and how it is filled in again.
+
+    Args:
+        drop_ratio: share of the patches left out θ, in [0, 1).
+        patch: side of a patch, pixels.
+        patch_select: keep the patches of the largest `salience`, ``gradcam``, or ``random`` ones.
+        reconstructor: ``mean_fill`` paints the mean of what is kept; ``tiny_mae`` what an autoencoder makes of it that
+            is trained on the whole training part; ``none`` leaves pictures whole, so that θ counts as storage alone.
+        steps: of that training.
+    """
+
+    drop_ratio: float = 0.2
+    patch: int = 4
+    patch_select: Literal["gradcam", "random"] = "gradcam"
+    reconstructor: Literal["none", "mean_fill", "tiny_mae"] = "mean_fill"
+    steps: int = 600
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_ratio < 1:
+            raise UserError(f"drop_ratio: expected a share in [0, 1), got {self.drop_ratio}")
+        if self.steps < 1:
+            raise UserError(f"steps: expected at least 1, got {self.steps}")
+
+    @property
+    def changes_pictures(self) -> bool:
+        """Whether anything is left out of the pictures themselves."""
+        return self.reconstructor != "none" and self.drop_ratio > 0
+
+    def rebuild(
+        self,
+        image: Tensor,
+        network: nn.Module | None,
+        train: Tensor,
+        seed: int,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> Tensor:
+        """(N, C, H, W) uint8 images without the patches that are left out, and with their filling.
+
+        Args:
+            image: (N, C, H, W) uint8.
+            network: for ``gradcam``, see `salience`.
+            train: (M, C, H, W) uint8 images that an autoencoder learns from.
+            seed: of random patches and the autoencoder.
+            advance: told of the steps of its training.
+        """
+        if not self.changes_pictures:
+            return image
+        scaled, chooser = image.float() / 255, network if self.patch_select == "gradcam" else None
+        value = patch_values(scaled, self.patch, chooser, torch.Generator().manual_seed(derived_seed(seed, "patches")))
+        kept = kept_patches(value, self.drop_ratio)
+        if self.reconstructor == "mean_fill":
+            return paste(image, mean_filling(scaled, kept, self.patch), kept, self.patch)
+        mae = train_mae(train, self.patch, self.drop_ratio, derived_seed(seed, "mae"), self.steps, advance=advance)
+        return paste(image, mae_filling(mae, scaled, kept, self.patch), kept, self.patch)
 
 
 def patch_grid(image: Tensor, patch: int) -> tuple[int, int]:
@@ -66,11 +126,9 @@ def kept_patches(value: Tensor, drop: float) -> Tensor:
         value: (N, P) what patches are worth.
         drop: share of patches to leave out θ, in [0, 1).
     """
-    if not 0 <= drop < 1:
-        raise UserError(f"drop: expected a share in [0, 1), got {drop}")
     count = math.floor(value.shape[1] * (1 - drop) + 1e-9)
     if count < 1:
-        raise UserError(f"drop: {drop} of {value.shape[1]} patches keeps none")
+        raise UserError(f"drop_ratio: {drop} of {value.shape[1]} patches keeps none")
     best = value.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return torch.zeros_like(value, dtype=torch.bool).scatter(1, best, True)
 

@@ -518,6 +518,48 @@ def test_pictures_of_a_streamed_folder_are_copied_as_they_are(place):
     for number, path in written.items():
         assert path.read_bytes() == sources[number].read_bytes()
         assert path.parent.name == sources[number].parent.name
+    with pytest.raises(UserError, match="--patches: pictures of a streamed folder are copied as they are"):
+        main([str(run), "--rule=random", "--keep=0.5", "--output=other", "--images=others", *PATCHES])
+
+
+PATCHES = ["--patches=patch=2", "--patches=patch_select=random"]
+
+
+def test_patches_are_left_out_of_pictures_and_counted(place):
+    run, data = predicted(place / "run", ImageDataModule, **DIGITS)
+    words = [str(run), "--rule=random", "--keep=0.1", "--output=out", "--images=pictures", *PATCHES]
+    main([*words, "--patches=drop_ratio=0.25"])
+    for path in Path("pictures").rglob("*.png"):
+        before = data.train_split.images[int((data.train_split.origin == int(path.stem)).nonzero()), 0]
+        with Image.open(path) as picture:
+            after = torch.from_numpy(np.array(picture))
+        different = (before != after).view(4, 2, 4, 2).any(3).any(1)
+        assert different.sum() <= 4
+        assert after[before != after].unique().numel() <= 1
+    written = record(Path("out"))
+    assert written["patches"]["patch_select"] == "random"
+    assert written["theta"] == 0.25
+    assert written["rho"] == pytest.approx(written["rho_s"] * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--images=pictures", "--patches=drop=0.2"], "--patches .*drop"),
+        (["--images=pictures", "--patches=drop_ratio=1"], r"--patches drop_ratio: expected a share in \[0, 1\), got 1"),
+        (["--images=pictures", *PATCHES, "--patches=patch=3"], "patch: expected a side that divides 8 x 8 pixels"),
+        (["--images=pictures", *PATCHES, "--patches=drop_ratio=0.99"], "drop_ratio: 0.99 of 16 patches keeps none"),
+        (["--images=pictures", "--patches=patch=2"], "--patches: patch_select gradcam needs the weights"),
+        (PATCHES, "--patches: goes with --images DIR"),
+    ],
+)
+def test_patches_that_cannot_be_left_out_are_found_before_anything_is_selected(place, words, message):
+    run, _ = predicted(place / "run", ImageDataModule, **DIGITS)
+    with pytest.raises(UserError, match=message) as error:
+        main([str(run), "--rule=random", "--keep=0.5", "--output=out", *words])
+    assert "\n" not in str(error.value)
+    assert not (place / "out").exists()
+    assert not (place / "pictures").exists()
 
 
 def test_class_names_that_are_no_folders_become_some():

@@ -10,6 +10,7 @@ from torch import nn
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from lit_modules.adq.patches import (
+    PatchDrop,
     kept_patches,
     mae_filling,
     mean_filling,
@@ -37,10 +38,25 @@ def test_so_many_patches_are_kept_as_the_paper_counts_and_the_best_ones(drop):
     assert kept_patches(torch.zeros(1, 4), 0.5).tolist() == [[True, True, False, False]]
 
 
-@pytest.mark.parametrize("drop", [-0.1, 1.0, 0.9])
-def test_a_share_that_keeps_no_patch_is_refused(drop):
-    with pytest.raises(UserError, match="drop: "):
-        kept_patches(torch.rand(1, 4), drop)
+def test_a_share_that_keeps_no_patch_is_refused():
+    with pytest.raises(UserError, match=r"drop_ratio: 0.9 of 4 patches keeps none"):
+        kept_patches(torch.rand(1, 4), 0.9)
+    for share in (-0.1, 1.0):
+        with pytest.raises(UserError, match="drop_ratio: expected a share in"):
+            PatchDrop(share)
+
+
+@pytest.mark.parametrize("reconstructor", ["none", "mean_fill", "tiny_mae"])
+@pytest.mark.parametrize("patch_select", ["gradcam", "random"])
+def test_pictures_lose_so_many_patches_and_keep_the_others_bit_by_bit(reconstructor, patch_select):
+    image = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8, generator=generator())
+    network = ConvNet(1, 3, 4, 1, "none", 8).eval()
+    rule = PatchDrop(0.2, 2, patch_select, reconstructor, steps=2)
+    result = rule.rebuild(image, network, image, seed=0)
+    assert result.dtype == torch.uint8
+    changed = (to_patches(result.float(), 2) != to_patches(image.float(), 2)).any(2).sum(1)
+    assert changed.tolist() == [0 if reconstructor == "none" else 4] * 5  # 16 patches less floor(12.8)
+    assert torch.equal(result, rule.rebuild(image, network, image, seed=0))
 
 
 def test_patches_are_read_row_by_row_and_put_together_again():
