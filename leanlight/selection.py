@@ -275,7 +275,14 @@ def _counter(done: int, move: Move) -> Advance:
 
 
 def select(
-    features: Path, name: str, rule: Rule, keep: float, seed: int, output: Path, patches: PatchDrop | None = None
+    features: Path,
+    name: str,
+    rule: Rule,
+    keep: float,
+    seed: int,
+    output: Path,
+    patches: PatchDrop | None = None,
+    images: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Select items by a rule and write them to the folder `output`; return what its ``selection.json`` says.
 
@@ -290,6 +297,7 @@ def select(
         seed: of whatever the rule draws.
         output: folder for ``selection.safetensors``, ``.csv``, ``.json`` and pictures in ``media``.
         patches: what is left out of the chosen pictures, to be written down.
+        images: of items at positions of the features, for a picture of the selection; see `selection_pictures`.
 
     Raises:
         UserError: bad features, too small a share, an output that cannot be written. Nothing is left behind then.
@@ -323,7 +331,7 @@ def select(
         }
         record = _write(output, picks, source, record)
     shutil.rmtree(output / ".parts", ignore_errors=True)
-    _draw(output / "media", source.features, picks, rule, f"{name}, {keep:g} kept")
+    _draw(output / "media", source.features, picks, rule, images, f"{name}, {keep:g} kept")
     return record
 
 
@@ -418,14 +426,21 @@ def _write(output: Path, picks: Picks, source: Source, record: Mapping[str, Any]
     return described
 
 
-def _draw(folder: Path, features: Features, picks: Picks, rule: Rule, what: str) -> None:
+def _draw(
+    folder: Path,
+    features: Features,
+    picks: Picks,
+    rule: Rule,
+    images: Callable[[Tensor], Tensor] | None,
+    what: str,
+) -> None:
     """Write the pictures of a selection, in place of those of an earlier one. what: for their titles."""
     from callbacks.pictures import render
     from lit_modules.adq import selection_pictures
 
     shutil.rmtree(folder, ignore_errors=True)
     score = rule.score(features) if isinstance(rule, ScoreRule) else None
-    for picture, item in selection_pictures(features, picks, score).items():
+    for picture, item in selection_pictures(features, picks, score, images).items():
         render(item, folder / picture, f"{picture.replace('_', ' ')} ({what})")
 
 

@@ -57,7 +57,7 @@ class PictureFolders:
             raise UserError(
                 f"--images: the data that {run / 'config.yaml'} names are not those of the features any more"
             )
-        self.target, self.meta = target, data.meta
+        self.target, self.meta, self.data = target, data.meta, data
         self.split = data.splits["train"] if isinstance(data, ImageFolderStream) else data.train_split
         self.patches, self.network = patches, None
         if patches is not None and patches.changes_pictures:
@@ -68,6 +68,15 @@ class PictureFolders:
             if patches.patch_select == "gradcam":
                 self.network = _network(run, trust)
                 salience(self.network, self.split.images[:1].float() / 255)
+
+    def shown(self, items: Tensor) -> Tensor:
+        """(n, C, H, W) float pictures in [0, 1] as the selector saw them. items: (n,) int64 of the training part."""
+        others = torch.ones(len(self.split.labels), dtype=torch.bool).index_fill(0, items, False)
+        self.data.predict_split = "train"
+        self.data.skip_predicted(others.nonzero()[:, 0])
+        batches = list(self.data.predict_dataloader())
+        image, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("image", "index"))
+        return image[torch.searchsorted(index, items)].float() / 255
 
     def write(self, selection: Path, seed: int = 0) -> None:
         """Write the pictures of the selection in a folder, all or none of them. seed: of what is random in patches."""

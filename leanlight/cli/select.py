@@ -154,7 +154,16 @@ def main(argv: list[str]) -> int:
     output = args.output or default_output(*place)
     images = _images(args)
     try:
-        record = select(args.features, args.rule, args.rule_object, args.keep, args.seed, output, args.patch_drop)
+        record = select(
+            args.features,
+            args.rule,
+            args.rule_object,
+            args.keep,
+            args.seed,
+            output,
+            args.patch_drop,
+            images.shown if images else None,
+        )
     except KeyboardInterrupt:
         print("finished classes are kept; the same command goes on from there", file=sys.stderr)
         raise

@@ -24,7 +24,7 @@ from datamodules import ImageDataModule, ImageFolderStream, SubsetDataModule
 from leanlight import selection
 from leanlight.cli.select import main
 from leanlight.contracts import UserError
-from leanlight.selection_images import folder_names
+from leanlight.selection_images import PictureFolders, folder_names
 from leanlight.selection_rules import RULES
 
 ITEMS, CLASSES = 60, 3
@@ -520,6 +520,18 @@ def test_pictures_of_a_streamed_folder_are_copied_as_they_are(place):
         assert path.parent.name == sources[number].parent.name
     with pytest.raises(UserError, match="--patches: pictures of a streamed folder are copied as they are"):
         main([str(run), "--rule=random", "--keep=0.5", "--output=other", "--images=others", *PATCHES])
+    red = PictureFolders(run, place / "others").shown(torch.tensor([6, 0]))[:, 0].mean((1, 2))
+    assert (red * 255).tolist() == pytest.approx([100, 0], abs=2)  # a dog, then a cat; JPEG rounds
+
+
+def test_a_montage_shows_the_chosen_pictures(place, monkeypatch):
+    monkeypatch.setattr(selection, "_draw", DRAW)
+    run, data = predicted(place / "run", ImageDataModule, **DIGITS)
+    main([str(run), "--rule=random", "--keep=0.1", "--output=out", "--images=pictures"])
+    assert Path("out/media/montage.png").is_file()
+    items = torch.tensor([500, 3, 4])
+    shown = PictureFolders(run, place / "others").shown(items)
+    torch.testing.assert_close(shown, data.train_split.images[items] / 255)
 
 
 PATCHES = ["--patches=patch=2", "--patches=patch_select=random"]
