@@ -33,7 +33,7 @@ from leanlight.objects import admitted_object
 from leanlight.predictions import describe_predictions, load_predictions
 from leanlight.selection_rules import rule as rule_info
 from lit_modules.adq import PatchDrop
-from lit_modules.selection import Features, Picks, Rule, ScoreRule, Work, class_budget
+from lit_modules.selection import Features, Picks, Rule, ScoreRule, Work, class_budget, class_members
 from lit_modules.selection.work import Advance, ClassStep
 
 FORMAT = 1
@@ -439,7 +439,11 @@ def _draw(
     from lit_modules.adq import selection_pictures
 
     shutil.rmtree(folder, ignore_errors=True)
-    score = rule.score(features) if isinstance(rule, ScoreRule) else None
+    score = None
+    if isinstance(rule, ScoreRule):  # some rank an item among those of its class
+        members = [class_members(features.label, label) for label in range(features.num_classes)]
+        found = torch.cat([rule.score(features.take(own)) for own in members])
+        score = torch.empty_like(found).index_copy(0, torch.cat(members), found)
     for picture, item in selection_pictures(features, picks, score, images).items():
         render(item, folder / picture, f"{picture.replace('_', ' ')} ({what})")
 

@@ -18,7 +18,7 @@ class ScoreRule(ClassRule):
     """Base of rules that go by a score of each item: they keep the largest of each class, of equals the first."""
 
     def score(self, features: Features) -> Tensor:
-        """(N,) float64, of each item by itself."""
+        """(N,) float64 of the items of one class."""
         raise NotImplementedError
 
     def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:

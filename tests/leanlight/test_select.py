@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save, save_file
 from torchvision.datasets import ImageFolder
 from wandb_file import read_wandb
 
+from callbacks import pictures
 from datamodules import ImageDataModule, ImageFolderStream, SubsetDataModule
 from leanlight import selection
 from leanlight.cli.select import main
 from leanlight.contracts import UserError
 from leanlight.selection_images import PictureFolders, folder_names
 from leanlight.selection_rules import RULES
+from lit_modules.selection import Features, Moderate, class_budget
 
 ITEMS, CLASSES = 60, 3
 DRAW = selection._draw
@@ -522,6 +524,16 @@ def test_pictures_of_a_streamed_folder_are_copied_as_they_are(place):
         main([str(run), "--rule=random", "--keep=0.5", "--output=other", "--images=others", *PATCHES])
     red = PictureFolders(run, place / "others").shown(torch.tensor([6, 0]))[:, 0].mean((1, 2))
     assert (red * 255).tolist() == pytest.approx([100, 0], abs=2)  # a dog, then a cat; JPEG rounds
+
+
+def test_scores_are_drawn_as_the_rule_ranks_within_classes(place, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "render", lambda item, path, title: drawn.setdefault(path.name, item))
+    values = {**features(), "embedding": features()["embedding"] + torch.arange(ITEMS)[:, None] % CLASSES}
+    made = Features(values["label"], CLASSES, {"embedding": values["embedding"]})
+    picks = Moderate().select(made, class_budget(made, 0.5), 0)
+    DRAW(place / "media", made, picks, Moderate(), None, "moderate")
+    torch.testing.assert_close(drawn["scores"].series["kept"].float().sort()[0], picks.score.sort()[0])
 
 
 def test_a_montage_shows_the_chosen_pictures(place, monkeypatch):
