@@ -37,12 +37,19 @@ class PredictionWriter(pl.Callback):
         piece_items: items after which a piece is written, with its whole last batch; it is also written at 64 MiB.
         seconds: longest time that results wait in memory, hence the work that a kill costs at most.
         resume: go on with the pieces that an earlier prediction left in the folder, instead of replacing them.
+        checkpoint: file of the weights, whose digest pieces carry: those of other weights are not gone on with.
     """
 
-    def __init__(self, piece_items: int = 10_000, seconds: float = 60.0, resume: bool = False) -> None:
+    def __init__(
+        self,
+        piece_items: int = 10_000,
+        seconds: float = 60.0,
+        resume: bool = False,
+        checkpoint: Path | str | None = None,
+    ) -> None:
         if piece_items < 1 or seconds < 0:
             raise UserError(f"piece_items: expected at least 1 and seconds at least 0, got {piece_items}, {seconds}")
-        self.piece_items, self.seconds, self.resume = piece_items, seconds, resume
+        self.piece_items, self.seconds, self.resume, self.checkpoint = piece_items, seconds, resume, checkpoint
         self._parts: list[Outputs] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -55,7 +62,7 @@ class PredictionWriter(pl.Callback):
         self.part = {
             "split": getattr(data, "predict_split", None),
             "data": getattr(getattr(data, "meta", None), "fingerprint", None),
-            "weights": sha256_file(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "weights": sha256_file(self.checkpoint) if self.checkpoint else None,
         }
         whole = _whole_pieces(self.folder) if self.resume else {}
         trainer.strategy.barrier("pieces found")  # every process has looked before anything is removed

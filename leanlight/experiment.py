@@ -84,7 +84,7 @@ class LeanlightCLI(LightningCLI):
         for key, name in STANDARD_CALLBACKS.items():
             parser.add_lightning_class_args(getattr(callbacks, name), key)
         if self.only == "predict":
-            parser.add_class_arguments(callbacks.PredictionWriter, "predictions", skip={"resume"})
+            parser.add_class_arguments(callbacks.PredictionWriter, "predictions", skip={"resume", "checkpoint"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -147,6 +147,8 @@ class LeanlightCLI(LightningCLI):
         if self.only == "predict":
             writer = self._get(self.config_init, "predictions")
             writer.resume = True  # a new run folder is empty: only a resumed one has anything to go on with
+            path = self.resolved.get("ckpt_path")
+            writer.checkpoint = path if path and Path(path).is_file() else None
             added.append(writer)
         return {
             "default_root_dir": str(self.run_dir),

@@ -26,7 +26,8 @@ def describe_predictions(run: Path | str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(f"{run}: no predictions (no {path}); go on with: leanlight predict --resume RUN") from None
+        helps = f"predict --resume {run}" if path.parent.name == "predictions" else f"predict --from {run}"
+        raise UserError(f"{run}: no predictions (no {path}); go on with: leanlight {helps}") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error})") from error
 

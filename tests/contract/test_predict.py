@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from leanlight.contracts import sha256_file
 from leanlight.predictions import describe_predictions, load_predictions
 from leanlight.registry import config_root
 
@@ -114,6 +116,18 @@ def test_predictions_hold_tensors_and_text_of_every_item_once(whole):
     assert torch.equal(whole["index"], torch.arange(360))
     assert whole["probabilities"].shape == (360, 10)
     assert whole["word"] == tuple(str(int(i)) for i in whole["probabilities"].argmax(1))
+
+
+def test_predictions_say_which_weights_made_them_and_those_of_others_are_not_gone_on_with(project, whole, tmp_path):
+    run, last = project / "runs/slow/digits/a/predict", project / "runs/slow/digits/a/checkpoints/last.ckpt"
+    assert describe_predictions(run)["weights"] == sha256_file(last)
+    copy, other = tmp_path / "predict", tmp_path / "other.ckpt"
+    shutil.copytree(run, copy)
+    saved = torch.load(last, weights_only=True)
+    torch.save({**saved, "epoch": saved["epoch"] + 1}, other)
+    done = call(project, "predict", "--resume", str(copy), "--trust=slow", f"--ckpt_path={other}")
+    assert done.returncode == 2
+    assert "other weights" in done.stderr
 
 
 def test_a_killed_predict_goes_on_where_it_was(project, whole):
