@@ -47,7 +47,7 @@ RULES: dict[str, RuleInfo] = {
         RuleInfo("grad_match", f"{_SHELF}.GradMatch", ("embedding", "logits"), "mean gradient (Killamsetty 2021)"),
         RuleInfo("glister", f"{_SHELF}.Glister", ("embedding", "logits"), "gradient after a step (Killamsetty 2021)"),
         RuleInfo("d2", f"{_SHELF}.D2", ("embedding", "train_error"), "hard, and spread out (Maharana 2024)"),
-        RuleInfo("dual", f"{_SHELF}.DUAL", ("train_probability",), "hard and undecided, drawn (Cho 2025)"),
+        RuleInfo("dual", f"{_SHELF}.DUAL", ("train_probability",), "hard and undecided, drawn (arXiv:2502.06905)"),
         RuleInfo("ccs", f"{_SHELF}.CCS", ("train_margin",), "strata of the margin, hardest left out (Zheng 2023)"),
         RuleInfo("dq", f"{_ADQ}.DQ", ("embedding", "logits"), "bins of graph cut, drawn from evenly (Zhou 2023)"),
         RuleInfo(

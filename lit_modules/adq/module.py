@@ -28,6 +28,7 @@ from leanlight.contracts import (
     predicted_origin,
     run_seed,
 )
+from lit_modules.adq.pictures import margins
 from lit_modules.adq.scores import random_views, texture
 from lit_modules.classifier import ClassifierEvaluation, cross_entropy
 from lit_modules.classifier.export import export_network
@@ -234,8 +235,10 @@ class SampleScorer(LightningModule):
         return self._terms
 
     def media(self, split: Split) -> Mapping[str, MediaItem]:
-        """val, test: see `ClassifierEvaluation.media`."""
-        return {} if split == "train" else self.evaluation.media(split, self.network)
+        """train: margins of the items in the first and the last epoch. val, test: see `ClassifierEvaluation.media`."""
+        if split != "train":
+            return self.evaluation.media(split, self.network)
+        return {} if self.dynamics is None else margins(self.dynamics)
 
     def export(self, directory: Path) -> list[Path]:
         """Write the network for plain PyTorch: see `lit_modules.classifier.export`."""

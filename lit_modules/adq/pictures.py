@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import Curve, Histogram, ImageGrid, MediaItem
-from lit_modules.selection import Features, Picks
+from lit_modules.selection import Features, Picks, TrainingDynamics
 
 _COLUMNS, _ROWS = 10, 20  # what a montage shows at most
 #: In `Picks.details`: a number a bin → what it is.
@@ -96,3 +96,11 @@ def montage(label: Tensor, picks: Picks, images: Callable[[Tensor], Tensor]) -> 
     tiles = there.new_ones(len(position), *there.shape[1:])  # white where a row is short
     tiles[position >= 0] = there
     return ImageGrid(tiles, _COLUMNS, captions)
+
+
+def margins(dynamics: TrainingDynamics) -> dict[str, MediaItem]:
+    """How sure training is of its items, in its first and in its last finished epoch; nothing before there is one."""
+    numbers = sorted({0, len(dynamics) - 1}) if len(dynamics) else []
+    values = {f"epoch {number + 1}": dynamics.epoch(number)["train_margin"] for number in numbers}
+    seen = {name: value[~value.isnan()] for name, value in values.items()}
+    return {"margins": Histogram(seen, "logit of the own class above the largest other one")} if seen else {}

@@ -83,6 +83,10 @@ class TrainingDynamics:
         """Finished epochs (E)."""
         return len(self._epochs)
 
+    def epoch(self, number: int) -> dict[str, Tensor]:
+        """(N,) by name in `DYNAMICS`, on the CPU, of one finished epoch; NaN where it left an item out."""
+        return dict(zip(DYNAMICS, self._epochs[number], strict=True))
+
     def by_item(self) -> dict[str, Tensor]:
         """(N, E) float32 by name in `DYNAMICS`, on the CPU, of the finished epochs.
 

@@ -139,7 +139,7 @@ class Moderate(ScoreRule):
 
 @dataclass(frozen=True)
 class DUAL(ClassRule):
-    """Items whose probability of the own class is low and varies, drawn at random (Cho et al. 2025).
+    """Items whose probability of the own class is low and varies, drawn at random (DUAL, arXiv:2502.06905).
 
     The score is the mean over windows of epochs of ``std(p) (1 - mean p)``. Chances are in proportion to it, times a
     beta density of the item's mean p, which turns to easier items the fewer are kept.
@@ -147,12 +147,12 @@ class DUAL(ClassRule):
     Args:
         epochs: the first so many are looked at, or all where fewer are recorded.
         window: epochs of a window, at most.
-        power: how fast the density turns with the part that is left out.
+        power: how fast the density turns with the part that is left out; 4 in the code of its authors.
     """
 
     epochs: int = 30
     window: int = 10
-    power: float = 5.5
+    power: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -107,6 +107,16 @@ def test_views_may_be_seen_by_a_network_of_their_own(fitted):
     assert not any(name.startswith("view") for name in module.state_dict())
 
 
+def test_pictures_of_training_show_the_margins_of_its_first_and_last_epoch(fitted):
+    module, data, runner = fitted
+    drawn, got = module.media("train")["margins"], predicted(module, data, runner)["train_margin"]
+    assert list(drawn.series) == ["epoch 1", "epoch 3"]
+    assert torch.equal(drawn.series["epoch 1"], got[:, 0])
+    assert torch.equal(drawn.series["epoch 3"], got[:, 2])
+    assert SampleScorer(make_linear).media("train") == {}
+    assert "confusion" in module.media("val")
+
+
 def test_a_scorer_that_was_not_fitted_predicts_all_but_the_dynamics():
     got = predicted(SampleScorer(make_convnet, outputs=["logits", "texture"]), digits())
     assert got.keys() == {"index", "origin", "label", "logits", "texture"}

@@ -138,7 +138,7 @@ def test_dual_draws_in_proportion_to_the_score_times_a_beta_density():
     for seed in range(4000):
         drawn[DUAL(window=3).select(data, torch.tensor([1]), seed).index] += 1
     mean = probability.double().mean(1)
-    b = 15 * (1 - float(mean.mean())) * (1 - 0.75**5.5)
+    b = 15 * (1 - float(mean.mean())) * (1 - 0.75**4)
     score = torch.tensor([dual_score(row.tolist(), 3) for row in probability])
     chance = score * torch.tensor([beta.pdf(float(each), 16 - b, b) for each in mean])
     assert torch.allclose(drawn / 4000, (chance / chance.sum()).float(), atol=0.03)
