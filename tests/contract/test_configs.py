@@ -41,6 +41,17 @@ def build(name, *more, parse_only=False):
     return BuildOnly(expand(["fit", "--config", name, *more]), parse_only=parse_only)
 
 
+@pytest.fixture
+def no_downloads(monkeypatch):
+    """Networks are made without the weights that a config asks for."""
+    timm = pytest.importorskip("timm", reason="needs the extra vision")
+    make = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *names, **options: make(*names, **(options | {"pretrained": False}))
+    )
+
+
+@pytest.mark.usefixtures("no_downloads")
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_config_builds_a_module_and_data_that_keep_the_contracts(name):
     cli = build(name)

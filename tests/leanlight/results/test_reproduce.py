@@ -217,8 +217,7 @@ def test_a_stage_that_does_not_parse_is_found_in_the_dry_run(suite: Any) -> None
 
 
 def test_a_stage_that_many_rows_share_is_parsed_once(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import leanlight.experiment as experiment
-
+    experiment = sys.modules["leanlight.experiment"]  # the stand-in, whatever was imported before
     parsed, parse = [], experiment.resolve
     monkeypatch.setattr(experiment, "resolve", lambda *words: parsed.append(words) or parse(*words))
     stages = [{"name": "only", "config": str(suite.folder / "a.yaml")}]
