@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError, derived_seed, nearest
-from lit_modules.selection.features import Features, Picks, class_picks, join_picks
+from lit_modules.selection.features import Features, Picks, class_members, class_picks, join_picks
 from lit_modules.selection.greedy import herding
 from lit_modules.selection.work import Advance, Work
 
@@ -137,7 +137,7 @@ def herding_subset(features: Tensor, labels: Tensor, num_classes: int, per_class
 
 def _members(labels: Tensor, label: int, per_class: int) -> Tensor:
     """Positions of the items of a class, ascending."""
-    members = (labels == label).nonzero().squeeze(1)
+    members = class_members(labels, label)
     if not 1 <= per_class <= len(members):
         raise UserError(f"per_class: expected 1 to {len(members)}, the items of class {label}; got {per_class}")
     return members
