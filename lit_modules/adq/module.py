@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from leanlight.contracts import (
-    Allows,
     ImageBatch,
     ImageData,
     MediaItem,
-    PrimaryMetric,
-    Progress,
     Split,
-    TrainingStep,
     UserError,
     data_of,
     derived_seed,
@@ -30,20 +24,18 @@ from leanlight.contracts import (
 )
 from lit_modules.adq.pictures import margins
 from lit_modules.adq.scores import random_views, texture
-from lit_modules.classifier import ClassifierEvaluation, cross_entropy
-from lit_modules.classifier.export import export_network
+from lit_modules.classifier import ClassifierHooks, cross_entropy
 from lit_modules.frozen import Frozen
 from lit_modules.hparams import save_hparams
 from lit_modules.nn import logits_and_features, pooled_features
-from lit_modules.nn.checks import blank_output, check_classifier, follow_classes, require_positive
-from lit_modules.optim import configure
+from lit_modules.nn.checks import blank_output, require_positive
 from lit_modules.selection import DYNAMICS, TrainingDynamics
 from lit_modules.step_log import log_step
 
 Output = Literal["embedding", "logits", "texture", "views"]
 
 
-class SampleScorer(LightningModule):
+class SampleScorer(ClassifierHooks):
     """A classifier whose predictions hold, by index, what rules of selection ask for; fitted or as it is made.
 
     Training is ordinary cross entropy, and what training says of each item is kept: see `TrainingDynamics`. `predict`
@@ -60,8 +52,6 @@ class SampleScorer(LightningModule):
         record: whether training is recorded, item by item.
         channels_last: keep images and weights in that memory format, which GPUs' tensor cores prefer.
     """
-
-    allows = Allows()
 
     def __init__(
         self,
@@ -81,29 +71,20 @@ class SampleScorer(LightningModule):
             if output not in get_args(Output):
                 raise UserError(f"outputs: expected some of {', '.join(get_args(Output))}, got {output!r}")
         save_hparams(self)
-        self.network = network()
-        self.make_optimizer = optimizer or torch.optim.Adam
-        self.make_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
+        self._compose(network(), optimizer, lr_scheduler, lr_interval, channels_last)
         self.outputs, self.make_view_network, self.views = tuple(outputs), view_network, views
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.evaluation = ClassifierEvaluation()
         #: Of the data with that fingerprint; None where training is not recorded, or has not begun.
         self.dynamics: TrainingDynamics | None = None
         self.record, self._fingerprint = record, ""
         self._viewer: Frozen[nn.Module] | None = None
         self._by_item: dict[str, Tensor] = {}
-        self._terms: dict[str, Tensor] = {}
 
     # ---- set-up ----
 
     def setup(self, stage: str) -> None:
         """Check networks against the data, make metrics for its classes, make room for what training will tell."""
         meta = data_of(self, ImageData).meta
-        follow_classes(self.network, meta.num_classes)
-        check_classifier(self.network, meta.shape, meta.num_classes)
-        self.evaluation.prepare(meta.shape, meta.classes)
+        self._fit_to(meta)
         if {"embedding", "views"} & set(self.outputs):
             blank_output(self.network, meta.shape, "network", pooled_features)
         if stage == "fit" and self.record:
@@ -118,20 +99,7 @@ class SampleScorer(LightningModule):
         if self.dynamics is not None:
             self.dynamics.to(self.device)
 
-    def compile_networks(self, **options: Any) -> None:
-        self.network.compile(**options)
-
-    def configure_optimizers(self) -> Any:
-        return configure(self.network.parameters(), self.make_optimizer, self.make_scheduler, self.lr_interval)
-
     # ---- steps ----
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] → (N, K) logits."""
-        return self.network(self._laid_out(image))
-
-    def _laid_out(self, image: Tensor) -> Tensor:
-        return image.contiguous(memory_format=self.memory_format)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         _check_labels(batch)
@@ -147,28 +115,6 @@ class SampleScorer(LightningModule):
     def on_train_epoch_end(self) -> None:
         if self.dynamics is not None:
             self.dynamics.end_epoch()
-
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: ImageBatch, split: Split) -> None:
-        values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
-
-    def on_validation_epoch_start(self) -> None:
-        self.evaluation.start("val")
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.finish("val"), sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluation.start("test")
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.finish("test"), sync_dist=True)
 
     # ---- predictions ----
 
@@ -221,37 +167,19 @@ class SampleScorer(LightningModule):
 
     # ---- what callbacks and commands ask ----
 
-    @property
-    def primary_metric(self) -> PrimaryMetric:
-        return PrimaryMetric("val/accuracy", "max")
-
-    def progress(self) -> Progress:
-        return Progress("step", self.global_step)
-
-    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
-        return TrainingStep(self.network, shape, self.make_optimizer(self.network.parameters()))
-
-    def loss_terms(self) -> Mapping[str, Tensor | float]:
-        return self._terms
-
     def media(self, split: Split) -> Mapping[str, MediaItem]:
         """train: margins of the items in the first and the last epoch. val, test: see `ClassifierEvaluation.media`."""
         if split != "train":
-            return self.evaluation.media(split, self.network)
+            return super().media(split)
         return {} if self.dynamics is None else margins(self.dynamics)
 
-    def export(self, directory: Path) -> list[Path]:
-        """Write the network for plain PyTorch: see `lit_modules.classifier.export`."""
-        return export_network(self.network, self.evaluation.example(), Path(directory), self.evaluation.classes)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["classifier"] = self.evaluation.data
+        super().on_save_checkpoint(checkpoint)
         if self.dynamics is not None:
             checkpoint["dynamics"] = {**self.dynamics.state_dict(), "data": self._fingerprint}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.evaluation.prepare(**checkpoint["classifier"])
-        follow_classes(self.network, len(self.evaluation.classes))
+        super().on_load_checkpoint(checkpoint)
         if "dynamics" in checkpoint:
             state = checkpoint["dynamics"]
             self._fingerprint = state["data"]

@@ -1,4 +1,5 @@
 from .evaluation import ClassifierEvaluation as ClassifierEvaluation
+from .hooks import ClassifierHooks as ClassifierHooks
 from .losses import class_index as class_index
 from .losses import cross_entropy as cross_entropy
 from .losses import distillation_loss as distillation_loss

@@ -1,0 +1,133 @@
+"""The Lightning hooks that every module shares which trains a classifier of images on labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from leanlight.contracts import (
+    Allows,
+    ImageBatch,
+    ImageMeta,
+    MediaItem,
+    PrimaryMetric,
+    Progress,
+    Split,
+    TrainingStep,
+)
+from lit_modules.classifier.evaluation import ClassifierEvaluation
+from lit_modules.classifier.export import export_network
+from lit_modules.nn.checks import check_classifier, follow_classes
+from lit_modules.optim import configure
+
+
+class ClassifierHooks(LightningModule):
+    """Evaluation, optimiser, export and checkpoint of a module whose `network` maps images to logits.
+
+    What is left to a module: its ``__init__``, which calls `_compose`, its training step and what it predicts.
+    """
+
+    allows = Allows()
+    network: nn.Module
+
+    def _compose(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_interval: Literal["epoch", "step"],
+        channels_last: bool = False,
+    ) -> None:
+        """Keep the parts; arguments as in `lit_modules.classifier.ImageClassifier`, but a network for its factory."""
+        self.network = network
+        # A class as default would be a trap: jsonargparse keeps its arguments when a config names another class.
+        self.make_optimizer: Callable[..., torch.optim.Optimizer] = optimizer or torch.optim.Adam
+        self.make_scheduler = lr_scheduler
+        self.lr_interval: Literal["epoch", "step"] = lr_interval
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.evaluation = ClassifierEvaluation()
+        self._terms: dict[str, Tensor] = {}
+
+    def _fit_to(self, meta: ImageMeta) -> None:
+        """Check the network against the data, make metrics for its classes."""
+        follow_classes(self.network, meta.num_classes)
+        check_classifier(self.network, meta.shape, meta.num_classes)
+        self.evaluation.prepare(meta.shape, meta.classes)
+
+    def trained_parameters(self) -> Any:
+        """What the optimiser gets: parameters, or groups of them."""
+        return self.network.parameters()
+
+    def configure_optimizers(self) -> Any:
+        return configure(self.trained_parameters(), self.make_optimizer, self.make_scheduler, self.lr_interval)
+
+    def compile_networks(self, **options: Any) -> None:
+        self.network.compile(**options)
+
+    # ---- steps ----
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] → (N, K) logits."""
+        return self.network(self._laid_out(image))
+
+    def _laid_out(self, image: Tensor) -> Tensor:
+        return image.contiguous(memory_format=self.memory_format)
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: ImageBatch, split: Split) -> None:
+        values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation.start("val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.finish("val"), sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluation.start("test")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.finish("test"), sync_dist=True)
+
+    # ---- what callbacks and commands ask ----
+
+    @property
+    def primary_metric(self) -> PrimaryMetric:
+        return PrimaryMetric("val/accuracy", "max")
+
+    def progress(self) -> Progress:
+        return Progress("step", self.global_step)
+
+    def training_parts(self, shape: tuple[int, ...]) -> TrainingStep:
+        return TrainingStep(self.network, shape, self.make_optimizer(self.trained_parameters()))
+
+    def loss_terms(self) -> Mapping[str, Tensor | float]:
+        return self._terms
+
+    def media(self, split: Split) -> Mapping[str, MediaItem]:
+        """val, test: see `ClassifierEvaluation.media`."""
+        return {} if split == "train" else self.evaluation.media(split, self.network)
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write the network for plain PyTorch: see `lit_modules.classifier.export`."""
+        return export_network(self.network, self.evaluation.example(), Path(directory), self.evaluation.classes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classifier"] = self.evaluation.data
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.evaluation.prepare(**checkpoint["classifier"])
+        follow_classes(self.network, len(self.evaluation.classes))
