@@ -64,11 +64,14 @@ def lif(
     surrogate_gradient: SurrogateName = "rect",
     detach_reset: bool = False,
     decay_input: bool = False,
+    soft_reset: bool = False,
+    alpha: float | None = None,
 ) -> FusedLIFNode:
-    """Make a leaky integrate-and-fire neuron with hard reset, over (T, N, ...) inputs I.
+    """Make a leaky integrate-and-fire neuron, over (T, N, ...) inputs I; spikes o, potential u, threshold v.
 
-    ``u[t] = tau * u[t-1] * (1 - o[t-1]) + I[t]``, ``o[t] = 1 if u[t] >= v_threshold else 0``. Firing is at ``>=``
-    (spikingjelly); papers that write ``>`` differ only where the potential meets the threshold exactly.
+    ``u[t] = tau * u[t-1] * (1 - o[t-1]) + I[t]``, ``o[t] = 1 if u[t] >= v else 0``; with a soft reset
+    ``u[t] = tau * (u[t-1] - v * o[t-1]) + I[t]``. Firing is at ``>=`` (spikingjelly); papers that write ``>`` differ
+    only where the potential meets the threshold exactly.
 
     Args:
         tau: share of the potential kept from step to step, in (0, 1); spikingjelly's time constant is 1 / (1 - tau).
@@ -76,18 +79,23 @@ def lif(
         surrogate_gradient: ``rect``: 1 within 0.5 of the threshold; ``rect_zero``: of 0; ``atan``, ``sigmoid``: smooth.
         detach_reset: cut the gradient through the reset.
         decay_input: let only the share 1 - tau of the input enter, spikingjelly's default; else it enters in full.
+        soft_reset: a spike takes the threshold off the potential, instead of setting it to 0.
+        alpha: steepness of ``atan`` and ``sigmoid``, positive; spikingjelly's by default, 2 and 4.
     """
     if not 0.0 < tau < 1.0:
         raise UserError(f"tau: expected a number between 0 and 1 (share of the potential kept a step), got {tau}")
-    return FusedLIFNode(
-        tau=1.0 / (1.0 - tau), decay_input=decay_input, **_constants(v_threshold, surrogate_gradient, detach_reset)
-    )
+    constants = _constants(v_threshold, surrogate_gradient, detach_reset, soft_reset, alpha)
+    return FusedLIFNode(tau=1.0 / (1.0 - tau), decay_input=decay_input, **constants)
 
 
 def integrate_and_fire(
-    v_threshold: float = 1.0, surrogate_gradient: SurrogateName = "atan", detach_reset: bool = False
+    v_threshold: float = 1.0,
+    surrogate_gradient: SurrogateName = "atan",
+    detach_reset: bool = False,
+    soft_reset: bool = False,
+    alpha: float | None = None,
 ) -> FusedIFNode:
-    """Make an integrate-and-fire neuron with hard reset: `lif` whose potential does not leak.
+    """Make an integrate-and-fire neuron: `lif` whose potential does not leak.
 
     Args:
         v_threshold: firing threshold, positive.
@@ -97,7 +105,13 @@ def integrate_and_fire(
     return FusedIFNode(**_constants(v_threshold, surrogate_gradient, detach_reset))
 
 
-def _constants(v_threshold: float, surrogate_gradient: SurrogateName, detach_reset: bool) -> dict[str, Any]:
+def _constants(
+    v_threshold: float,
+    surrogate_gradient: SurrogateName,
+    detach_reset: bool,
+    soft_reset: bool,
+    alpha: float | None,
+) -> dict[str, Any]:
     if v_threshold <= 0.0:
         raise UserError(f"v_threshold: expected a positive number, got {v_threshold}")
     surrogates = {
@@ -108,10 +122,13 @@ def _constants(v_threshold: float, surrogate_gradient: SurrogateName, detach_res
     }
     if surrogate_gradient not in surrogates:
         raise UserError(f"surrogate_gradient: expected one of {sorted(surrogates)}, got {surrogate_gradient!r}")
+    if alpha is not None and (alpha <= 0.0 or surrogate_gradient not in ("atan", "sigmoid")):
+        raise UserError(f"alpha: expected a positive number, with atan or sigmoid; got {alpha}, {surrogate_gradient}")
+    steepness = {} if alpha is None else {"alpha": float(alpha)}
     return {
         "v_threshold": float(v_threshold),
-        "v_reset": 0.0,
-        "surrogate_function": surrogates[surrogate_gradient](),
+        "v_reset": None if soft_reset else 0.0,
+        "surrogate_function": surrogates[surrogate_gradient](**steepness),
         "detach_reset": detach_reset,
         "step_mode": "m",
     }

@@ -85,17 +85,18 @@ class TimmNet(nn.Module):
             self.open_head = False
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network(self._prepare(image))
+        return self.network(self.prepare(image))
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Images in [0, 1] → timm's features."""
-        return self.network.forward_features(self._prepare(image))
+        return self.network.forward_features(self.prepare(image))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """timm's features → logits (N, num_classes), or with `pre_logits` the vectors (N, D) before the last layer."""
         return self.network.forward_head(features, pre_logits=pre_logits)
 
-    def _prepare(self, image: Tensor) -> Tensor:
+    def prepare(self, image: Tensor) -> Tensor:
+        """Images in [0, 1] → what timm's network takes: resized and normalised."""
         if self.input_size is not None:
             image = F.interpolate(image, (self.input_size, self.input_size), mode="bilinear", antialias=True)
         return self.normalize(image)
