@@ -1,1 +1,1 @@
-"""Tensor operations that data and methods share: augmentation, whitening."""
+"""Tensor operations that data and methods share: augmentation, corruption, whitening."""
