@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from leanlight.contracts import UserError
@@ -29,6 +30,21 @@ def configure(
     """
     made = optimizer(parameters)
     return made if scheduler is None else {"optimizer": made, "lr_scheduler": schedule(scheduler(made), interval)}
+
+
+def parameter_groups(network: nn.Module, apart: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The parameters of `network` that train, as groups for an optimiser.
+
+    Args:
+        network: whose parameters.
+        apart: name of a child → options of the group of its parameters, such as lr; the rest are the last group.
+    """
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    groups = []
+    for child, options in apart.items():
+        names = [name for name in trained if name.startswith(f"{child}.")]
+        groups.append({"params": [trained.pop(name) for name in names], **options})
+    return [group for group in (*groups, {"params": list(trained.values())}) if group["params"]]
 
 
 def optimizer_of(configured: Any) -> torch.optim.Optimizer:

@@ -101,8 +101,10 @@ def integrate_and_fire(
         v_threshold: firing threshold, positive.
         surrogate_gradient: as in `lif`.
         detach_reset: cut the gradient through the reset.
+        soft_reset: as in `lif`.
+        alpha: as in `lif`.
     """
-    return FusedIFNode(**_constants(v_threshold, surrogate_gradient, detach_reset))
+    return FusedIFNode(**_constants(v_threshold, surrogate_gradient, detach_reset, soft_reset, alpha))
 
 
 def _constants(
