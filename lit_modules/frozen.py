@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Generic, TypeVar
@@ -88,34 +90,58 @@ def frozen_network(make: Callable[[], nn.Module], weights: Path | str | None, ar
     return network.eval().requires_grad_(False)
 
 
-def load_weights(load: Callable[[dict[str, Any]], Loaded], weights: Path | str, what: str, argument: str) -> Loaded:
-    """Hand the weights in a file to `load` and return what it gives.
-
-    Args:
-        load: takes a state dict; may raise anything.
-        weights: ``.safetensors``, or a state dict that ``torch.load(weights_only=True)`` reads.
-        what: the network they are for, for errors.
-        argument: name of the caller's argument that holds the path, for errors.
-
-    Raises:
-        UserError: no such file, or weights of another network.
-    """
-    if not Path(weights).is_file():
-        raise UserError(f"{argument}: expected a file of weights, got {weights}")
-    try:
-        return load(_read_weights(Path(weights)))
-    except Exception as error:  # of a file of any content
-        raise UserError(f"{argument}: {weights} does not fit {what}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """The beginning of an error: those of ``load_state_dict`` name the parameters from their second line on."""
-    return shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> dict[str, Any]:
+    """A state dict from ``.safetensors``, or from what ``torch.load(weights_only=True)`` reads."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(
+    load: Callable[[dict[str, Any]], Loaded],
+    weights: Path | str,
+    what: str,
+    argument: str,
+    read: Callable[[Path], dict[str, Any]] = read_weights,
+) -> Loaded:
+    """Hand the weights in a file to `load` and return what it gives.
+
+    Args:
+        load: takes a state dict; may raise anything.
+        weights: a file that `read` understands.
+        what: the network they are for, for errors.
+        argument: name of the caller's argument that holds the path, for errors.
+        read: gives the state dict in a file; may raise anything.
+
+    Raises:
+        UserError: no such file, or weights of another network: up to three of the keys that differ are named.
+    """
+    if not Path(weights).is_file():
+        raise UserError(f"{argument}: expected a file of weights, got {weights}")
+    try:
+        return load(read(Path(weights)))
+    except UserError:
+        raise
+    except Exception as error:  # of a file of any content
+        raise UserError(f"{argument}: {weights} does not fit {what}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """An error in short; of ``load_state_dict``, which lists every key on lines of its own, three and their number."""
+    text = str(error)
+    differing = [
+        [f"{kind.lower()} {key}" for listed in re.findall(rf"{kind} key\(s\) .*", text) for key in _quoted(listed)]
+        for kind in ("Missing", "Unexpected")
+    ]
+    mismatch = r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)"
+    differing.append([f"{key} of shape {theirs} for {ours}" for key, theirs, ours in re.findall(mismatch, text)])
+    keys = [key for one_of_each in zip_longest(*differing) for key in one_of_each if key]
+    if not keys:
+        return shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall('"([^"]+)"', text)
