@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from leanlight.results.format import show_measured, show_number, show_seconds
+from leanlight.results.format import columns, show_measured, show_number, show_seconds
 from leanlight.results.launch import Job
 
 VERDICT_STYLE = {"reproduced": "green", "not_reproduced": "red", "inconclusive": "yellow", "not_tested": "dim"}
@@ -74,12 +74,13 @@ def print_document(document: Mapping[str, Any], console: Console | None = None) 
     console = console or Console()
     table = Table(title=Text(document["title"]), title_justify="left")
     table.add_column("row")
-    for metric in document["metrics"].values():
+    shown = columns(document)
+    for metric in shown.values():
         table.add_column(Text(metric["label"]), justify="right")
     table.add_column("n", justify="right")
     table.add_column("seconds", justify="right")
     for row in document["rows"]:
-        cells = [show_measured(row["metrics"].get(name), shown) for name, shown in document["metrics"].items()]
+        cells = [show_measured(row["metrics"].get(name), metric) for name, metric in shown.items()]
         mark = " (stale)" if row["stale"] else ""
         table.add_row(Text(row["label"] + mark), *cells, str(len(row["seeds"])), show_number(row["wall_s"], 0))
     console.print(table)

@@ -137,20 +137,31 @@ def draw_profile(groups: Mapping[str, Sequence[Sequence[float]]], xlabel: str, t
     return _png(figure)
 
 
-def draw_over_setting(
-    groups: Mapping[str, Sequence[tuple[float, Sequence[float]]]], xlabel: str, ylabel: str, theme: Theme = LIGHT
+def draw_means(
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    theme: Theme = LIGHT,
 ) -> bytes:
-    """PNG of means with 95 % intervals over a setting. groups: label → (x, the values of its seeds), ascending in x."""
-    figure = Figure(figsize=(7.0, max(3.4, 0.19 * len(groups) + 0.6)), facecolor=theme.ground, dpi=144)
+    """PNG of means over x with 95 % intervals: bands, or bars at a line's only point and where bands would be too many.
+
+    lines: label → (x, the values of its seeds), ascending in x.
+    """
+    figure = Figure(figsize=(7.0, max(3.4, 0.19 * len(lines) + 0.6)), facecolor=theme.ground, dpi=144)
     axes = figure.add_subplot()
-    for position, (label, points) in enumerate(groups.items()):
-        x, means = [x for x, _ in points], [float(np.mean(values)) for _, values in points]
+    for position, (label, points) in enumerate(lines.items()):
+        x, means = [x for x, _ in points], np.array([np.mean(values) for _, values in points])
         ends = np.array([interval(values) if len(values) > 1 else (values[0], values[0]) for _, values in points])
+        color = PALETTE[position % len(PALETTE)]
+        band = len(points) > 1 and len(lines) <= len(PALETTE)
+        if band:
+            axes.fill_between(x, ends[:, 0], ends[:, 1], color=color, alpha=0.15, linewidth=0)
         axes.errorbar(
             x,
             means,
-            yerr=[np.array(means) - ends[:, 0], ends[:, 1] - np.array(means)],
-            color=PALETTE[position % len(PALETTE)],
+            yerr=None if band else np.abs(ends.T - means),
+            color=color,
             linestyle=("-", "--", ":")[position // len(PALETTE) % 3],
             marker="osD^v"[position % 5],
             markersize=3.5,
@@ -159,9 +170,10 @@ def draw_over_setting(
             alpha=0.9,
             label=_plain(label, 40),
         )
-    _mark_settings(axes, sorted({x for points in groups.values() for x, _ in points}))
+    _mark_settings(axes, sorted({x for points in lines.values() for x, _ in points}))
     axes.set_xlabel(_plain(xlabel.replace("_", " ")), color=theme.text, fontsize=8.5)
-    axes.set_title(_plain(f"{ylabel}, mean and 95 % interval"), loc="left", color=theme.text, fontsize=9.5)
+    axes.set_ylabel(_plain(ylabel), color=theme.text, fontsize=8.5)
+    axes.set_title(_plain(f"{title}, mean and 95 % interval"), loc="left", color=theme.text, fontsize=9.5)
     _calm(axes, theme)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, frameon=False, labelcolor=theme.text)
     return _png(figure)

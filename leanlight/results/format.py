@@ -29,6 +29,11 @@ def show_metric(metric: Mapping[str, Any]) -> str:
     return f"{metric['label']}{unit}\N{NO-BREAK SPACE}{'↑' if metric['higher_is_better'] else '↓'}"
 
 
+def columns(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The metrics that have a column; others serve curves and claims."""
+    return {name: metric for name, metric in document["metrics"].items() if metric.get("column", True)}
+
+
 def show_setting(setting: Mapping[str, Any]) -> str:
     """``width=32, epochs=5``."""
     return ", ".join(f"{key}={value}" for key, value in setting.items())

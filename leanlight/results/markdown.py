@@ -14,6 +14,7 @@ from leanlight.registry import methods
 from leanlight.results.claims import VERDICTS
 from leanlight.results.format import (
     MISSING,
+    columns,
     paper_delta,
     show_machine,
     show_measured,
@@ -42,7 +43,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: 
 def result_table(document: Document) -> str:
     """Rows with mean ± standard deviation, the paper's figures beside them, seeds, time and memory."""
     header, body = ["Row"], []
-    for name, metric in document["metrics"].items():
+    shown = columns(document)
+    for name, metric in shown.items():
         header.append(escape(show_metric(metric)))
         if _has_paper(document, name):
             header.append(escape(f"{metric['label']} (paper)"))
@@ -50,7 +52,7 @@ def result_table(document: Document) -> str:
     for row in document["rows"]:
         setting = f" ({escape(show_setting(row['setting']))})" if row["setting"] else ""
         cells = [escape(row["label"]) + setting + (" *stale*" if row["stale"] else "")]
-        for name, metric in document["metrics"].items():
+        for name, metric in shown.items():
             cells.append(escape(show_measured(row["metrics"].get(name), metric, unit=False)))
             if _has_paper(document, name):
                 cells.append(_paper_cell(row, name, metric))
@@ -122,7 +124,7 @@ def document_markdown(document: Document, figures: Mapping[str, str]) -> str:
         f"Mean ± sample standard deviation over n seeds; checkpoint: {document['checkpoint_rule']}. "
         "↑ higher is better, ↓ lower is better."
     )
-    parts += [f"![{text}]({name})" for name, text in figures.items()]
+    parts += [f"![{escape(text)}]({name})" for name, text in figures.items()]
     if document["claims"]:
         parts += ["## Claims", claims_table(document)]
     commit = f"`{str(document['commit'] or 'unknown')[:12]}`" + (" (dirty)" if document["dirty"] else "")
@@ -142,7 +144,7 @@ def verdict_counts(claims: Iterable[Mapping[str, Any]]) -> str:
 
 def headline(document: Document) -> str:
     """The first row by the first metric, and the best of the others."""
-    name, metric = next(iter(document["metrics"].items()))
+    name, metric = next(iter(columns(document).items()))
     first, *others = document["rows"]
     text = f"{first['label']} {show_measured(first['metrics'].get(name), metric)}"
     measured = [row for row in others if name in row["metrics"]]
@@ -163,7 +165,7 @@ def suite_table(documents: Sequence[Document], link: str = "docs/results") -> st
     for document in ranked:
         target = f"{link}/{document['method']}/{document['stem']}.md"
         scale = "reduced" if document["scale"] == "small" else "paper"
-        metric = next(iter(document["metrics"].values()))["label"]
+        metric = next(iter(columns(document).values()))["label"]
         rows.append(
             [
                 escape(document["method"]),

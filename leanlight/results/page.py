@@ -14,6 +14,7 @@ from leanlight.registry import methods
 from leanlight.results.claims import VERDICTS
 from leanlight.results.format import (
     MISSING,
+    columns,
     paper_delta,
     show_machine,
     show_measured,
@@ -88,22 +89,22 @@ def _counts(views: Sequence[dict[str, Any]], *, paper: bool) -> list[tuple[str, 
 
 def _table(view: TableView, anchor: str) -> dict[str, Any]:
     document = view.document
-    columns = [
+    heads = [
         {
             "name": name,
             "metric": metric,
             "head": show_metric(metric),
             "paper": any(name in row["paper"] for row in document["rows"]),
         }
-        for name, metric in document["metrics"].items()
+        for name, metric in columns(document).items()
     ]
     return {
         "anchor": anchor,
         "document": document,
         "headline": headline(document),
         "warnings": warnings_of(document),
-        "columns": columns,
-        "rows": [_row(row, document, columns, view.pictures.get(row["name"], ())) for row in document["rows"]],
+        "columns": heads,
+        "rows": [_row(row, document, heads, view.pictures.get(row["name"], ())) for row in document["rows"]],
         "claims": [_claim(claim) for claim in document["claims"]],
         "figures": view.figures,
         "machine": show_machine(document["machine"]),
@@ -114,11 +115,11 @@ def _table(view: TableView, anchor: str) -> dict[str, Any]:
 def _row(
     row: Mapping[str, Any],
     document: Mapping[str, Any],
-    columns: Sequence[Mapping[str, Any]],
+    heads: Sequence[Mapping[str, Any]],
     pictures: Sequence[Picture],
 ) -> dict[str, Any]:
     cells = []
-    for column in columns:
+    for column in heads:
         name, metric = column["name"], column["metric"]
         measured = row["metrics"].get(name)
         cells.append(

@@ -111,8 +111,8 @@ class Reader:
         return value
 
 
-def unique(names: list[str], where: str) -> None:
+def unique(names: list[str], where: str, what: str = "name") -> None:
     """Raise UserError when a name stands twice."""
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise UserError(f"{where}: name {name!r} stands twice")
+            raise UserError(f"{where}: {what} {name!r} stands twice")

@@ -16,11 +16,11 @@ from leanlight.results.figures import (
     Theme,
     draw_bars,
     draw_curves,
-    draw_over_setting,
+    draw_means,
     draw_profile,
     read_curve,
 )
-from leanlight.results.format import show_metric
+from leanlight.results.format import columns, show_metric
 from leanlight.results.markdown import (
     check_markers,
     document_markdown,
@@ -33,12 +33,7 @@ from leanlight.results.pictures import Picture, png_uri, run_folder, run_picture
 from leanlight.results.table import read_document
 
 Draw = Callable[[Theme], bytes]  # a PNG
-_CAPTIONS = {
-    "": "Each metric as bars over rows",
-    "_profile": "Performance profile over tasks and seeds",
-    "_over_setting": "Means over a setting, with 95 % intervals",
-    "_curves": "Learning curves, means over seeds",
-}
+Drawings = dict[str, tuple[str, Draw]]  # caption and drawing by how the file's name ends
 _NO_TABLES = ("benchmark.json", "gpu.json")
 _PICTURES_A_ROW = 6
 _PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
@@ -71,12 +66,11 @@ def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     documents = {path: read_document(path) for path in paths}
     views, room = [], _PAGE_BYTES
     for path, document in documents.items():
-        measured, curves = _measured(document), _learning_curves(document, runs_root)
-        asked = {"_profile": _profile(document), "_over_setting": _over_setting(document)}
-        bars = partial(draw_bars, document, measured, columns=2) if measured else None
-        _write_markdown(path, document, {"": bars, **asked, "_curves": curves and curves[1]})
+        measured, learning = _measured(document), _learning_curves(document, runs_root)
+        asked = _profile(document) | _means(document)
+        _write_markdown(path, document, _bars(document, measured) | asked, learning)
         pictures, room = _pictures(document, runs_root, room)
-        views.append(TableView(document, _figures(document, measured, asked, curves), pictures))
+        views.append(TableView(document, _figures(document, measured, asked, learning), pictures))
     page = output / "index.html"
     try:
         atomic_write(page, render_page(views))
@@ -85,15 +79,20 @@ def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
     return page
 
 
-def _write_markdown(path: Path, document: Mapping[str, Any], drawings: Mapping[str, Draw | None]) -> None:
-    """Write figures and the page that shows them beside the results JSON `path`. drawings: by the end of their name."""
+def _write_markdown(
+    path: Path, document: Mapping[str, Any], drawings: Drawings, learning: tuple[str, Draw] | None
+) -> None:
+    """Write figures and the page that shows them beside the results JSON `path`."""
     shown = {}
-    for ending, draw in drawings.items():
+    for ending, (caption, draw) in drawings.items():
         figure = path.with_name(f"{path.stem}{ending}.png")
-        if draw:
-            atomic_write(figure, draw(LIGHT))
-        if draw or (ending == "_curves" and figure.is_file()):
-            shown[figure.name] = _CAPTIONS[ending]
+        atomic_write(figure, draw(LIGHT))
+        shown[figure.name] = caption
+    figure = path.with_name(f"{path.stem}_curves.png")
+    if learning:
+        atomic_write(figure, learning[1](LIGHT))
+    if figure.is_file():
+        shown[figure.name] = "Learning curves, means over seeds"
     atomic_write(path.with_suffix(".md"), document_markdown(document, shown))
 
 
@@ -128,29 +127,34 @@ def _pictures(document: Mapping[str, Any], runs_root: Path, room: int) -> tuple[
 
 
 def _measured(document: Mapping[str, Any]) -> list[str]:
-    """The table's metrics that at least one row has."""
-    return [name for name in document["metrics"] if any(name in row["metrics"] for row in document["rows"])]
+    """The metrics with a column that at least one row has."""
+    return [name for name in columns(document) if any(name in row["metrics"] for row in document["rows"])]
+
+
+def _bars(document: Mapping[str, Any], measured: Sequence[str]) -> Drawings:
+    return (
+        {"": ("Each metric as bars over rows", partial(draw_bars, document, measured, columns=2))} if measured else {}
+    )
 
 
 def _figures(
-    document: Mapping[str, Any],
-    measured: Sequence[str],
-    asked: Mapping[str, Draw | None],
-    curves: tuple[str, Draw] | None,
+    document: Mapping[str, Any], measured: Sequence[str], asked: Drawings, learning: tuple[str, Draw] | None
 ) -> list[FigureView]:
-    drawn: dict[str, Draw] = {
-        f"{document['metrics'][name]['label']} of each row": partial(_bars, document, name) for name in measured
-    }
-    drawn |= {_CAPTIONS[ending]: draw for ending, draw in asked.items() if draw}
-    if curves:
-        drawn |= [curves]
-    return [FigureView(title, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for title, draw in drawn.items()]
+    drawn: list[tuple[str, Draw]] = []
+    for name in measured:
+        drawn.append((f"{document['metrics'][name]['label']} of each row", partial(_bar, document, name)))
+    drawn += [*asked.values(), *([learning] if learning else [])]
+    return [FigureView(caption, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for caption, draw in drawn]
 
 
-def _profile(document: Mapping[str, Any]) -> Draw | None:
-    """Draws the performance profile that the table asks for, once every row of it has values."""
+def _bar(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:
+    return draw_bars(document, [name], theme)
+
+
+def _profile(document: Mapping[str, Any]) -> Drawings:
+    """The performance profile that the table asks for, once every row of it has values."""
     if not (asked := document.get("profile")):
-        return None
+        return {}
     metric = document["metrics"][asked["metric"]]
     rows = {row["name"]: row["metrics"].get(asked["metric"]) for row in document["rows"]}
     groups = {
@@ -158,37 +162,40 @@ def _profile(document: Mapping[str, Any]) -> Draw | None:
         for label, names in asked["groups"].items()
         if all(rows.get(name) for name in names)
     }
-    return cache(partial(draw_profile, groups, show_metric(metric)[:-2])) if groups else None
+    draw = cache(partial(draw_profile, groups, show_metric(metric)[:-2]))
+    return {"_profile": ("Performance profile over tasks and seeds", draw)} if groups else {}
 
 
-def _over_setting(document: Mapping[str, Any]) -> Draw | None:
-    """Draws the metric over a setting that the table asks for, with the rows that have values."""
-    if not (asked := document.get("curve")):
-        return None
-    metric = document["metrics"][asked["metric"]]
+def _means(document: Mapping[str, Any]) -> Drawings:
+    """The curves that the table asks for, each with the rows that have values."""
+    drawings: Drawings = {}
     rows = {row["name"]: row for row in document["rows"]}
-    groups = {
-        label: sorted(
-            (
-                float(rows[name]["setting"][asked["x"]]),
-                [value * metric["scale"] for value in measured["by_seed"].values()],
-            )
-            for name in names
-            if (measured := rows[name]["metrics"].get(asked["metric"]))
-        )
-        for label, names in asked["groups"].items()
-    }
-    groups = {label: points for label, points in groups.items() if points}
-    return cache(partial(draw_over_setting, groups, asked["x"], show_metric(metric)[:-2])) if groups else None
+    for number, curve in enumerate(document.get("curves", []), start=1):
+        metric = document["metrics"][curve["metric"] or next(iter(curve["at"].values()))]
+        lines = {
+            label: sorted(point for name in names for point in _points(curve, rows[name], metric["scale"]))
+            for label, names in curve["groups"].items()
+        }
+        lines = {label: points for label, points in lines.items() if points}
+        if lines:
+            draw = cache(partial(draw_means, lines, curve["title"], curve["x"], metric["unit"]))
+            drawings[f"_over_{number}"] = (f"{curve['title']} over {curve['x']}, mean and 95 % interval", draw)
+    return drawings
 
 
-def _bars(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:
-    return draw_bars(document, [name], theme)
+def _points(curve: Mapping[str, Any], row: Mapping[str, Any], scale: float) -> list[tuple[float, list[float]]]:
+    """A row's points on a curve: x, and the values of its seeds."""
+    at = {row["setting"][curve["x"]]: curve["metric"]} if curve["metric"] else curve["at"]
+    return [
+        (float(x), [value * scale for value in row["metrics"][name]["by_seed"].values()])
+        for x, name in at.items()
+        if name in row["metrics"]
+    ]
 
 
 def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> tuple[str, Draw] | None:
     """Title and drawing of the validation curve of the table's first metric that runs logged, if they are found."""
-    for name, metric in document["metrics"].items():
+    for name, metric in columns(document).items():
         validated = "val/" + name.partition("/")[2]
         curves, units = [], set()
         for position, row in enumerate(document["rows"]):

@@ -236,7 +236,7 @@ def build_document(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, Any]:
             for claim in spec.claims
         ],
         "profile": asdict(spec.profile) if spec.profile else None,
-        "curve": asdict(spec.curve) if spec.curve else None,
+        "curves": [asdict(curve) for curve in spec.curves],
     }
 
 
@@ -332,6 +332,8 @@ def read_document(path: Path) -> dict[str, Any]:
         missing = set(_KEYS[kind].split()) - set(part)
         if missing:
             raise UserError(f"{path}: a {kind} has no {min(missing)!r}; {anew}")
+    if curve := document.pop("curve", None):  # what tables wrote that could have one over a setting alone
+        document["curves"] = [{"title": document["metrics"][curve["metric"]]["label"], "at": {}, **curve}]
     return document
 
 

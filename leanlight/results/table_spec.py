@@ -31,6 +31,7 @@ class Metric:
         scale: factor from the logged to the shown number.
         digits: decimals.
         optional: a run may lack it.
+        column: it has a column and bars of its own; without, it serves curves and claims alone.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Metric:
     scale: float = 1.0
     digits: int = 3
     optional: bool = False
+    column: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,21 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class SettingCurve:
-    """A metric over a number in the rows' settings, a line a group.
+class TableCurve:
+    """Means over a number, a line a group of rows: one metric over the rows' settings, or several metrics of each row.
 
     Args:
-        x: key of `Row.setting`.
-        metric: of the table.
+        title: above the figure.
+        x: the number: a key of `Row.setting`, or what the numbers of `at` count, e.g. severity.
+        metric: of the table, drawn at the setting of each row; None with `at`.
+        at: number → the metric of the table that stands there, with which each row has all points; or empty.
         groups: label → names of rows, the points of its line.
     """
 
+    title: str
     x: str
-    metric: str
+    metric: str | None
+    at: dict[float, str]
     groups: dict[str, tuple[str, ...]]
 
 
@@ -150,7 +156,7 @@ class TableSpec:
         rows: in order.
         claims: in order.
         profile: the performance profile to draw, if any.
-        curve: the metric to draw over a setting, if any.
+        curves: means to draw over a number, a figure each.
     """
 
     name: str
@@ -166,13 +172,13 @@ class TableSpec:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = field(default=())
     profile: Profile | None = None
-    curve: SettingCurve | None = None
+    curves: tuple[TableCurve, ...] = ()
 
 
 def load_table(name: str) -> TableSpec:
     """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
-    keys = "method dataset scale title note seeds checkpoint metrics rows claims profile curve"
+    keys = "method dataset scale title note seeds checkpoint metrics rows claims profile curves"
     top = Reader(read_mapping(path), path.name, keys)
     metrics = {
         str(key): _metric(str(key), value, f"{path.name}: metrics {key}")
@@ -180,6 +186,8 @@ def load_table(name: str) -> TableSpec:
     }
     if not metrics:
         raise UserError(f"{path.name}: metrics is empty; name at least one")
+    if not any(metric.column for metric in metrics.values()):
+        raise UserError(f"{path.name}: metrics: at least one must have a column")
     method = top.folder("method")
     items = top.get("rows", list)
     if not items:
@@ -191,6 +199,10 @@ def load_table(name: str) -> TableSpec:
         _claim(item, f"{path.name}: claims[{i}]", names, metrics) for i, item in enumerate(top.get("claims", list, []))
     )
     unique([claim.id for claim in claims], f"{path.name}: claims")
+    curves = tuple(
+        _curve(item, f"{path.name}: curves[{i}]", rows, metrics) for i, item in enumerate(top.get("curves", list, []))
+    )
+    unique([curve.title for curve in curves], f"{path.name}: curves", "title")
     return TableSpec(
         name=_short_name(path, name),
         stem=folder_name(path.stem, f"{path.name}: file name"),
@@ -207,7 +219,7 @@ def load_table(name: str) -> TableSpec:
         profile=_profile(top.content["profile"], f"{path.name}: profile", names, metrics)
         if "profile" in top.content
         else None,
-        curve=_curve(top.content["curve"], f"{path.name}: curve", rows, metrics) if "curve" in top.content else None,
+        curves=curves,
     )
 
 
@@ -234,7 +246,7 @@ def _metric(name: str, content: Any, where: str) -> Metric:
             f"{where}: is not the name of a metric; expected train/, val/, test/ or summary/ and a name, or "
             "stages/STAGE/ and a name"
         )
-    reader = Reader(content, where, "label higher_is_better unit scale digits optional")
+    reader = Reader(content, where, "label higher_is_better unit scale digits optional column")
     digits = reader.get("digits", int, 3)
     if not 0 <= digits <= 9:
         raise UserError(f"{where}: digits must be 0 to 9, got {digits}")
@@ -248,6 +260,7 @@ def _metric(name: str, content: Any, where: str) -> Metric:
         scale=scale,
         digits=digits,
         optional=reader.get("optional", bool, False),
+        column=reader.get("column", bool, True),
     )
 
 
@@ -337,18 +350,54 @@ def _profile(content: Any, where: str, rows: Collection[str], metrics: Collectio
     return Profile(reader.choice("metric", metrics), _groups(reader, rows))
 
 
-def _curve(content: Any, where: str, rows: Collection[Row], metrics: Collection[str]) -> SettingCurve:
-    reader = Reader(content, where, "x metric groups")
-    curve = SettingCurve(
-        reader.get("x", str), reader.choice("metric", metrics), _groups(reader, [row.name for row in rows])
-    )
-    drawn = {name for names in curve.groups.values() for name in names}
+def _curve(content: Any, where: str, rows: Collection[Row], metrics: Mapping[str, Metric]) -> TableCurve:
+    reader = Reader(content, where, "title x metric at groups rows")
+    if ("metric" in reader.content) == ("at" in reader.content):
+        raise UserError(f"{where}: expected either metric or at")
+    if "groups" in reader.content and "rows" in reader.content:
+        raise UserError(f"{where}: expected groups or rows, not both")
+    metric = reader.choice("metric", metrics) if "metric" in reader.content else None
+    names = [row.name for row in rows]
+    if "groups" in reader.content:
+        groups = _groups(reader, names)
+    else:
+        labels = {row.name: row.label for row in rows}
+        lines = _some(reader.get("rows", list, names), f"{where}: rows", names)
+        unique([labels[name] for name in lines], f"{where}: rows", "label")
+        groups = {labels[name]: (name,) for name in lines}
+    x = reader.get("x", str)
+    if metric is not None:
+        _check_settings(x, {name for line in groups.values() for name in line}, rows, where)
+    at = {} if metric is not None else _at(reader, metrics)
+    title = reader.get("title", str) if metric is None else reader.get("title", str, metrics[metric].label)
+    return TableCurve(title, x, metric, at, groups)
+
+
+def _check_settings(x: str, drawn: Collection[str], rows: Collection[Row], where: str) -> None:
     for row in rows:
-        value = row.setting.get(curve.x)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if row.name in drawn and not number:
-            raise UserError(f"{where}: setting {curve.x!r} of row {row.name} must be a finite number, got {value!r}")
-    return curve
+        value = row.setting.get(x)
+        if row.name in drawn and not _is_number(value):
+            raise UserError(f"{where}: setting {x!r} of row {row.name} must be a finite number, got {value!r}")
+
+
+def _at(reader: Reader, metrics: Mapping[str, Metric]) -> dict[float, str]:
+    """The key `at`: number → metric; all in one unit, since they share an axis."""
+    where, at = f"{reader.where}: at", reader.get("at", dict)
+    if not at:
+        raise UserError(f"{where} is empty; name at least one number and its metric")
+    for place, name in at.items():
+        if not _is_number(place):
+            raise UserError(f"{where}: expected finite numbers, got {place!r}")
+        if not isinstance(name, str) or name not in metrics:
+            raise UserError(f"{where}: {place} names no metric of this table: {name!r}{nearest(str(name), metrics)}")
+    units = {(metrics[name].unit, metrics[name].scale): name for name in at.values()}
+    if len(units) > 1:
+        raise UserError(f"{where}: {' and '.join(list(units.values())[:2])} differ in unit or scale")
+    return at
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _groups(reader: Reader, rows: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -356,12 +405,17 @@ def _groups(reader: Reader, rows: Collection[str]) -> dict[str, tuple[str, ...]]
     where = reader.where
     groups: dict[str, tuple[str, ...]] = {}
     for label, names in reader.get("groups", dict).items():
-        if not isinstance(names, list) or not names:
-            raise UserError(f"{where}: groups {label!r} must be a list of rows, got {names!r}")
-        for name in names:
-            if name not in rows:
-                raise UserError(f"{where}: groups {label!r}: no row {name!r}{nearest(str(name), rows)}")
-        groups[str(label)] = tuple(names)
+        groups[str(label)] = _some(names, f"{where}: groups {label!r}", rows)
     if not groups:
         raise UserError(f"{where}: groups is empty; name at least one")
     return groups
+
+
+def _some(names: Any, where: str, rows: Collection[str]) -> tuple[str, ...]:
+    """At least one name of a row."""
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{where} must be a list of rows, got {names!r}")
+    for name in names:
+        if name not in rows:
+            raise UserError(f"{where}: no row {name!r}{nearest(str(name), rows)}")
+    return tuple(names)

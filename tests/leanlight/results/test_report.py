@@ -19,8 +19,8 @@ from PIL import Image
 from leanlight.cli.report import main
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.contracts import UserError
-from leanlight.results import figures, pictures
-from leanlight.results.figures import LIGHT, _bar_panel, draw_over_setting
+from leanlight.results import figures, pictures, report
+from leanlight.results.figures import LIGHT, _bar_panel, draw_means
 from leanlight.results.format import paper_delta, show_measured, show_seconds
 from leanlight.results.markdown import BEGIN, END
 from leanlight.results.pictures import load_picture
@@ -167,37 +167,79 @@ def test_a_performance_profile_is_drawn_where_a_table_asks_for_it(suite: Any) ->
         assert min(figure.size) > 100
 
 
+def _figures_of(page: Path) -> list[str | None]:
+    return [a["alt"] for tag, a in Page(page.read_text()).tags if tag == "img"]
+
+
 def test_means_over_a_setting_are_drawn_where_a_table_asks_for_it(suite: Any) -> None:
     rows = [
         {"name": name, "config": "a.yaml", "overrides": {"value": value}, "setting": {"keep": keep}}
         for name, value, keep in (("more", 0.8, 0.2), ("less", 0.6, 0.01), ("other", 0.5, 0.01))
     ]
     curve = {"x": "keep", "metric": "test/accuracy", "groups": {"one": ["more", "less"], EVIL: ["other"]}}
-    reproduce([str(suite.table(rows=rows, claims=[], curve=curve)), "--only", "more"])
+    reproduce([str(suite.table(rows=rows, claims=[], curves=[curve])), "--only", "more"])
     results = RESULTS / "two.json"
-    assert json.loads(results.read_text())["curve"] == curve
     main(["--all", "--output", "out"])  # the other rows have no runs yet
     reproduce(["two.yaml"])
     main(["--all", "--output", "out"])
-    caption = "Means over a setting, with 95 % intervals"
-    assert f"![{caption}](two_over_setting.png)" in (RESULTS / "two.md").read_text()
-    images = [a for tag, a in Page(Path("out/index.html").read_text()).tags if tag == "img"]
-    assert caption in [a["alt"] for a in images]
-    with Image.open(RESULTS / "two_over_setting.png") as figure:
+    caption = "Accuracy over keep, mean and 95 % interval"
+    markdown = (RESULTS / "two.md").read_text()
+    assert f"![{caption}](two_over_1.png)" in markdown
+    assert caption in _figures_of(Path("out/index.html"))
+    with Image.open(RESULTS / "two_over_1.png") as figure:
         assert min(figure.size) > 100
+    document = json.loads(results.read_text())
+    del document["curves"]
+    results.write_text(json.dumps({**document, "curve": curve}))  # as results were written that had one curve at most
+    main(["--all", "--output", "out"])
+    assert (RESULTS / "two.md").read_text() == markdown
 
 
-def test_a_line_over_a_setting_has_means_and_intervals_of_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_over_severity_are_drawn_a_line_a_row_and_a_figure_a_curve(
+    suite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = {0: "test/accuracy", 1: "summary/one", 5: "summary/five"}
+    shown = {"label": "Noisy", "higher_is_better": True, "unit": "%", "scale": 100, "optional": True, "column": False}
+    metrics = yaml.safe_load(suite.table().read_text())["metrics"] | {"summary/one": shown, "summary/five": shown}
+    curves = [{"title": title, "x": "severity", "at": at} for title in ("Gaussian", EVIL)]
+    reproduce([str(suite.table(metrics=metrics, curves=curves))])
+    results = RESULTS / "two.json"
+    document = json.loads(results.read_text())
+    document["rows"][0]["metrics"]["summary/five"] = {"mean": 0.3, "std": 0.1, "n": 2, "by_seed": {"0": 0.2, "1": 0.4}}
+    results.write_text(json.dumps(document))
+    drawn: list[Any] = []
+    draw_means = figures.draw_means
+    monkeypatch.setattr(report, "draw_means", lambda *args: drawn.append(args[:4]) or draw_means(*args))
+    main(["--all", "--output", "out"])
+    accuracy = {
+        row["name"]: [100 * v for v in row["metrics"]["test/accuracy"]["by_seed"].values()] for row in document["rows"]
+    }
+    lines = {"good": [(0.0, accuracy["good"]), (5.0, [20.0, 40.0])], "bad": [(0.0, accuracy["bad"])]}
+    assert drawn[0] == (lines, "Gaussian", "severity", "%")
+    images = _figures_of(Path("out/index.html"))
+    assert "Gaussian over severity, mean and 95 % interval" in images
+    assert f"{EVIL} over severity, mean and 95 % interval" in images
+    assert not any("Noisy" in str(image) for image in images)
+    markdown = (RESULTS / "two.md").read_text()
+    assert "two_over_1.png" in markdown
+    assert "two_over_2.png" in markdown
+    assert "Noisy" not in markdown
+    assert "<img" not in markdown
+
+
+def test_a_curve_has_means_and_intervals_of_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
     figures_drawn: list[Figure] = []
     monkeypatch.setattr(figures, "_png", lambda figure: figures_drawn.append(figure) or b"")
-    draw_over_setting({"a": [(0.01, [1.0, 2.0, 3.0]), (0.2, [5.0])]}, "keep", "Accuracy")
+    draw_means({"a": [(0.01, [1.0, 2.0, 3.0]), (0.2, [5.0])], "b": [(0.2, [1.0, 2.0, 3.0])]}, "Accuracy", "keep", "%")
     (axes,) = figures_drawn[0].axes
-    (line,) = axes.containers
+    line, single = axes.containers
     assert line[0].get_xydata().tolist() == [[0.01, 2.0], [0.2, 5.0]]
-    (low, high), single = (segment[:, 1] for segment in line[2][0].get_segments())
     half = 4.302652729696142 / 3**0.5  # t of 2 degrees of freedom at 97.5 %, a deviation of 1
-    assert (low, high) == pytest.approx((2 - half, 2 + half))
-    assert single.tolist() == [5.0, 5.0]
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert sorted({y for x, y in corners if x == 0.01}) == pytest.approx([2 - half, 2 + half])
+    assert {y for x, y in corners if x == 0.2} == {5.0}
+    (bar,) = single[2][0].get_segments()
+    assert bar[:, 1] == pytest.approx((2 - half, 2 + half))
     assert axes.get_xscale() == "log"
 
 

@@ -26,6 +26,14 @@ def test_a_table_reads_as_written(suite: Any) -> None:
     assert spec.claims[0].expr.references == (("good", "test/accuracy"), ("bad", "test/accuracy"))
 
 
+def test_a_curve_has_a_line_for_every_row_unless_it_names_some(suite: Any) -> None:
+    curves = [NOISE, {**NOISE, "title": "Good", "rows": ["good"]}]
+    every, some = load_table(str(suite.table(curves=curves))).curves
+    assert every.groups == {"good": ("good",), "bad": ("bad",)}
+    assert some.groups == {"good": ("good",)}
+    assert every.at == {0: "test/accuracy"}
+
+
 @pytest.mark.parametrize("name", [table for info in METHODS.values() for table in info.tables])
 def test_every_table_of_the_suite_loads(name: str) -> None:
     spec = load_table(name)
@@ -47,6 +55,7 @@ def _set(path: str, value: Any) -> Any:
     return change
 
 
+NOISE = {"title": "Noise", "x": "severity", "at": {0: "test/accuracy"}}
 MISTAKES = [
     (_set("sedes", [0]), "two.yaml: key 'sedes' is unknown (did you mean 'seeds'?)"),
     (_set("title", None), "two.yaml: key 'title' is missing"),
@@ -64,12 +73,40 @@ MISTAKES = [
         "two.yaml: profile: groups 'a' must be a list of rows, got 'good'",
     ),
     (
-        _set("curve", {"x": "width", "metric": "test/accuracy", "groups": {"a": ["god"]}}),
-        "two.yaml: curve: groups 'a': no row 'god' (did you mean 'good'?)",
+        _set("curves", [{"x": "width", "metric": "test/accuracy", "groups": {"a": ["god"]}}]),
+        "two.yaml: curves[0]: groups 'a': no row 'god' (did you mean 'good'?)",
     ),
     (
-        _set("curve", {"x": "depth", "metric": "test/accuracy", "groups": {"a": ["good"]}}),
-        "two.yaml: curve: setting 'depth' of row good must be a finite number, got None",
+        _set("curves", [{"x": "depth", "metric": "test/accuracy", "groups": {"a": ["good"]}}]),
+        "two.yaml: curves[0]: setting 'depth' of row good must be a finite number, got None",
+    ),
+    (_set("curves", [{"x": "depth"}]), "two.yaml: curves[0]: expected either metric or at"),
+    (
+        _set("curves", [{**NOISE, "metric": "test/accuracy"}]),
+        "two.yaml: curves[0]: expected either metric or at",
+    ),
+    (
+        _set("curves", [{**NOISE, "rows": ["good"], "groups": {"a": ["good"]}}]),
+        "two.yaml: curves[0]: expected groups or rows, not both",
+    ),
+    (_set("curves", [{**NOISE, "rows": ["god"]}]), "two.yaml: curves[0]: rows: no row 'god' (did you mean 'good'?)"),
+    (_set("curves", [{**NOISE, "at": {}}]), "two.yaml: curves[0]: at is empty; name at least one number"),
+    (
+        _set("curves", [{**NOISE, "at": {"one": "test/accuracy"}}]),
+        "two.yaml: curves[0]: at: expected finite numbers, got 'one'",
+    ),
+    (
+        _set("curves", [{**NOISE, "at": {1: "test/acuracy"}}]),
+        "two.yaml: curves[0]: at: 1 names no metric of this table: 'test/acuracy' (did you mean 'test/accuracy'?)",
+    ),
+    (
+        _set("curves", [{**NOISE, "at": {0: "test/accuracy", 1: "test/energy_pj"}}]),
+        "two.yaml: curves[0]: at: test/accuracy and test/energy_pj differ in unit or scale",
+    ),
+    (_set("curves", [NOISE, NOISE]), "two.yaml: curves: title 'Noise' stands twice"),
+    (
+        _set("metrics", {"test/accuracy": {"label": "A", "higher_is_better": True, "column": False}}),
+        "two.yaml: metrics: at least one must have a column",
     ),
     (_set("scale", "tiny"), "two.yaml: scale must be one of small, paper, got 'tiny'"),
     (_set("method", "../x"), "two.yaml: method: '../x' is not a folder name"),
