@@ -25,9 +25,10 @@ class TimmNet(nn.Module):
         num_classes: number of classes, the size of the output; None: those of the data, by a fresh last layer that the
             module makes with `follow_classes`. Until then outputs are what that layer sees.
         pretrained: load timm's weights, which downloads them.
-        weights: file of weights of this network with timm's names, ``.safetensors`` or a state dict that
-            ``torch.load(weights_only=True)`` reads, in the place of a download. As timm does it, a first layer for
-            colour is brought to `in_channels`, and a last layer for another number of classes starts anew.
+        weights: file of weights of this network with timm's names, or of a `TimmNet`, as a run's export writes it;
+            ``.safetensors`` or a state dict that ``torch.load(weights_only=True)`` reads, in the place of a download.
+            As timm does it, a first layer for colour is brought to `in_channels`, position embeddings to the grid of
+            patches, and a last layer for another number of classes starts anew. `mean` and `std` stay those given here.
         options: further arguments of ``timm.create_model``, e.g. ``img_size``.
         mean: subtracted from pixels in [0, 1], one number or one a channel.
         std: divides pixels after that, one number or one a channel.
@@ -111,6 +112,8 @@ def _with_weights(make: Callable[..., Any], fresh: Any, state: dict[str, Any]) -
         state: name → tensor.
     """
     own, facts = fresh.state_dict(), fresh.pretrained_cfg
+    if "normalize.mean" in state:  # of a TimmNet, around the network
+        state = {key.removeprefix("network."): value for key, value in state.items() if key.startswith("network.")}
     heads = facts.get("classifier") or ()
     for name in (heads,) if isinstance(heads, str) else heads:
         for key in (f"{name}.weight", f"{name}.bias"):

@@ -53,6 +53,54 @@ def test_a_first_layer_for_colour_sees_a_grey_image_as_it_saw_the_same_in_colour
     torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_an_exported_network_becomes_the_backbone_of_the_next(tmp_path, name):
+    from lit_modules.classifier.export import export_network
+
+    torch.manual_seed(0)
+    first = TimmNet("test_vit", num_classes=7, options={"img_size": 32}).eval()
+    export_network(first, torch.rand(2, 3, 32, 32), tmp_path)
+    weights = tmp_path / "weights.safetensors"
+    if name == "a.pt":
+        torch.save(first.state_dict(), weights := tmp_path / name)
+    same = TimmNet("test_vit", num_classes=7, options={"img_size": 32}, weights=weights).eval()
+    image = torch.rand(2, 3, 32, 32)
+    assert torch.equal(same(image), first(image))
+    backbone = TimmNet("test_vit", num_classes=None, options={"img_size": 32}, weights=weights).eval()
+    assert torch.equal(backbone.forward_features(image), first.forward_features(image))
+
+
+def test_position_embeddings_follow_the_grid_as_timm_resamples_them(tmp_path, caplog):
+    from timm.layers import resample_abs_pos_embed
+
+    state = timm.create_model("test_vit", num_classes=7, img_size=64).state_dict()
+    safetensors.save_file(state, tmp_path / "timm.safetensors")
+    safetensors.save_file({f"network.{k}": v for k, v in state.items()} | {"normalize.mean": torch.zeros(3, 1, 1)},
+                          tmp_path / "ours.safetensors")  # fmt: skip
+    for options, grid in (({"img_size": 96}, 6), ({"img_size": 32}, 2), ({"img_size": 96, "patch_size": 8}, 12)):
+        for file in ("timm.safetensors", "ours.safetensors"):
+            got = TimmNet("test_vit", num_classes=None, options=options, weights=tmp_path / file).network.state_dict()
+            wanted = resample_abs_pos_embed(state["pos_embed"], [grid, grid], num_prefix_tokens=1)
+            assert torch.equal(got["pos_embed"], wanted)
+            assert got["pos_embed"].shape[1] == grid**2 + 1
+            assert torch.equal(got["blocks.3.attn.qkv.weight"], state["blocks.3.attn.qkv.weight"])
+    got = TimmNet("test_vit", num_classes=None, options={"img_size": 64}, weights=tmp_path / "timm.safetensors")
+    assert torch.equal(got.network.pos_embed, state["pos_embed"])
+
+
+def test_noise_comes_before_resizing_and_normalisation():
+    seen = []
+    network = TimmNet("test_vit", num_classes=None, mean=0.5, std=0.25, input_size=32, options={"img_size": 32}).eval()
+    network.normalize.register_forward_hook(lambda module, given, out: seen.append((given[0], out)))
+    image = torch.zeros(1, 3, 8, 8)
+    image[..., 3, 4] = 1.0  # one noisy pixel of the image as it was
+    network(image)
+    ((before, after),) = seen
+    assert before.shape == (1, 3, 32, 32)
+    assert (before[0, 0] > 0.1).sum() > 4  # of the resized image: no longer one
+    assert torch.equal(after, (before - 0.5) / 0.25)
+
+
 def no_network(*arguments, **options):
     raise OSError("no way to the hub")
 
@@ -63,6 +111,7 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path, monkeypatch):
     for name, network, words in (
         ("none.pt", "resnet10t", "expected a file of weights"),
         ("damaged.safetensors", "resnet10t", "does not fit resnet10t"),
+        ("a.pt", "test_vit", r"does not fit test_vit: missing cls_token, unexpected conv1.0.weight, .* more$"),
         ("a.pt", "resnet18", "does not fit resnet18: missing conv1.weight, unexpected conv1.0.weight, .* more$"),
     ):
         with pytest.raises(UserError, match=rf"^weights: .*{words}") as caught:
