@@ -3,8 +3,8 @@
 A layer whose input is real-valued multiplies and accumulates: one MAC for every weight use, padding included. A layer
 whose input is binary only adds: one AC for every spike and every weight it meets. A MAC costs 4.6 pJ and an AC 0.9 pJ
 (32-bit float, 45 nm; M. Horowitz, "Computing's energy problem", ISSCC 2014), the figures that papers on spiking
-networks use. Convolutions, linear layers and matrix products count; norms (folded into weights at deployment), neurons,
-pooling and memory traffic do not.
+networks use. Convolutions, linear layers and matrix products count, and the two products of an attention that is one
+kernel as real-valued ones; norms (folded into weights at deployment), neurons, pooling and memory traffic do not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ from leanlight.contracts import HasVariants, Table, uncompiled
 
 MAC_PJ = 4.6
 AC_PJ = 0.9
+#: Attention as one kernel, of each processor. Written out, it is matrix products, which have rules of their own.
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         self.first_layer_repeats = first_layer_repeats
         self.counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         synops = SynOpCounter().rules
-        self._rules = {op: (rule, synops[op]) for op, rule in MACCounter().rules.items() if op in synops}
+        self._rules: dict[Any, tuple[Any, Any]] = dict.fromkeys(_ATTENTION, (_attention_macs, lambda *_: 0))
+        self._rules |= {op: (rule, synops[op]) for op, rule in MACCounter().rules.items() if op in synops}
         self._inside: list[str] = []
         self._before_neuron: list[tuple[str, int, int]] = []
         self._first_neuron: nn.Module | None = None
@@ -127,7 +135,8 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         self.counts[name][0] += macs
         self.counts[name][1] += acs
         if self._first_neuron is None and macs:
-            self._before_neuron.append((name, macs, len(out)))  # len(out): N, or N times the steps folded into it
+            result = out[0] if isinstance(out, tuple) else out
+            self._before_neuron.append((name, macs, len(result)))  # of it: N, or N times the steps folded into it
 
     # -- where we are, told by hooks
 
@@ -151,6 +160,12 @@ class OperationCounter(AbstractContextManager["OperationCounter"]):
         for name, macs, rows in self._before_neuron:
             done = max(1, rows // self._batch)  # time steps this layer did compute
             self.counts[name][0] += macs * (self._time_steps // done - 1)
+
+
+def _attention_macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Scores and their products with the values: query (…, n, E), key (…, m, E), value (…, m, E′)."""
+    query, key, value = args[:3]
+    return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 class _Dispatch(TorchDispatchMode):

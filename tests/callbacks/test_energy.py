@@ -5,6 +5,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from callbacks import EnergyMeter, ExactResume
@@ -68,6 +69,19 @@ def test_counts_equal_those_made_by_hand(image, once, repeats):
 def test_linear_layer_adds_once_for_every_spike_and_output():
     spikes = torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 1]])
     assert count_operations(nn.Linear(4, 7), spikes) == [LayerOps("", macs=0, acs=4 * 7 / 2)]
+
+
+def test_attention_counts_the_same_as_one_kernel_and_written_out():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x[..., :7, :], x[..., 3:, :])
+
+    tokens = torch.rand(2, 4, 10, 8)  # (N, heads, tokens, width)
+    (fused,) = count_operations(Attention(), tokens)
+    with sdpa_kernel(SDPBackend.MATH):
+        (written_out,) = count_operations(Attention(), tokens)
+    assert fused.macs == written_out.macs == 4 * 10 * 7 * (8 + 8)
+    assert fused.acs == written_out.acs == 0
 
 
 def test_energy_is_that_of_45_nm():
