@@ -135,6 +135,14 @@ class TunedClassifier(ClassifierHooks):
     def _present_bits(self) -> Tensor | None:
         return None if self.network.prompts is None else self.network.prompts.bits()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["prompt_bits"] = self._bits  # those that the present epoch began with
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._bits = checkpoint["prompt_bits"]
+
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``index``, ``origin``, ``label``, ``probabilities``, ``logits``, ``embedding`` by item."""
         logits, embedding = logits_and_features(self.network, self._laid_out(batch.image))
