@@ -50,7 +50,9 @@ def reproduce(spec: TableSpec, options: Options) -> int:
     _check(spec, options)
     output, sources = _places(spec, options)
     with CellProgress(0) as progress:
-        progress.say(f"{spec.title}: {len(spec.rows)} rows x {len(spec.seeds)} seeds; reading their configs")
+        progress.say(
+            f"{spec.title}: {len(spec.rows)} rows, {sum(len(row.seeds) for row in spec.rows)} cells; reading configs"
+        )
     cells = make_cells(spec, options.runs_root)
     earlier = earlier_entries(sources, cells)  # also finds an unreadable file before anything runs
     asked = [cell for cell in cells if _is_asked(cell, options)]

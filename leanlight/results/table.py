@@ -149,7 +149,7 @@ def make_cells(spec: TableSpec, runs_root: Path) -> list[Cell]:
     cells = []
     parsed: Resolved = {}
     for seed in spec.seeds:
-        for row in spec.rows:
+        for row in (row for row in spec.rows if seed in row.seeds):
             try:
                 cells.append(_make_cell(spec, row, seed, runs_root, parsed))
             except UserError as error:
@@ -169,7 +169,7 @@ def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path, parsed: Re
     else:
         pipeline = row.pipeline.with_overrides(_pipeline_overrides(spec, row, row.pipeline), "overrides")
         pipeline = pipeline.with_seed(seed)
-        if seed == spec.seeds[0]:  # the others differ in nothing that could be wrong
+        if seed == row.seeds[0]:  # the others differ in nothing that could be wrong
             PipelineRunner(pipeline, runs_root, resolved=parsed).check()
         identity, folder = pipeline_identity(pipeline), Path("pipelines")
     run_id = folder_name(f"{spec.stem}-{row.name}-s{seed}-{identity[:8]}", "name of its runs")
@@ -254,7 +254,7 @@ def _row(spec: TableSpec, row: Row, cells: Sequence[Cell], machine: Mapping[str,
         "config": row.config,
         "stage": row.stage,
         "overrides": row.overrides,
-        "command": shlex.join(["leanlight", *row_arguments(spec, row, spec.seeds[0])]),
+        "command": shlex.join(["leanlight", *row_arguments(spec, row, row.seeds[0])]),
         "checkpoint_rule": spec.checkpoint,
         "seeds": [entry["seed"] for entry in entries],
         "metrics": _measured(spec, entries),

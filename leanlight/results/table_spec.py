@@ -72,6 +72,7 @@ class Row:
         paper: metric → the paper's figure.
         pipeline: the pipeline that `config` names, if it does.
         stage: of the pipeline, whose summary counts.
+        seeds: those of the table at which the row runs.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Row:
     paper: dict[str, PaperFigure]
     pipeline: PipelineSpec | None = None
     stage: str = ""
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class TableSpec:
         scale: whether the paper's own experiment or one of reduced size.
         title: heading.
         note: what a reader must know.
-        seeds: every row runs at each.
+        seeds: a row runs at each, unless it names some of them.
         checkpoint: which weights are tested.
         metrics: logged name → how it is shown.
         rows: in order.
@@ -192,7 +194,8 @@ def load_table(name: str) -> TableSpec:
     items = top.get("rows", list)
     if not items:
         raise UserError(f"{path.name}: rows is empty; name at least one")
-    rows = tuple(_row(item, f"{path.name}: rows[{i}]", method, metrics) for i, item in enumerate(items))
+    seeds = _seeds(top)
+    rows = tuple(_row(item, f"{path.name}: rows[{i}]", method, metrics, seeds) for i, item in enumerate(items))
     names = [row.name for row in rows]
     unique(names, f"{path.name}: rows")
     claims = tuple(
@@ -211,7 +214,7 @@ def load_table(name: str) -> TableSpec:
         scale=top.choice("scale", ("small", "paper")),  # type: ignore[arg-type]
         title=top.get("title", str),
         note=top.get("note", str, ""),
-        seeds=_seeds(top),
+        seeds=seeds,
         checkpoint=top.choice("checkpoint", ("last", "best"), "last"),  # type: ignore[arg-type]
         metrics=metrics,
         rows=rows,
@@ -264,8 +267,8 @@ def _metric(name: str, content: Any, where: str) -> Metric:
     )
 
 
-def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -> Row:
-    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper")
+def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric], seeds: tuple[int, ...]) -> Row:
+    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper seeds")
     name = reader.name()
     reader.where = where = f"{where} {name}"
     if ("config" in reader.content) == ("pipeline" in reader.content):
@@ -286,6 +289,9 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -
     for metric in paper:
         if metric not in metrics:
             raise UserError(f"{where}: paper names no metric of this table: {metric!r}{nearest(str(metric), metrics)}")
+    own = _seeds(reader) if "seeds" in reader.content else seeds
+    if strange := set(own) - set(seeds):
+        raise UserError(f"{where}: seeds must be some of the table's {list(seeds)}, got {min(strange)}")
     return Row(
         name=name,
         label=reader.get("label", str, name),
@@ -296,6 +302,7 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric]) -
         paper={str(key): _paper(value, f"{where}: paper {key}") for key, value in paper.items()},
         pipeline=pipeline,
         stage=stage,
+        seeds=own,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from leanlight.contracts import UserError
 from leanlight.registry import METHODS
 from leanlight.results.expression import parse_expression
+from leanlight.results.table import make_cells
 from leanlight.results.table_spec import load_table
 
 
@@ -24,6 +26,15 @@ def test_a_table_reads_as_written(suite: Any) -> None:
     assert spec.rows[0].method == "classifier"
     assert spec.claims[0].min_seeds == 3
     assert spec.claims[0].expr.references == (("good", "test/accuracy"), ("bad", "test/accuracy"))
+
+
+def test_a_row_may_run_at_some_of_the_seeds(suite: Any, tmp_path: Path) -> None:
+    path = suite.table()
+    content = yaml.safe_load(path.read_text())
+    content["rows"][1]["seeds"] = [1]
+    path.write_text(yaml.safe_dump(content))
+    cells = make_cells(load_table(str(path)), tmp_path)
+    assert [(cell.seed, cell.row.name) for cell in cells] == [(0, "good"), (1, "good"), (1, "bad"), (2, "good")]
 
 
 def test_a_curve_has_a_line_for_every_row_unless_it_names_some(suite: Any) -> None:
@@ -115,6 +126,8 @@ MISTAKES = [
     (_set("seeds", [True]), "seeds must be a list of whole numbers"),
     (_set("seeds", [-1]), "seeds must be a list of whole numbers"),
     (_set("seeds", [10**14]), "seeds must be a list of whole numbers from 0 to 4294967295"),
+    (_set("rows.0.seeds", [0, 7]), "rows[0] good: seeds must be some of the table's [0, 1, 2], got 7"),
+    (_set("rows.0.seeds", [1, 1]), "rows[0] good: seeds [1, 1] names a seed twice"),
     (_set("rows.0.method", "../../x"), "rows[0] good: method: '../../x' is not a folder name"),
     (_set("rows.0.name", "two words"), "rows[0]: name 'two words' must be letters"),
     (
