@@ -118,7 +118,11 @@ class SpikingPrompts(Prompts):
     ) -> None:
         super().__init__(layers, width, length)
         require_positive(time_steps=time_steps)
-        for name, given, known in (("reset", reset, Reset), ("scale_mode", scale_mode, ScaleMode)):
+        for name, given, known in (
+            ("reset", reset, Reset),
+            ("surrogate", surrogate, Surrogate),
+            ("scale_mode", scale_mode, ScaleMode),
+        ):
             if given not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, got {given!r}")
         for name, value in (("scale", scale), ("init_range", init_range)):
@@ -137,29 +141,29 @@ class SpikingPrompts(Prompts):
 
     def forward(self) -> Tensor:
         filtered = self._filtered(self.latents.float())
-        return self.scale * (self._discretised(filtered) if self.use_sdu else filtered)
+        return self.scale * (self._discretised(filtered) if self.use_sdu else filtered / self._steps)
+
+    @property
+    def _steps(self) -> int:
+        """What a filtered value is divided by for a rate."""
+        return self.time_steps if self.use_sfl else 1
 
     def _filtered(self, current: Tensor) -> Tensor:
-        """SFL: rates r (K, L, D) of neurons under a constant current."""
+        """SFL: T r, the number of spikes (K, L, D) of neurons under a constant current."""
         if not self.use_sfl:
             return current
         self.neuron.reset()  # a potential left over would count as input of the next step
         spikes = self.neuron(current.expand(self.time_steps, *current.shape))
         self.neuron.reset()
-        return spikes.sum(0) / self.time_steps
+        return spikes.sum(0)
 
     def _discretised(self, filtered: Tensor) -> Tensor:
         """SDU: B (K, L, D) in {0, 1}."""
-        if not self.use_sfl:
-            return self.neuron.surrogate_function(filtered - self.theta)
-        # In spikes instead of rates, whose difference to a θ that no float32 holds would decide ties by rounding.
-        steps = self.time_steps
-        needed = (
-            round(steps * self.theta)
-            if math.isclose(steps * self.theta, round(steps * self.theta))
-            else steps * self.theta
-        )
-        return self.neuron.surrogate_function((filtered * steps - needed) / steps)
+        # Numbers of spikes are exact; rates and a θ that no float32 holds would decide ties by rounding.
+        needed, whole = self._steps * self.theta, round(self._steps * self.theta)
+        if self.use_sfl and math.isclose(needed, whole):
+            needed = whole
+        return self.neuron.surrogate_function((filtered - needed) / self._steps)
 
     def bits(self) -> Tensor | None:
         if not self.use_sdu:

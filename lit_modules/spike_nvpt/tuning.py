@@ -31,7 +31,8 @@ class LinearProbe(Tuning):
     """Train the last layer alone."""
 
     def adapt(self, net: TimmNet) -> TunedNetwork:
-        return TunedNetwork(_frozen(net), head_only=True)
+        # Of two last layers, as those of a distilled network, logits are no single layer of what comes before.
+        return TunedNetwork(_frozen(net), head_only=isinstance(net.network.get_classifier(), nn.Module))
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class BitFit(Tuning):
     def adapt(self, net: TimmNet) -> TunedNetwork:
         _frozen(net)
         for name, parameter in net.network.named_parameters():
-            if name.rpartition(".")[2] == "bias":
+            if name.endswith("bias"):  # also q_bias and v_bias
                 parameter.requires_grad_(True)
         return TunedNetwork(net)
 
@@ -85,13 +86,13 @@ class LoRA(Tuning):
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), lora_dropout=self.dropout
         )
-        _frozen(net)
+        net.requires_grad_(False)
         try:
             inject_adapter_in_model(config, net.network)
         except ValueError as error:
             names = ", ".join(self.targets)
             raise UserError(f"targets: expected names of linear layers of the network, got {names}") from error
-        return TunedNetwork(net)
+        return TunedNetwork(_with_last_layer(net))  # peft has frozen it
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,14 @@ class PromptTuning(Tuning):
 def _frozen(net: TimmNet) -> TimmNet:
     """Freeze a network but for the last layer that it may have."""
     net.requires_grad_(False)
-    head: Any = net.network.get_classifier()
-    if isinstance(head, nn.Module):
-        head.requires_grad_(True)
+    return _with_last_layer(net)
+
+
+def _with_last_layer(net: TimmNet) -> TimmNet:
+    """Let the last layer train that a network may have; distilled networks have two."""
+    found: Any = net.network.get_classifier()
+    for layer in found if isinstance(found, tuple) else (found,):
+        layer.requires_grad_(True)
     return net
 
 

@@ -162,18 +162,30 @@ class TunedNetwork(nn.Module):
             for module in network.net.modules():
                 if isinstance(module, PromptedBlock) and module.layer is not None:
                     module.tokens = tokens[module.layer].clone()
-        return network.net
+        return _merged(network.net)
+
+
+def _merged(module: nn.Module) -> nn.Module:
+    """A module in which the layers that peft has put around others are merged into those."""
+    for name, child in module.named_children():
+        setattr(module, name, _merged(child))
+    if not hasattr(module, "get_base_layer"):
+        return module
+    module.merge()  # type: ignore[operator]
+    return module.get_base_layer()  # type: ignore[operator]
 
 
 def blocks_of(net: TimmNet, argument: str = "network") -> nn.Sequential:
     """The blocks of a transformer; UserError for a network that has none to put prompts between."""
-    blocks = getattr(net.network, "blocks", None)
-    if not isinstance(blocks, nn.Sequential) or not hasattr(net.network, "forward_intermediates"):
+    from timm.models import VisionTransformer
+
+    # Others call their blocks with more than the tokens, or mix a fixed number of them.
+    if not isinstance(net.network, VisionTransformer):
         raise UserError(
             f"{argument}: expected a vision transformer of timm with blocks in a row, e.g. vit_small_patch14_dinov2; "
             f"got a {type(net.network).__name__}"
         )
-    return blocks
+    return net.network.blocks
 
 
 def place_prompts(net: TimmNet, start: int, count: int, length: int, dropout: float) -> None:

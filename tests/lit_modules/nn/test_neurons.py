@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import neuron, surrogate
 
+from leanlight.contracts import UserError
 from lit_modules.nn import SpikingConvNet, integrate_and_fire, lif, reset
 
 
@@ -37,12 +38,40 @@ def test_spikes_potential_and_gradient_equal_the_plain_neuron(surrogate, detach,
     torch.manual_seed(0)
     current, upstream = torch.randn(2, 6, 5, 4, 3, 3, dtype=torch.float64).mul(0.5)
     if leak == "none":
-        plain, fast = pair(0.2, surrogate, detach, make=integrate_and_fire)
+        plain, fast = pair(0.2, surrogate, detach, make=integrate_and_fire, soft_reset=soft)
     else:
-        plain, fast = pair(0.25, 0.2, surrogate, detach, decay_input=leak == "decayed input")
-    plain.v_reset = fast.v_reset = None if soft else 0.0
+        plain, fast = pair(0.25, 0.2, surrogate, detach, decay_input=leak == "decayed input", soft_reset=soft)
+    assert plain.v_reset == (None if soft else 0.0)
     for got, expected in zip(run(fast, current, upstream, calls), run(plain, current, upstream, calls), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "function"), [("atan", surrogate.ATan), ("sigmoid", surrogate.Sigmoid)])
+@pytest.mark.parametrize("alpha", [None, 0.5, 1.0, 7.0])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("leaky", [False, True])
+def test_a_surrogate_of_any_steepness_is_spikingjellys(name, function, alpha, soft, leaky):
+    torch.manual_seed(0)
+    current, upstream = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    options = {"surrogate_gradient": name, "soft_reset": soft, "alpha": alpha}
+    fast = lif(0.25, 0.7, **options) if leaky else integrate_and_fire(0.7, **options)
+    constants = {
+        "v_threshold": 0.7,
+        "v_reset": None if soft else 0.0,
+        "surrogate_function": function() if alpha is None else function(alpha=alpha),
+        "step_mode": "m",
+    }
+    plain = neuron.LIFNode(4 / 3, decay_input=False, **constants) if leaky else neuron.IFNode(**constants)
+    assert fast._cell() is not None  # else it is the plain neuron that is compared with itself
+    for got, expected in zip(run(fast, current, upstream), run(plain, current, upstream), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [lif, integrate_and_fire])
+def test_a_steepness_that_makes_no_sense_is_refused_in_one_line(make):
+    for options in ({"surrogate_gradient": "atan", "alpha": 0.0}, {"surrogate_gradient": "rect", "alpha": 2.0}):
+        with pytest.raises(UserError, match="alpha: expected a positive number, with atan or sigmoid; got"):
+            make(**options)
 
 
 def test_without_gradients_it_gives_the_same_spikes_and_state():
@@ -114,8 +143,7 @@ def test_a_neuron_whose_surrogate_was_replaced_obeys_the_new_one():
 def test_half_currents_give_the_spikes_of_float32_potentials(half, surrogate, soft, decay_input):
     torch.manual_seed(0)
     current, upstream = torch.randn(2, 16, 5, 40).to(half)
-    plain, fast = pair(0.9, 0.2, surrogate, decay_input=decay_input)
-    plain.v_reset = fast.v_reset = None if soft else 0.0
+    plain, fast = pair(0.9, 0.2, surrogate, decay_input=decay_input, soft_reset=soft)
     spikes, potential, grad = run(fast, current, upstream)
     expected_spikes, expected_potential, expected_grad = run(plain, current.float(), upstream.float())
     assert (spikes.dtype, potential.dtype, grad.dtype) == (half, torch.float32, half)
