@@ -130,7 +130,8 @@ class PromptTuning(Tuning):
         patch = net.network.patch_embed.proj.weight
         prompts = self.prompts(count, net.network.embed_dim, patch[0].numel())
         place_prompts(net, start, count, prompts.shape[1], self.dropout)
-        return TunedNetwork(net, frozen_blocks=start, prompts=prompts)
+        untrained = not any(parameter.requires_grad for parameter in prompts.parameters()) and not self.dropout
+        return TunedNetwork(net, frozen_blocks=start, head_only=untrained, prompts=prompts)
 
 
 def _frozen(net: TimmNet) -> TimmNet:
