@@ -308,13 +308,19 @@ def build(config: str | Sequence[str], overrides: Mapping[str, Any] | None = Non
     return Experiment(cli.trainer, cli.model, cli.datamodule)
 
 
-def load(run: Path | str, checkpoint: str = "last", trust: Sequence[str] = ()) -> pl.LightningModule:
+def load(
+    run: Path | str,
+    checkpoint: str = "last",
+    trust: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> pl.LightningModule:
     """A finished run's model in evaluation mode on the CPU, or that of a checkpoint file.
 
     Args:
         run: run folder, or a checkpoint file.
         checkpoint: ``last`` or ``best`` of a run folder.
         trust: packages outside the suite that the run may name; what it names is imported and runs.
+        overrides: dotted arguments of the model that shall differ, e.g. ``{"network.init_args.weights": path}``.
 
     Raises:
         UserError: no such checkpoint, or it names a class that is not admitted.
@@ -333,6 +339,8 @@ def load(run: Path | str, checkpoint: str = "last", trust: Sequence[str] = ()) -
         named["init_args"].pop("_instantiator", None)
     if not isinstance(named, dict) or not isinstance(named.get("class_path"), str):
         raise UserError(f"source: {path} does not say which module wrote it")
+    for key, value in (overrides or {}).items():
+        _set(named, f"init_args.{key}", value)
     model = _instantiate(pl.LightningModule, named, path, trust)
     model.on_load_checkpoint(saved)
     try:
@@ -340,6 +348,17 @@ def load(run: Path | str, checkpoint: str = "last", trust: Sequence[str] = ()) -
     except (KeyError, RuntimeError) as error:
         raise UserError(f"source: {path} does not fit {named['class_path']}: {str(error).splitlines()[0]}") from error
     return model.eval()
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` where a dotted key leads in nested dictionaries."""
+    *way, last = key.split(".")
+    for step in way:
+        inside = content.get(step)
+        if not isinstance(inside, dict):
+            raise UserError(f"{key}: the run has no {step!r} there")
+        content = inside
+    content[last] = value
 
 
 def load_data(run: Path | str, overrides: Mapping[str, Any] | None = None, trust: Sequence[str] = ()) -> Any:

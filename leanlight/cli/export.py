@@ -6,13 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from leanlight.cli.arguments import Parser, add_trust
 from leanlight.contracts.errors import UserError
+
+_MODEL = "--model.init_args."
 
 
 def parser() -> Parser:
     """The command's options; a pipeline checks a stage's options with it."""
-    parser = Parser(prog="leanlight export", description=__doc__)
+    parser = Parser(
+        prog="leanlight export",
+        description=__doc__,
+        epilog=f"{_MODEL}KEY=VALUE: an argument of the model that differs, e.g. a file that has moved",
+    )
     parser.add_argument("source", type=Path, help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
     parser.add_argument("--output", type=Path, help="folder to write; by default artifacts/export in the run folder")
@@ -21,8 +29,12 @@ def parser() -> Parser:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """The parsed options."""
-    return parser().parse_args(argv)
+    """The parsed options; what they change in the model is `overrides`."""
+    changed = [word for word in argv if word.startswith(_MODEL) and "=" in word]
+    args = parser().parse_args([word for word in argv if word not in changed])
+    pairs = (word.removeprefix(_MODEL).split("=", 1) for word in changed)
+    args.overrides = {key: yaml.safe_load(value) for key, value in pairs}
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +42,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     from leanlight.experiment import load
 
-    module: Any = load(args.source, args.checkpoint, args.trust)
+    module: Any = load(args.source, args.checkpoint, args.trust, args.overrides)
     if not hasattr(module, "export"):
         raise UserError(f"source: {args.source} holds a {type(module).__name__}, which exports nothing")
     folder = args.source / "artifacts" / "export" if args.source.is_dir() else args.source.with_suffix("")

@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # A pre-trained network stays in evaluation mode while prompts are tuned.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
     if estimates:

@@ -10,7 +10,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import MissingExtraError, UserError, derived_seed, isolated_rng, nearest, run_seed
+from leanlight.contracts import (
+    MissingExtraError,
+    UserError,
+    derived_seed,
+    isolated_rng,
+    nearest,
+    run_seed,
+    sha256_file,
+)
 from lit_modules.frozen import load_weights
 from lit_modules.nn.checks import device_of, first_line, require_positive
 from lit_modules.nn.normalize import Normalize, PixelStatistic
@@ -73,7 +81,16 @@ class TimmNet(nn.Module):
                 f"pretrained: no weights of {name} here, and none could be downloaded; fetch them and name the "
                 f"file with weights ({first_line(error)})"
             ) from error
+        #: The file of the weights and the digest of what it held; None where there is none.
+        self.weights_file: Path | None = None
+        self.weights_sha256: str | None = None
         if weights is not None:
+            if not Path(weights).is_file():
+                raise UserError(
+                    f"weights: expected a file of weights, got {weights}; where that of a run has moved, add "
+                    "--model.init_args.network.init_args.weights=FILE"
+                )
+            self.weights_file, self.weights_sha256 = Path(weights), sha256_file(weights)
             self.network = load_weights(partial(_with_weights, make, self.network), weights, name, "weights")
 
     def follow_classes(self, num_classes: int) -> None:

@@ -15,6 +15,8 @@ from lit_modules.classifier import ClassifierHooks, class_index, cross_entropy
 from lit_modules.hparams import save_hparams
 from lit_modules.nn import TimmNet, logits_and_features
 from lit_modules.optim import parameter_groups
+from lit_modules.spike_nvpt import checkpoints
+from lit_modules.spike_nvpt.packing import pack, unpack
 from lit_modules.spike_nvpt.tuning import PromptTuning, Tuning
 from lit_modules.spike_nvpt.vit import TunedNetwork
 from lit_modules.step_log import log_step
@@ -63,7 +65,9 @@ class TunedClassifier(ClassifierHooks):
         net = network()
         if not isinstance(net, TimmNet):
             raise UserError(f"network: expected a lit_modules.nn.TimmNet, got a {type(net).__name__}")
+        pretrained = list(net.parameters())
         self._compose((tuning or PromptTuning()).adapt(net), optimizer, lr_scheduler, lr_interval)
+        self._from_file = checkpoints.from_file(self, net, pretrained)
         self.prompt_lr, self.prompt_weight_decay = prompt_lr, prompt_weight_decay
         self.label_smoothing, self.store_frozen = label_smoothing, store_frozen
         #: What `TunedNetwork.prefix` gave for every training item; None where it is computed anew.
@@ -124,7 +128,7 @@ class TunedClassifier(ClassifierHooks):
         values = {f"train/density_{i}": density for i, density in enumerate(by_layer)} if len(by_layer) > 1 else {}
         density = bits.float().mean()
         values |= {"train/density": density, "train/flips": (bits ^ self._bits).sum().float()}
-        self.log_dict(values)
+        self.log_dict(values, sync_dist=True)
         self._bits = bits
         if not self._warned and not 0.01 <= float(density) <= 0.99:
             self._warned = True
@@ -152,7 +156,7 @@ class TunedClassifier(ClassifierHooks):
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
-        self.log_dict(self.sizes())
+        self.log_dict(self.sizes(), sync_dist=True)
 
     def sizes(self) -> Mapping[str, float]:
         """``test/trained_parameters`` and ``test/stored_bits``: what a task adds to the network that tasks share.
@@ -164,3 +168,16 @@ class TunedClassifier(ClassifierHooks):
         if (bits := self._present_bits()) is not None:
             stored += bits.numel() - 32 * trained.get("prompts.latents", 0)
         return {"test/trained_parameters": float(sum(trained.values())), "test/stored_bits": float(stored)}
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoints.leave_out(checkpoint, self._from_file, self.network.net)
+        checkpoint["bits"] = None if self._bits is None else pack(self._bits).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        checkpoints.complete(checkpoint, self._from_file, self.network.net, dict(self.named_parameters()))
+        if (packed := checkpoint["bits"]) is not None and self.network.prompts is not None:
+            self._bits = unpack(packed, self.network.prompts.shape)
