@@ -139,14 +139,6 @@ class TunedClassifier(ClassifierHooks):
     def _present_bits(self) -> Tensor | None:
         return None if self.network.prompts is None else self.network.prompts.bits()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["prompt_bits"] = self._bits  # those that the present epoch began with
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._bits = checkpoint["prompt_bits"]
-
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``index``, ``origin``, ``label``, ``probabilities``, ``logits``, ``embedding`` by item."""
         logits, embedding = logits_and_features(self.network, self._laid_out(batch.image))
@@ -174,10 +166,11 @@ class TunedClassifier(ClassifierHooks):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoints.leave_out(checkpoint, self._from_file, self.network.net)
-        checkpoint["bits"] = None if self._bits is None else pack(self._bits).cpu()
+        # Those that the present epoch began with.
+        checkpoint["prompt_bits"] = None if self._bits is None else pack(self._bits).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         checkpoints.complete(checkpoint, self._from_file, self.network.net, dict(self.named_parameters()))
-        if (packed := checkpoint["bits"]) is not None and self.network.prompts is not None:
+        if (packed := checkpoint["prompt_bits"]) is not None and self.network.prompts is not None:
             self._bits = unpack(packed, self.network.prompts.shape)

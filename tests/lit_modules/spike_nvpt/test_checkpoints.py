@@ -134,7 +134,7 @@ def test_a_killed_run_resumes_exactly_from_a_checkpoint_without_the_network(fitt
     resumed = saved(again)
     for name, value in saved(run)["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name
-    assert torch.equal(resumed["bits"], saved(run)["bits"])
+    assert torch.equal(resumed["prompt_bits"], saved(run)["prompt_bits"])
 
 
 RULES = {
