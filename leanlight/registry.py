@@ -289,6 +289,28 @@ METHODS: dict[str, MethodInfo] = {
             ),
             benchmark="leanlight.benchmarks.sfedhifi:run",
         ),
+        MethodInfo(
+            name="spike_nvpt",
+            title="Spike-NVPT, VPT, LoRA, BitFit: tuning a frozen vision transformer under noise",
+            module="lit_modules.spike_nvpt.TunedClassifier",
+            smallest="spike_nvpt/digits_small",
+            citation=Citation(
+                authors=(
+                    "Qiugang Zhan",
+                    "Anning Jiang",
+                    "Ran Tao",
+                    "Ao Ma",
+                    "Xiangyu Zhang",
+                    "Xiurui Xie",
+                    "Guisong Liu",
+                ),
+                title="Spike-NVPT: Learning Robust Visual Prompts via Bio-Inspired Temporal Filtering and "
+                "Discretization",
+                arxiv="2604.18284",
+            ),
+            extra="vision",
+            benchmark="leanlight.benchmarks.spike_nvpt:run",
+        ),
     )
 }
 
