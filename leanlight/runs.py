@@ -76,7 +76,18 @@ def results_folder(runs_root: Path, publish: bool) -> Path:
 
 
 # Arguments that came after results had been published: at their default a run is what it was without them.
-_LATER_DEFAULTS = {"predict_split": "test", "graph": False, "exchange": "states", "weights": None, "input_size": None}
+_LATER_DEFAULTS = {
+    "predict_split": "test",
+    "graph": False,
+    "exchange": "states",
+    "weights": None,
+    "input_size": None,
+    "leak": 0.0,
+    "time_mode": "unrolled",
+    "sigma": 0.0,
+    "sfl_readout": "rate",
+    "levels": 2,
+}
 
 
 @dataclass

@@ -12,6 +12,12 @@ from .prompts import (
     SpikingPrompts as SpikingPrompts,
 )
 from .tuning import (
+    SSF as SSF,
+)
+from .tuning import (
+    Adapter as Adapter,
+)
+from .tuning import (
     BitFit as BitFit,
 )
 from .tuning import (
@@ -22,6 +28,9 @@ from .tuning import (
 )
 from .tuning import (
     LoRA as LoRA,
+)
+from .tuning import (
+    PartialTuning as PartialTuning,
 )
 from .tuning import (
     PromptTuning as PromptTuning,

@@ -7,18 +7,23 @@ Equations: docs/methods/spike_nvpt.md.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError
-from lit_modules.nn import integrate_and_fire
+from leanlight.contracts import UserError, derived_seed, run_seed
+from leanlight.ops.corruptions import item_keys, normal
+from lit_modules.nn import integrate_and_fire, lif
 from lit_modules.nn.checks import require_positive
 
 Reset = Literal["soft", "hard"]
 Surrogate = Literal["sigmoid", "atan"]
 ScaleMode = Literal["fixed", "learned", "learned_by_layer"]
+TimeMode = Literal["unrolled", "across_iterations"]
+Readout = Literal["rate", "last_spike"]
 
 
 class Prompts(nn.Module):
@@ -80,6 +85,9 @@ class SpikingPrompts(Prompts):
     1}. SDU: B = 1 where r >= θ. Tokens are s B. The gradient through both thresholds is a surrogate's. Without SFL, B =
     1 where P >= θ; without SDU, tokens are s r; without both, s P. Nothing has a batch dimension.
 
+    Under a constant current SFL and SDU together are one threshold on P, of which only the gradient is another. What
+    changes that: `sigma`, `time_mode`.
+
     Args:
         layers: number of sets (K).
         width: of a token (D).
@@ -90,13 +98,24 @@ class SpikingPrompts(Prompts):
         time_steps: T, at least 1.
         v_threshold: firing threshold of the neurons, positive.
         reset: ``soft`` takes the threshold off the potential after a spike, ``hard`` sets it to 0.
-        theta: threshold θ of the discretisation, in (0, 1]; None: 1/T, that is one spike, and 0 without SFL.
+        leak: share of the potential lost from step to step, in [0, 1).
+        time_mode: ``unrolled``: potentials are 0 before every pass; ``across_iterations``: they begin where the last
+            pass in training has left them, so that with T = 1 a step of training is one of the neurons. Other passes
+            take the step that would come next and leave potentials as they are.
+        sigma: standard deviation of Gaussian noise on the current of every time step in training, at least 0. A
+            function of the run's seed and the number of the pass, so equal on all processes and after a resume.
+        sfl_readout: ``rate``, or ``last_spike``, which makes r the last step's spike.
+        theta: threshold θ of the discretisation, in (0, 1]; None: that of one spike, 1/T, and 0 without SFL.
+        levels: 2 for B in {0, 1}; 3, with SDU, for {-1, 0, 1}: B of the current minus B of the opposite current.
         surrogate: of the derivative of both thresholds, ``sigmoid`` or ``atan``.
         alpha: steepness of the surrogate, positive.
         scale: s, the value of a bit, positive.
         scale_mode: whether s is ``fixed``, ``learned``, or ``learned_by_layer``.
         init_range: latents are drawn from U(-init_range, init_range); VPT's range would never fire.
     """
+
+    potential: Tensor | None
+    passes: Tensor | None
 
     def __init__(
         self,
@@ -109,7 +128,12 @@ class SpikingPrompts(Prompts):
         time_steps: int = 4,
         v_threshold: float = 1.0,
         reset: Reset = "soft",
+        leak: float = 0.0,
+        time_mode: TimeMode = "unrolled",
+        sigma: float = 0.0,
+        sfl_readout: Readout = "rate",
         theta: float | None = None,
+        levels: Literal[2, 3] = 2,
         surrogate: Surrogate = "sigmoid",
         alpha: float = 2.0,
         scale: float = 1.0,
@@ -122,6 +146,8 @@ class SpikingPrompts(Prompts):
             ("reset", reset, Reset),
             ("surrogate", surrogate, Surrogate),
             ("scale_mode", scale_mode, ScaleMode),
+            ("time_mode", time_mode, TimeMode),
+            ("sfl_readout", sfl_readout, Readout),
         ):
             if given not in get_args(known):
                 raise UserError(f"{name}: expected one of {', '.join(get_args(known))}, got {given!r}")
@@ -130,46 +156,82 @@ class SpikingPrompts(Prompts):
                 raise UserError(f"{name}: expected a positive number, got {value}")
         if theta is not None and not 0 < theta <= 1:
             raise UserError(f"theta: expected a number in (0, 1], got {theta}")
+        if not 0 <= leak < 1:
+            raise UserError(f"leak: expected a number in [0, 1), got {leak}")
+        if not 0 <= sigma < math.inf:
+            raise UserError(f"sigma: expected a number of at least 0, got {sigma}")
+        if levels not in (2, 3) or (levels == 3 and not use_sdu):
+            raise UserError(f"levels: expected 2, or 3 with use_sdu, got {levels}")
         self.use_sfl, self.use_sdu, self.time_steps = use_sfl, use_sdu, time_steps
-        self.theta = theta if theta is not None else 1 / time_steps if use_sfl else 0.0
-        self.neuron = integrate_and_fire(
-            v_threshold, surrogate, detach_reset=True, soft_reset=reset == "soft", alpha=alpha
+        self.sigma, self.last_spike, self.levels = sigma, sfl_readout == "last_spike", levels
+        self.theta = theta if theta is not None else 1 / self._most if use_sfl else 0.0
+        neuron: Callable[..., nn.Module] = integrate_and_fire if leak == 0 else partial(lif, 1 - leak)
+        self.neuron: Any = neuron(
+            v_threshold=v_threshold,
+            surrogate_gradient=surrogate,
+            detach_reset=True,
+            soft_reset=reset == "soft",
+            alpha=alpha,
         )
         self.latents = nn.Parameter(torch.empty(self.shape).uniform_(-init_range, init_range))
         scales = torch.full((layers if scale_mode == "learned_by_layer" else 1, 1, 1), float(scale))
         self.scale = nn.Parameter(scales, requires_grad=scale_mode != "fixed")
+        carried = time_mode == "across_iterations"
+        signs = (2,) if levels == 3 else ()
+        self.register_buffer("potential", torch.zeros(*signs, *self.shape) if carried else None)
+        self.register_buffer("passes", torch.zeros(1, dtype=torch.int64) if sigma > 0 else None)
+        self._stream = derived_seed(run_seed(), "current noise")
 
     def forward(self) -> Tensor:
-        filtered = self._filtered(self.latents.float())
-        return self.scale * (self._discretised(filtered) if self.use_sdu else filtered / self._steps)
+        return self.scale * self._values(self.training)
+
+    def _values(self, learning: bool) -> Tensor:
+        """Tokens (K, L, D) before their scale; `learning`: currents are noisy and potentials move on."""
+        steps = self.time_steps if self.use_sfl else 1
+        current = self.latents.float().expand(steps, *self.shape)
+        if learning and self.passes is not None:
+            current = current + self.sigma * self._noise(self.passes, steps)
+        if self.levels == 3:
+            current = torch.stack([current, -current], 1)
+        filtered = self._filtered(current, learning) if self.use_sfl else current[0]
+        values = self._discretised(filtered) if self.use_sdu else filtered / self._most
+        return values[0] - values[1] if self.levels == 3 else values
+
+    def _noise(self, passes: Tensor, steps: int) -> Tensor:
+        """Standard normal numbers (T, K, L, D) of this pass; counts it."""
+        noise = normal(item_keys(self._stream, passes), steps * math.prod(self.shape))
+        passes.add_(1)
+        return noise.view(steps, *self.shape)
+
+    def _filtered(self, current: Tensor, learning: bool) -> Tensor:
+        """SFL: currents (T, ..., K, L, D) → number of spikes (..., K, L, D), which is T r."""
+        self.neuron.reset()  # a potential left over would count as input of the next step
+        if self.potential is not None:
+            self.neuron.v = self.potential
+        spikes = self.neuron(current)
+        if self.potential is not None and learning:
+            self.potential.copy_(self.neuron.v.detach())
+        self.neuron.reset()
+        return spikes[-1] if self.last_spike else spikes.sum(0)
 
     @property
-    def _steps(self) -> int:
-        """What a filtered value is divided by for a rate."""
-        return self.time_steps if self.use_sfl else 1
-
-    def _filtered(self, current: Tensor) -> Tensor:
-        """SFL: T r, the number of spikes (K, L, D) of neurons under a constant current."""
-        if not self.use_sfl:
-            return current
-        self.neuron.reset()  # a potential left over would count as input of the next step
-        spikes = self.neuron(current.expand(self.time_steps, *current.shape))
-        self.neuron.reset()
-        return spikes.sum(0)
+    def _most(self) -> int:
+        """The largest number of spikes, for a rate of 1."""
+        return self.time_steps if self.use_sfl and not self.last_spike else 1
 
     def _discretised(self, filtered: Tensor) -> Tensor:
-        """SDU: B (K, L, D) in {0, 1}."""
+        """SDU: B in {0, 1}, shaped like what it is given."""
         # Numbers of spikes are exact; rates and a θ that no float32 holds would decide ties by rounding.
-        needed, whole = self._steps * self.theta, round(self._steps * self.theta)
+        needed, whole = self._most * self.theta, round(self._most * self.theta)
         if self.use_sfl and math.isclose(needed, whole):
             needed = whole
-        return self.neuron.surrogate_function((filtered - needed) / self._steps)
+        return self.neuron.surrogate_function((filtered - needed) / self._most)
 
     def bits(self) -> Tensor | None:
-        if not self.use_sdu:
+        if not self.use_sdu or self.levels == 3:
             return None
         with torch.no_grad():
-            return self._discretised(self._filtered(self.latents.float())).bool()
+            return self._values(learning=False).bool()
 
     def scales(self) -> Tensor:
         return self.scale.detach().float().flatten().expand(self.shape[0]).clone()

@@ -12,6 +12,7 @@ from torch import nn
 from leanlight.contracts import MissingExtraError, UserError
 from lit_modules.nn import TimmNet
 from lit_modules.nn.checks import require_positive
+from lit_modules.spike_nvpt.layers import AdaptedLayer, ScaledLayer
 from lit_modules.spike_nvpt.prompts import Prompts, SpikingPrompts
 from lit_modules.spike_nvpt.vit import TunedNetwork, blocks_of, place_prompts
 
@@ -41,6 +42,28 @@ class FullTuning(Tuning):
 
     def adapt(self, net: TimmNet) -> TunedNetwork:
         return TunedNetwork(net, whole=True)
+
+
+@dataclass(frozen=True)
+class PartialTuning(Tuning):
+    """Train the last blocks, the norm behind them and the last layer.
+
+    Args:
+        blocks: how many, at least 1 and at most those of the network.
+    """
+
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(blocks=self.blocks)
+
+    def adapt(self, net: TimmNet) -> TunedNetwork:
+        blocks = blocks_of(_frozen(net))
+        _check_blocks(self.blocks, blocks)
+        frozen = len(blocks) - self.blocks
+        for part in (*list(blocks)[frozen:], net.network.norm, net.network.fc_norm):
+            part.requires_grad_(True)
+        return TunedNetwork(net, frozen_blocks=frozen)
 
 
 @dataclass(frozen=True)
@@ -96,6 +119,45 @@ class LoRA(Tuning):
 
 
 @dataclass(frozen=True)
+class Adapter(Tuning):
+    """Train a small network behind the MLP of every block (Pfeiffer et al. 2021), and the last layer.
+
+    Args:
+        bottleneck: width of the small network, at least 1.
+    """
+
+    bottleneck: int = 48
+
+    def __post_init__(self) -> None:
+        require_positive(bottleneck=self.bottleneck)
+
+    def adapt(self, net: TimmNet) -> TunedNetwork:
+        blocks: Any = blocks_of(_frozen(net))
+        for block in blocks:
+            if not hasattr(block, "mlp"):
+                raise UserError(f"network: expected blocks with one MLP each, got a {type(block).__name__}")
+            block.mlp = AdaptedLayer(block.mlp, net.network.embed_dim, self.bottleneck)
+        return TunedNetwork(net)
+
+
+@dataclass(frozen=True)
+class SSF(Tuning):
+    """Train a scale and a shift of every channel behind every linear layer, norm and patch embedding, and the last
+    layer (Lian et al. 2022). At export they are merged into the layers.
+    """
+
+    def adapt(self, net: TimmNet) -> TunedNetwork:
+        blocks_of(net)  # of other networks, norms over a batch or layers in groups would need more than this
+        last = _last_layers(_frozen(net))
+        for parent in list(net.network.modules()):
+            for name, layer in parent.named_children():
+                known = isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm) and layer.weight is not None
+                if known and layer not in last:
+                    setattr(parent, name, ScaledLayer(layer))
+        return TunedNetwork(net)
+
+
+@dataclass(frozen=True)
 class PromptTuning(Tuning):
     """Train prompts and the last layer (VPT, Jia et al. 2022; with `SpikingPrompts` Spike-NVPT).
 
@@ -122,11 +184,10 @@ class PromptTuning(Tuning):
         _check_dropout(self.dropout)
 
     def adapt(self, net: TimmNet) -> TunedNetwork:
-        there = len(blocks_of(_frozen(net)))
-        count = {"deep": there, "shallow": 1}.get(self.depth, self.blocks or 1)
-        if count > there:
-            raise UserError(f"blocks: expected at most the {there} of the network, got {count}")
-        start = there - count if self.depth == "last" else 0
+        blocks = blocks_of(_frozen(net))
+        count = {"deep": len(blocks), "shallow": 1}.get(self.depth, self.blocks or 1)
+        _check_blocks(count, blocks)
+        start = len(blocks) - count if self.depth == "last" else 0
         patch = net.network.patch_embed.proj.weight
         prompts = self.prompts(count, net.network.embed_dim, patch[0].numel())
         place_prompts(net, start, count, prompts.shape[1], self.dropout)
@@ -141,11 +202,21 @@ def _frozen(net: TimmNet) -> TimmNet:
 
 
 def _with_last_layer(net: TimmNet) -> TimmNet:
-    """Let the last layer train that a network may have; distilled networks have two."""
-    found: Any = net.network.get_classifier()
-    for layer in found if isinstance(found, tuple) else (found,):
+    """Let the last layer train that a network may have."""
+    for layer in _last_layers(net):
         layer.requires_grad_(True)
     return net
+
+
+def _last_layers(net: TimmNet) -> tuple[nn.Module, ...]:
+    """The last layer of a network; distilled ones have two."""
+    found: Any = net.network.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _check_blocks(count: int, blocks: nn.Sequential) -> None:
+    if count > len(blocks):
+        raise UserError(f"blocks: expected at most the {len(blocks)} of the network, got {count}")
 
 
 def _check_dropout(dropout: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from lit_modules.nn import TimmNet
+from lit_modules.spike_nvpt.layers import ScaledLayer
 from lit_modules.spike_nvpt.prompts import Prompts
 
 
@@ -155,7 +156,7 @@ class TunedNetwork(nn.Module):
     # ---- taking it away ----
 
     def folded(self) -> nn.Module:
-        """A copy for deployment: prompts are constant tokens, adapters are merged; no neuron, no T."""
+        """A copy for deployment: prompts are constant tokens, linear changes of layers are merged; no neuron, no T."""
         network = copy.deepcopy(self).cpu().eval().requires_grad_(False)
         if network.prompts is not None:
             tokens = network.prompts()
@@ -166,10 +167,12 @@ class TunedNetwork(nn.Module):
 
 
 def _merged(module: nn.Module) -> nn.Module:
-    """A module in which the layers that peft has put around others are merged into those."""
+    """A module in which layers do themselves what a rule has added to them, as far as one layer can."""
+    if isinstance(module, ScaledLayer):
+        return module.merged()
     for name, child in module.named_children():
         setattr(module, name, _merged(child))
-    if not hasattr(module, "get_base_layer"):
+    if not hasattr(module, "get_base_layer"):  # of peft
         return module
     module.merge()  # type: ignore[operator]
     return module.get_base_layer()  # type: ignore[operator]

@@ -12,16 +12,20 @@ from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from lit_modules.nn import TimmNet
 from lit_modules.spike_nvpt import (
+    SSF,
+    Adapter,
     BitFit,
     DensePrompts,
     FullTuning,
     LinearProbe,
     LoRA,
+    PartialTuning,
     PromptTuning,
     RandomBits,
     SpikingPrompts,
     TunedClassifier,
 )
+from lit_modules.spike_nvpt.layers import AdaptedLayer, ScaledLayer
 from lit_modules.spike_nvpt.vit import PromptedBlock
 
 timm = pytest.importorskip("timm", reason="needs the extra vision")
@@ -57,6 +61,9 @@ RULES = {
     "full": FullTuning(),
     "bitfit": BitFit(),
     "lora": LoRA(rank=2),
+    "partial": PartialTuning(2),
+    "adapter": Adapter(bottleneck=6),
+    "ssf": SSF(),
     **{name: PromptTuning(spiking, **options) for name, (options, _, _) in DEPTHS.items()},
 }
 
@@ -162,12 +169,12 @@ def test_the_order_of_prompts_in_a_set_does_not_matter(depth):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_only_a_probe_and_prompts_in_the_last_blocks_leave_something_to_store(rule):
-    assert tuned(rule).stores == (rule in ("linear", "last"))
-    assert tuned(rule, "distilled").stores == (rule == "last")  # its two last layers see different vectors
+def test_only_a_probe_and_changes_of_the_last_blocks_leave_something_to_store(rule):
+    assert tuned(rule).stores == (rule in ("linear", "partial", "last"))
+    assert tuned(rule, "distilled").stores == (rule in ("partial", "last"))  # its two last layers see different vectors
 
 
-@pytest.mark.parametrize("rule", ["linear", "last"])
+@pytest.mark.parametrize("rule", ["linear", "partial", "last"])
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name != "distilled"])
 def test_what_is_stored_and_what_follows_make_the_whole_pass(rule, network):
     tuning = tuned(rule, network)
@@ -191,21 +198,69 @@ def test_a_pass_leaves_no_tokens_even_after_an_error():
 # ---- without what was added ----
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_folded_network_has_the_same_logits_and_nothing_that_trains_or_spikes(rule):
-    tuning = tuned(rule)
+def trained_a_little(tuning):
+    """What is 0 at first, away from it."""
     with torch.no_grad():
         for name, parameter in tuning.named_parameters():
-            if "lora_B" in name:  # zero at first
-                parameter.normal_(std=0.1)
-    tuning.eval()
+            if "lora_B" in name or "adapter.2" in name or "gamma" in name or "beta" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return tuning.eval()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_folded_network_has_the_same_logits_and_nothing_that_trains_or_spikes(rule):
+    tuning = trained_a_little(tuned(rule))
     folded = tuning.folded()
-    exact = 0.0 if rule != "lora" else 1e-5  # a merged matrix is rounded once more
-    torch.testing.assert_close(folded(images()), tuning(images()), rtol=exact, atol=exact)
+    rounding = 1e-5 if rule in ("lora", "ssf") else 0.0  # merged weights are rounded once more
+    torch.testing.assert_close(folded(images()), tuning(images()), rtol=rounding, atol=rounding)
     names = {type(module).__name__ for module in folded.modules()}
-    assert not [name for name in names if name in ("FusedIFNode", "SpikingPrompts") or "ora" in name]
+    assert not names & {"FusedIFNode", "SpikingPrompts", "ScaledLayer"}
+    assert not [name for name in names if "ora" in name]
     assert not [name for name, parameter in folded.named_parameters() if parameter.requires_grad]
-    assert not [name for name in folded.state_dict() if "latents" in name or "lora" in name]
+    assert not [name for name in folded.state_dict() if "latents" in name or "lora" in name or "gamma" in name]
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, "no bias"])
+@pytest.mark.parametrize("rule", ["lora", "ssf", "adapter"])
+def test_merged_layers_do_what_they_did_apart(rule, network):
+    bare = {"qkv_bias": False, "qk_norm": True} if network == "no bias" else {}
+    tuning = trained_a_little(tuned(rule, "class token" if bare else network, **bare))
+    torch.testing.assert_close(tuning.folded()(images()), tuning(images()), rtol=1e-4, atol=1e-5)
+    assert (tuning(images()) - made("class token" if bare else network, **bare).eval()(images())).abs().max() > 0.01
+
+
+def test_scales_and_shifts_are_by_channel_and_begin_near_one_and_zero():
+    torch.manual_seed(0)
+    for layer, x in (
+        (torch.nn.Linear(8, 400, bias=False), torch.rand(3, 5, 8)),
+        (torch.nn.Conv2d(3, 400, 2), torch.rand(3, 3, 4, 4)),
+        (torch.nn.LayerNorm(400), torch.rand(3, 5, 400)),
+    ):
+        scaled, axis = ScaledLayer(layer), 1 if isinstance(layer, torch.nn.Conv2d) else -1
+        expected = layer(x).movedim(axis, -1) * scaled.gamma + scaled.beta
+        torch.testing.assert_close(scaled(x).movedim(axis, -1), expected)
+        torch.testing.assert_close(scaled.merged()(x), scaled(x), rtol=1e-5, atol=1e-5)
+        for values, mean in ((scaled.gamma, 1), (scaled.beta, 0)):
+            assert values.mean().item() == pytest.approx(mean, abs=0.005)
+            assert values.std().item() == pytest.approx(0.02, abs=0.004)
+
+
+def test_an_adapter_begins_as_nothing_and_is_a_bottleneck_behind_the_mlp():
+    net = made()
+    untouched = settled(net)
+    tuning = RULES["adapter"].adapt(net)
+    assert torch.equal(tuning(images()), untouched(images()))
+    block, plain = net.network.blocks[0], untouched.network.blocks[0]
+    assert type(block.mlp) is AdaptedLayer
+    down, _, up = block.mlp.adapter
+    with torch.no_grad():
+        up.weight.normal_()
+        up.bias.normal_()
+    x = torch.rand(2, 17, 32)
+    behind_attention = x + plain.attn(plain.norm1(x))
+    y = plain.mlp(plain.norm2(behind_attention))
+    gelu = torch.nn.functional.gelu(y @ down.weight.T + down.bias)
+    torch.testing.assert_close(block(x), behind_attention + y + gelu @ up.weight.T + up.bias, rtol=1e-4, atol=1e-5)
 
 
 def test_a_merged_change_is_the_product_of_its_matrices():
@@ -290,15 +345,22 @@ def test_under_autocast_bits_and_their_tokens_are_those_of_float32():
     assert torch.equal(seen[0].bool(), bits[1].expand(4, -1, -1))
 
 
-@pytest.mark.parametrize("depth", ["deep", "last"])
-def test_it_compiles_once_for_all_steps(depth):
-    tuning = tuned(depth)
+@pytest.mark.parametrize(
+    ("depth", "prompts"),
+    [
+        ("deep", spiking),
+        ("last", spiking),
+        ("deep", functools.partial(spiking, sigma=0.1, time_mode="across_iterations", levels=3)),
+    ],
+)
+def test_it_compiles_once_for_all_steps(depth, prompts):
+    tuning = PromptTuning(prompts, **DEPTHS[depth][0]).adapt(made())
     torch.compiler.reset()
     counters.clear()
     compiled = torch.compile(tuning, backend="aot_eager", fullgraph=True)
     optimizer = torch.optim.Adam([p for p in tuning.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
-        expected = tuning(images())
+        expected = copy.deepcopy(tuning)(images())
         logits = compiled(images())
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         optimizer.zero_grad()

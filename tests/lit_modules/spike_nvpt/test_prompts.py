@@ -216,6 +216,151 @@ def test_the_value_of_a_bit_is_fixed_or_learned_once_or_by_layer(mode, numbers):
         assert torch.equal(prompts.scale.grad.flatten(), ones)
 
 
+# ---- leak, signs, what varies in time ----
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("reset", ["soft", "hard"])
+@pytest.mark.parametrize("readout", ["rate", "last_spike"])
+def test_leaky_neurons_and_their_last_spike_are_spikingjellys(steps, reset, readout):
+    latents, upstream = random_latents(2, 3, 16), torch.rand(2, 3, 16)
+    prompts = made(latents, use_sdu=False, time_steps=steps, reset=reset, leak=0.25, sfl_readout=readout)
+    v_reset, function = None if reset == "soft" else 0.0, surrogate.Sigmoid(alpha=2.0)
+    plain = neuron.LIFNode(4.0, False, 1.0, v_reset, function, detach_reset=True, step_mode="m")
+    current = latents.double().requires_grad_()
+    spikes = plain(current.repeat(steps, 1, 1, 1))
+    expected = spikes.mean(0) if readout == "rate" else spikes[-1]
+    rates = prompts()
+    torch.testing.assert_close(rates.double(), expected, rtol=0, atol=1e-7)
+    (expected * upstream).sum().backward()
+    (rates * upstream).sum().backward()
+    torch.testing.assert_close(prompts.latents.grad.double(), current.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_leak_raises_the_current_that_fires():
+    """Settled at I / leak, potentials reach 1 from I = leak on; integrate and fire from any positive current on."""
+    currents = torch.tensor([0.2, 0.24, 0.26, 0.3])[None, None]
+    bits = made(currents, leak=0.25, time_steps=100, theta=0.01)().flatten()
+    assert bits.tolist() == [0, 0, 1, 1]
+    assert made(currents, time_steps=100, theta=0.01)().sum() == 4
+
+
+@pytest.mark.parametrize(("options", "threshold"), [({}, 0.25), ({"theta": 0.75}, 0.75), ({"use_sfl": False}, 0.0)])
+def test_three_levels_are_a_threshold_on_either_side(options, threshold):
+    latents = random_latents(2, 3, 64)
+    prompts = made(latents, levels=3, scale=2.0, **options)
+    tokens = prompts()
+    assert torch.equal(tokens, 2.0 * (latents.sign() * (latents.abs() >= threshold)))
+    assert prompts.bits() is None
+    tokens.sum().backward()
+    two = made(latents, scale=2.0, **options)
+    two().sum().backward()
+    mirrored = made(-latents, scale=2.0, **options)
+    mirrored().sum().backward()
+    torch.testing.assert_close(prompts.latents.grad, two.latents.grad + mirrored.latents.grad)
+
+
+def currents_of(prompts, passes=1):
+    """What neurons are given in so many passes: (passes, T, K, L, D)."""
+    seen = []
+    handle = prompts.neuron.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    for _ in range(passes):
+        prompts()
+    handle.remove()
+    return torch.stack(seen)
+
+
+def test_noise_on_the_current_is_standard_normal_and_new_at_every_step():
+    prompts = made(torch.full((4, 10, 96), 0.5), sigma=0.3)
+    noise = (currents_of(prompts, 3) - prompts.latents) / 0.3
+    assert noise.mean().abs() < 0.02
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert (noise.abs() < 1).float().mean().item() == pytest.approx(math.erf(1 / math.sqrt(2)), abs=0.01)
+    between = torch.corrcoef(noise.flatten(0, 1).flatten(1)) - torch.eye(12)
+    assert between.abs().max() < 0.08  # 5 standard deviations of the correlation of 3,840 pairs
+
+
+def test_noise_is_that_of_the_runs_seed_and_the_pass_and_goes_on_after_a_resume(monkeypatch):
+    latents, options = random_latents(2, 3, 16), {"sigma": 0.3, "use_sdu": False}
+    one = made(latents, **options)
+    first, second, third = currents_of(one, 3)
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)  # another process has drawn other numbers
+    other = made(latents, **options)
+    assert torch.equal(currents_of(other, 2), torch.stack([first, second]))
+    resumed = made(latents, **options)
+    resumed.load_state_dict(other.state_dict())
+    assert torch.equal(currents_of(resumed)[0], third)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert not torch.equal(currents_of(made(latents, **options))[0], first)
+
+
+@pytest.mark.parametrize("use_sfl", [True, False])
+def test_evaluation_and_bits_are_without_noise_and_do_not_count(use_sfl):
+    latents = random_latents(2, 3, 64)
+    noisy, still = made(latents, sigma=0.5, use_sfl=use_sfl), made(latents, use_sfl=use_sfl)
+    assert not torch.equal(noisy(), still())
+    state = {name: value.clone() for name, value in noisy.state_dict().items()}
+    assert torch.equal(noisy.bits(), still.bits())
+    assert torch.equal(noisy.eval()(), still())
+    assert all(torch.equal(value, state[name]) for name, value in noisy.state_dict().items())
+
+
+def test_noise_alone_is_that_of_prompts_without_neurons():
+    prompts = made(torch.zeros(4, 10, 96), use_sfl=False, use_sdu=False, sigma=0.3, scale=2.0)
+    assert prompts().std().item() == pytest.approx(0.6, abs=0.02)
+    assert prompts.eval()().abs().max() == 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("reset", ["soft", "hard"])
+def test_potentials_go_on_over_the_steps_of_training(steps, reset):
+    latents, upstream = random_latents(2, 3, 16), torch.rand(2, 3, 16)
+    options = {"time_mode": "across_iterations", "time_steps": steps, "reset": reset, "use_sdu": False}
+    prompts = made(latents, **options)
+    v_reset, function = None if reset == "soft" else 0.0, surrogate.Sigmoid(alpha=2.0)
+    plain = neuron.IFNode(1.0, v_reset, function, detach_reset=True, step_mode="m")
+    current = latents.clone().requires_grad_()
+    for number in range(6):
+        if number == 3:  # a resume
+            state = prompts.state_dict()
+            prompts = made(torch.zeros_like(latents), **options)
+            prompts.load_state_dict(state)
+        coming = prompts.eval()()  # evaluation sees the next step, and does not take it
+        rates = prompts.train()()
+        expected = plain(current.repeat(steps, 1, 1, 1)).mean(0)
+        assert torch.equal(coming, rates)
+        torch.testing.assert_close(rates, expected, rtol=0, atol=1e-7)
+        plain.v = plain.v.detach()
+        for values, leaf in ((rates, prompts.latents), (expected, current)):
+            leaf.grad = None
+            (values * upstream).sum().backward()
+        torch.testing.assert_close(prompts.latents.grad, current.grad, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            for leaf in (prompts.latents, current):
+                leaf.sub_(0.3 * current.grad)
+
+
+def test_only_what_varies_in_time_is_more_than_one_threshold():
+    """Latents in one narrow cell: under a constant current their bits are equal."""
+    latents = torch.full((1, 8, 64), 0.6)
+    assert len(made(latents, theta=0.5)().unique()) == 1
+    assert len(made(latents, theta=0.5, sigma=0.3)().unique()) == 2
+    carried = made(latents, time_steps=1, time_mode="across_iterations")
+    assert [carried().mean().item() for _ in range(5)] == [0, 1, 0, 1, 1]  # 0.6, 1.2, 0.8, 1.4, 1.0
+
+
+def test_what_is_kept_is_no_more_than_the_switches_need():
+    latents = random_latents(1, 2, 4)
+    kept = {"latents", "scale"}
+    assert made(latents).state_dict().keys() == kept
+    assert made(latents, sigma=0.1).state_dict().keys() == kept | {"passes"}
+    signed = made(latents, time_mode="across_iterations", levels=3)
+    assert signed.state_dict().keys() == kept | {"potential"}
+    signed()
+    assert signed.potential.shape == (2, 1, 2, 4)
+
+
 # ---- first values ----
 
 
@@ -268,6 +413,16 @@ def test_random_bits_have_their_density_and_no_parameter():
         (SpikingPrompts, {"v_threshold": 0.0}, "v_threshold: expected a positive number, got 0.0"),
         (SpikingPrompts, {"alpha": 0.0}, "alpha: expected a positive number"),
         (SpikingPrompts, {"surrogate": "line"}, "surrogate: expected one of sigmoid, atan, got 'line'"),
+        (SpikingPrompts, {"leak": 1.0}, r"leak: expected a number in \[0, 1\), got 1.0"),
+        (SpikingPrompts, {"sigma": -0.1}, "sigma: expected a number of at least 0, got -0.1"),
+        (
+            SpikingPrompts,
+            {"time_mode": "rolled"},
+            "time_mode: expected one of unrolled, across_iterations, got 'rolled'",
+        ),
+        (SpikingPrompts, {"sfl_readout": "sum"}, "sfl_readout: expected one of rate, last_spike, got 'sum'"),
+        (SpikingPrompts, {"levels": 4}, "levels: expected 2, or 3 with use_sdu, got 4"),
+        (SpikingPrompts, {"levels": 3, "use_sdu": False}, "levels: expected 2, or 3 with use_sdu, got 3"),
         (DensePrompts, {"init_range": 0.0}, "init_range: expected a positive number, got 0.0"),
         (RandomBits, {"density": 1.5}, r"density: expected a number in \[0, 1\], got 1.5"),
         (RandomBits, {"scale": -1.0}, "scale: expected a positive number, got -1.0"),

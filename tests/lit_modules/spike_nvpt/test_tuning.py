@@ -9,11 +9,14 @@ from leanlight.contracts import UserError
 from lit_modules.nn import TimmNet
 from lit_modules.optim import parameter_groups
 from lit_modules.spike_nvpt import (
+    SSF,
+    Adapter,
     BitFit,
     DensePrompts,
     FullTuning,
     LinearProbe,
     LoRA,
+    PartialTuning,
     PromptTuning,
     RandomBits,
     SpikingPrompts,
@@ -25,12 +28,18 @@ timm = pytest.importorskip("timm", reason="needs the extra vision")
 D, BLOCKS, CLASSES, L = 32, 4, 5, 3
 HEAD = D * CLASSES + CLASSES
 BIASES = BLOCKS * (3 * D + D + 4 * D + D + 2 * D) + 2 * D  # qkv, proj, both of the MLP, both norms; patches, last norm
+BLOCK = 12 * D * D + 13 * D
+CHANNELS = BLOCKS * 11 * D + 2 * D  # behind qkv, proj, both of the MLP and both norms; patches, last norm
 spiking = functools.partial(SpikingPrompts, length=L)
 RULES = {
     "linear": (LinearProbe(), 0),
     "bitfit": (BitFit(), BIASES),
     "lora": (LoRA(rank=2), BLOCKS * 2 * (D + 3 * D)),
     "lora of two layers": (LoRA(rank=2, targets=("qkv", "fc1")), BLOCKS * 2 * (D + 3 * D + D + 4 * D)),
+    "last block": (PartialTuning(), BLOCK + 2 * D),
+    "last two blocks": (PartialTuning(2), 2 * BLOCK + 2 * D),
+    "adapter": (Adapter(bottleneck=6), BLOCKS * (D * 6 + 6 + 6 * D + D)),
+    "ssf": (SSF(), 2 * CHANNELS),
     "deep": (PromptTuning(spiking), BLOCKS * L * D),
     "shallow": (PromptTuning(spiking, "shallow"), L * D),
     "first": (PromptTuning(spiking, "first", 2), 2 * L * D),
@@ -81,6 +90,9 @@ def test_what_trains_changes_and_all_else_stays_to_the_bit(rule):
     trained = {"network.head.weight", "network.head.bias"}
     if rule == "bitfit":
         trained |= {name for name in before if name.endswith("bias")}
+    for block in {"last block": (3,), "last two blocks": (2, 3)}.get(rule, ()):
+        own = (f"network.blocks.{block}.", "network.norm.")
+        trained |= {name for name in before if name.startswith(own)}
     for name, (value, old) in before.items():
         assert torch.equal(value, old) == (name not in trained), name
         assert (value.grad is None) == (name not in trained), name
@@ -133,6 +145,9 @@ def test_every_latent_between_the_thresholds_learns_from_the_loss(latent):
         (lambda: PromptTuning(depth="first", blocks=0), "blocks: expected an integer of at least 1, got 0"),
         (lambda: PromptTuning(depth="last", blocks=5).adapt(made()), "blocks: expected at most the 4 of the network"),
         (lambda: PromptTuning(dropout=1.0), r"dropout: expected a number in \[0, 1\), got 1.0"),
+        (lambda: PartialTuning(0), "blocks: expected an integer of at least 1, got 0"),
+        (lambda: PartialTuning(5).adapt(made()), "blocks: expected at most the 4 of the network, got 5"),
+        (lambda: Adapter(0), "bottleneck: expected an integer of at least 1, got 0"),
         (lambda: LoRA(rank=0), "rank: expected an integer of at least 1, got 0"),
         (lambda: LoRA(dropout=-0.1), r"dropout: expected a number in \[0, 1\), got -0.1"),
         (lambda: LoRA(targets=("query",)).adapt(made()), "targets: expected names of linear layers .*, got query"),
