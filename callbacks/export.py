@@ -23,14 +23,16 @@ class ExportArtifact(Callback):
 
     Args:
         aliases: names of this version of the artifact in W&B.
+        enabled: False writes nothing: the runs of a table may be many and their networks large, and ``leanlight
+            export RUN`` writes the same later.
     """
 
-    def __init__(self, aliases: Sequence[str] = ("latest",)) -> None:
-        self.aliases = list(aliases)
+    def __init__(self, aliases: Sequence[str] = ("latest",), enabled: bool = True) -> None:
+        self.aliases, self.enabled = list(aliases), enabled
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         export = getattr(pl_module, "export", None)
-        if export is None or not writes_files(trainer):
+        if not self.enabled or export is None or not writes_files(trainer):
             return
         folder = Path(trainer.default_root_dir) / "artifacts" / "export"
         folder.mkdir(parents=True, exist_ok=True)

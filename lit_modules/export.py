@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -53,9 +54,10 @@ def write_program(network: nn.Module, example: Tensor, path: Path, batch_dim: in
     return any_batch
 
 
-def write_weights(network: nn.Module, path: Path) -> None:
-    """Write the state of `network` as safetensors."""
+def write_weights(network: nn.Module, path: Path, leave_out: Collection[str] = ()) -> None:
+    """Write the state of `network` as safetensors, but the tensors named in `leave_out`."""
     from safetensors.torch import save_file
 
+    state = {name: value for name, value in network.state_dict().items() if name not in leave_out}
     with atomic_path(path) as part:
-        save_file({name: value.contiguous().clone() for name, value in network.state_dict().items()}, part)
+        save_file({name: value.contiguous().clone() for name, value in state.items()}, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from lit_modules.hparams import save_hparams
 from lit_modules.nn import TimmNet, logits_and_features
 from lit_modules.optim import parameter_groups
 from lit_modules.spike_nvpt import checkpoints
+from lit_modules.spike_nvpt.export import export_tuned
 from lit_modules.spike_nvpt.packing import pack, unpack
 from lit_modules.spike_nvpt.tuning import PromptTuning, Tuning
 from lit_modules.spike_nvpt.vit import TunedNetwork
@@ -66,8 +68,10 @@ class TunedClassifier(ClassifierHooks):
         if not isinstance(net, TimmNet):
             raise UserError(f"network: expected a lit_modules.nn.TimmNet, got a {type(net).__name__}")
         pretrained = list(net.parameters())
-        self._compose((tuning or PromptTuning()).adapt(net), optimizer, lr_scheduler, lr_interval)
+        tuning = tuning or PromptTuning()
+        self._compose(tuning.adapt(net), optimizer, lr_scheduler, lr_interval)
         self._from_file = checkpoints.from_file(self, net, pretrained)
+        self._rule = type(tuning).__name__
         self.prompt_lr, self.prompt_weight_decay = prompt_lr, prompt_weight_decay
         self.label_smoothing, self.store_frozen = label_smoothing, store_frozen
         #: What `TunedNetwork.prefix` gave for every training item; None where it is computed anew.
@@ -161,7 +165,17 @@ class TunedClassifier(ClassifierHooks):
             stored += bits.numel() - 32 * trained.get("prompts.latents", 0)
         return {"test/trained_parameters": float(sum(trained.values())), "test/stored_bits": float(stored)}
 
-    # ---- checkpoints ----
+    # ---- checkpoints and export ----
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write the network and its prompts for plain PyTorch: see `lit_modules.spike_nvpt.export`."""
+        net, sizes = self.network.net, {name.split("/")[1]: int(value) for name, value in self.sizes().items()}
+        about: dict[str, Any] = {"tuning": self._rule, **sizes, "pretrained_weights": None}
+        if net.weights_file is not None:
+            about["pretrained_weights"] = {"file": net.weights_file.name, "sha256": net.weights_sha256}
+        names = [name.removeprefix("network.") for name in self._from_file]
+        example, classes = self.evaluation.example(), self.evaluation.classes
+        return export_tuned(self.network, example, Path(directory), classes, about, names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

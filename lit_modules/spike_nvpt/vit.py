@@ -44,7 +44,8 @@ class PromptedBlock(nn.Module):
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         if self.tokens is not None:
-            prompts = self.dropout(self.tokens.to(x.dtype).expand(len(x), -1, -1))
+            # By `shape`: `len` would fix the batch size in an exported program.
+            prompts = self.dropout(self.tokens.to(x.dtype).expand(x.shape[0], -1, -1))
             rest = self.prefix if self.first else self.prefix + self.length
             x = torch.cat([x[:, : self.prefix], prompts, x[:, rest:]], dim=1)
         x = self.block(x, **options)
