@@ -117,6 +117,15 @@ VARIANTS: dict[str, dict[str, Case]] = {
             )
         ),
     },
+    "spike_nvpt": {
+        "probe": Case(("--config=spike_nvpt/digits_small", *_model(tuning="lit_modules.spike_nvpt.LinearProbe"))),
+        "last": Case(
+            (
+                "--config=spike_nvpt/digits_small",
+                *_model(tuning__init_args__depth="last", tuning__init_args__blocks="2"),
+            )
+        ),
+    },
 }
 
 
