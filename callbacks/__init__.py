@@ -1,4 +1,4 @@
-"""What happens around training: exact resume, guards, media, spikes, energy, throughput, export, federations.
+"""What happens around training: resume, guards, media, spikes, energy, robustness, throughput, export, federations.
 
 Names load on first use, so that importing one callback does not import the libraries of the others.
 """

@@ -15,5 +15,6 @@ from .guards import DiskGuard as DiskGuard
 from .guards import NaNGuard as NaNGuard
 from .media import MediaLogger as MediaLogger
 from .prediction import PredictionWriter as PredictionWriter
+from .robustness import Robustness as Robustness
 from .spikes import SpikeStatistics as SpikeStatistics
 from .throughput import ThroughputMonitor as ThroughputMonitor

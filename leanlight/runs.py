@@ -199,6 +199,9 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
     compiled = resolved.get("compile") or {}
     if compiled.get("backend") is not None:
         identity["compile"] = compiled
+    robustness = resolved.get("robustness") or {}
+    if robustness.get("corruptions"):
+        identity["robustness"] = robustness
     return hashlib.sha256(json.dumps(clean(identity), sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ STANDARD_CALLBACKS = {
     "compile": "CompileNetworks",
     "spike_statistics": "SpikeStatistics",
     "energy": "EnergyMeter",
+    "robustness": "Robustness",
     "media": "MediaLogger",
     "export_artifact": "ExportArtifact",
     "disk_guard": "DiskGuard",

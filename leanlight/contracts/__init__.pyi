@@ -154,3 +154,4 @@ from .rng import (
 from .rng import (
     run_seed as run_seed,
 )
+from .robustness import UnderNoise as UnderNoise

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts import Episode, GameData, GameMeta, QFunction, isolated_rng
+from leanlight.contracts import Episode, GameData, GameMeta, QFunction, UnderNoise, isolated_rng
+from leanlight.ops.corruptions import gaussian
 
-Disturbed = Literal["input", "weight"]
+Noise = Literal["gaussian", "weight"]
 
 _PICTURES = 300  # of the episode that is drawn
 
@@ -25,15 +26,15 @@ class GameEvaluation:
         weight_noise: standard deviations of a random relative change of every weight.
 
     Attributes:
-        levels: the two, under ``input`` and ``weight``.
+        levels: the two, under ``gaussian`` and ``weight``.
         episodes: those played since `start`.
-        scores_under_noise: mean score at each level, by kind; ``clean`` is that without noise.
+        under_noise: mean score at each level, by kind of noise.
     """
 
     def __init__(self, input_noise: Sequence[float] = (), weight_noise: Sequence[float] = ()) -> None:
-        self.levels: dict[Disturbed, list[float]] = {"input": list(input_noise), "weight": list(weight_noise)}
+        self.levels: dict[Noise, list[float]] = {"gaussian": list(input_noise), "weight": list(weight_noise)}
         self.episodes: list[Episode] = []
-        self.scores_under_noise: dict[str, list[float]] = {}
+        self.under_noise: dict[str, UnderNoise] = {}
         self._seeds: list[int] = []
 
     def start(self) -> None:
@@ -54,19 +55,21 @@ class GameEvaluation:
         return sum(episode.greedy for episode in played)
 
     def play_under_noise(self, games: GameData, network: nn.Module) -> dict[str, float]:
-        """Play the episodes again at every level; return scores and mean losses by name.
+        """Play the episodes again at every level; return scores and what noise costs by name.
 
-        ``score_<kind>_noise_<level>`` and ``<kind>_noise_loss``, the latter in points below the score without noise.
+        ``score_<kind>_<level>``, ``drop_<kind>`` in points of score and, where scores are positive,
+        ``retention_<kind>``.
         """
         clean = mean_score(self.episodes)
-        self.scores_under_noise = {"clean": [clean]}
+        self.under_noise = {
+            kind: UnderNoise(clean, {kind: {at: score_under(kind, at, network, games, self._seeds) for at in levels}})
+            for kind, levels in self.levels.items()
+            if levels
+        }
         values: dict[str, float] = {}
-        for kind, levels in self.levels.items():
-            scores = [score_under(kind, level, network, games, self._seeds) for level in levels]
-            if scores:
-                values |= {f"score_{kind}_noise_{at:g}": score for at, score in zip(levels, scores, strict=True)}
-                values[f"{kind}_noise_loss"] = clean - sum(scores) / len(scores)
-                self.scores_under_noise[kind] = scores
+        for kind, result in self.under_noise.items():
+            losses = {f"{name}_{kind}": value for name, value in result.losses().items()}
+            values |= result.values("score_") | losses
         return values
 
 
@@ -98,12 +101,12 @@ def mean_score(episodes: Sequence[Episode]) -> float:
 
 
 @torch.no_grad()
-def score_under(kind: Disturbed, level: float, network: nn.Module, games: GameData, seeds: Sequence[int]) -> float:
+def score_under(kind: Noise, level: float, network: nn.Module, games: GameData, seeds: Sequence[int]) -> float:
     """Mean score of episodes under noise, drawn from a fixed seed: it is the same for every agent.
 
     Args:
-        kind: what is disturbed.
-        level: standard deviation of the noise.
+        kind: noise on the pixels, or on the weights.
+        level: its standard deviation.
         network: states in [0, 1] → values, in evaluation mode.
         games: the DataModule that plays.
         seeds: one an episode.
@@ -112,7 +115,7 @@ def score_under(kind: Disturbed, level: float, network: nn.Module, games: GameDa
 
     def values(state: Tensor) -> Tensor:
         state = scaled(state.to(device))
-        return network(noisy(state, level) if kind == "input" else state)
+        return network(gaussian(state, torch.randn_like(state), level) if kind == "gaussian" else state)
 
     with isolated_rng(0), disturbed_weights(network, level) if kind == "weight" else nullcontext():
         return mean_score(games.play(seeds, values))
@@ -121,11 +124,6 @@ def score_under(kind: Disturbed, level: float, network: nn.Module, games: GameDa
 def scaled(state: Tensor) -> Tensor:
     """uint8 → float32 in [0, 1]."""
     return state.float() / 255
-
-
-def noisy(state: Tensor, level: float) -> Tensor:
-    """States in [0, 1] with Gaussian noise of standard deviation `level`, clipped to [0, 1]."""
-    return (state + level * torch.randn_like(state)).clamp(0, 1)
 
 
 @contextmanager

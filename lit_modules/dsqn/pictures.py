@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from leanlight.contracts import Animation, Curve, Histogram, MediaItem
+from leanlight.contracts import Animation, Histogram, MediaItem
 from lit_modules.dsqn.evaluation import GameEvaluation
 from lit_modules.history import History
 
-_NOISED = {"input": "pixels", "weight": "weights"}
+_NOISED = {"gaussian": "pixels", "weight": "weights"}
 
 
 def pictures(evaluation: GameEvaluation, history: History) -> dict[str, MediaItem]:
@@ -27,13 +27,10 @@ def pictures(evaluation: GameEvaluation, history: History) -> dict[str, MediaIte
 
 def noise_curves(evaluation: GameEvaluation) -> dict[str, MediaItem]:
     """Score over the strength of each kind of noise under which the episodes were played again."""
-    items: dict[str, MediaItem] = {}
-    for kind, levels in evaluation.levels.items():
-        if kind in evaluation.scores_under_noise:
-            scores = [*evaluation.scores_under_noise["clean"], *evaluation.scores_under_noise[kind]]
-            axis = f"standard deviation of the noise on the {_NOISED[kind]}"
-            items[f"{kind}_noise"] = Curve([0.0, *levels], {"mean score": scores}, axis, "score")
-    return items
+    return {
+        f"{kind}_noise": result.curve(f"standard deviation of the noise on the {_NOISED[kind]}", "mean score")
+        for kind, result in evaluation.under_noise.items()
+    }
 
 
 def _curves(history: History) -> dict[str, MediaItem]:

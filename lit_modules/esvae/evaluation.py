@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanlight.contracts import UnderNoise
 from lit_modules.esvae.metrics import FrechetDistance, Noise, disturb, shuffle_time
 from lit_modules.esvae.networks import Autoencoder, to_signed
 
@@ -62,23 +63,24 @@ def frechet_autoencoder_distance(
 @torch.no_grad()
 def robustness(
     network: Autoencoder, images: Tensor, strengths: Sequence[float], noise: Noise = "flip"
-) -> tuple[float, list[float]]:
-    """Reconstruction error when the steps of the latent spikes are shuffled, and at each strength of spike noise.
+) -> tuple[float, UnderNoise]:
+    """Reconstruction error when the steps of the latent spikes are shuffled, and without and with noise on them.
 
     Args:
         network: a spiking one.
         images: to reconstruct.
-        strengths: probabilities that a spike is hit.
+        strengths: probabilities that a spike is hit, the levels of the noise.
         noise: see `disturb`.
     """
-    error = torch.zeros(1 + len(strengths), dtype=torch.float64)
+    error = torch.zeros(2 + len(strengths), dtype=torch.float64)
     for image in batches(network, images):
         z = network.encode(image).z
-        disturbed = [shuffle_time(z), *(disturb(z, strength, noise) for strength in strengths)]
+        disturbed = [z, shuffle_time(z), *(disturb(z, strength, noise) for strength in strengths)]
         errors = [F.mse_loss(network.decode(latent), image) * len(image) for latent in disturbed]
         error += torch.stack(errors).double().cpu()
-    shuffled, *noisy = (error / len(images)).tolist()
-    return shuffled, noisy
+    clean, shuffled, *noisy = (error / len(images)).tolist()
+    levels = dict(zip(strengths, noisy, strict=True))
+    return shuffled, UnderNoise(clean, {noise: levels}, higher_is_better=False)
 
 
 def mean_image_error(train: Tensor, test: Tensor) -> float:

@@ -22,6 +22,7 @@ from leanlight.contracts import (
     Progress,
     Split,
     TrainingStep,
+    UnderNoise,
     UserError,
     data_of,
     isolated_rng,
@@ -36,7 +37,7 @@ from lit_modules.esvae.evaluation import (
 from lit_modules.esvae.export import export_autoencoder
 from lit_modules.esvae.metrics import Noise, linear_probe, slope
 from lit_modules.esvae.networks import ESVAE, Autoencoder, Code, to_signed, to_unit
-from lit_modules.esvae.pictures import noise_curve, pairs, pictures
+from lit_modules.esvae.pictures import pairs, pictures
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
 from lit_modules.step_log import log_step
@@ -104,7 +105,7 @@ class ImageAutoencoder(LightningModule):
         self._features: Frozen[Autoencoder] | None = None  # the feature autoencoder behind FAD
         self._terms: dict[str, Tensor] = {}
         self._shown: Tensor | None = None
-        self._noise_errors: list[float] = []
+        self._under_noise: UnderNoise | None = None
 
     # ---- set-up ----
 
@@ -208,10 +209,11 @@ class ImageAutoencoder(LightningModule):
         }
         with isolated_rng(self.eval_seed):
             if network.spiking:
-                shuffled, self._noise_errors = robustness(network, test.images, self.strengths, self.noise)
-                noisy = zip(self.strengths, self._noise_errors, strict=True)
-                values |= {f"test/mse_{self.noise}_{strength:g}": error for strength, error in noisy}
-                values |= {"test/mse_shuffled": shuffled, "test/noise_slope": slope(self.strengths, self._noise_errors)}
+                shuffled, self._under_noise = robustness(network, test.images, self.strengths, self.noise)
+                noisy = self._under_noise.values("mse_") | self._under_noise.losses()
+                levels = self._under_noise.noisy[self.noise]
+                noisy |= {"mse_shuffled": shuffled, "noise_slope": slope(list(levels), list(levels.values()))}
+                values |= {f"test/{name}": value for name, value in noisy.items()}
             if self._features is not None and network.generates:
                 features = self._features.to(self.device).network
                 values["test/fad"] = frechet_autoencoder_distance(network, features, test.images, self.generated)
@@ -245,8 +247,8 @@ class ImageAutoencoder(LightningModule):
         with isolated_rng(self.eval_seed):
             items = pictures(self.network, self._shown)
         self.network.train(training)
-        if split == "test" and self._noise_errors:
-            items["noise"] = noise_curve(self.strengths, self._noise_errors, self.noise)
+        if split == "test" and self._under_noise is not None:
+            items["noise"] = self._under_noise.curve("probability of noise on a latent spike", "mean squared error")
         return items
 
     def export(self, directory: Path) -> list[Path]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from leanlight.contracts import Curve, Heatmap, Histogram, ImageGrid, MediaItem
-from lit_modules.esvae.metrics import Noise
+from leanlight.contracts import Heatmap, Histogram, ImageGrid, MediaItem
 from lit_modules.esvae.networks import ESVAE, Autoencoder, to_signed, to_unit
 
 _PAIRS = 20
@@ -38,14 +35,3 @@ def pictures(network: Autoencoder, shown: Tensor) -> dict[str, MediaItem]:
         rates["prior"] = network.prior_rates(1000).cpu()
     raster = Heatmap(code.z[:, 0].T.cpu(), "time step", "latent neuron")
     return items | {"latent_rates": Histogram(rates, "firing rate"), "raster": raster}
-
-
-def noise_curve(strengths: Sequence[float], errors: Sequence[float], noise: Noise) -> Curve:
-    """Reconstruction error over the probability of spike noise.
-
-    Args:
-        strengths: the probabilities.
-        errors: one a strength.
-        noise: its kind, for the axis.
-    """
-    return Curve(strengths, {"test": errors}, f"probability of spike noise ({noise})", "mean squared error")

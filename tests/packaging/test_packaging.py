@@ -49,7 +49,13 @@ def test_a_dependency_is_pinned_to_a_version_it_allows(requirement):
 def test_the_extra_all_has_every_extra_of_the_methods():
     extras = PROJECT["project"]["optional-dependencies"]
     (everything,) = (Requirement(text) for text in extras["all"])
-    assert everything.extras == {*extras} - {"all", "dev"}
+    # robustness brings opencv-python, which writes into the same folder as the headless one of rl.
+    assert everything.extras == {*extras} - {"all", "dev", "robustness"}
+
+
+def test_both_packages_of_opencv_are_pinned_to_one_version():
+    """They share the folder cv2: of one version, it does not matter which was installed last."""
+    assert pins()["opencv-python"] == pins()["opencv-python-headless"]
 
 
 def test_the_wheel_has_every_module_config_and_data_file(tmp_path):

@@ -13,7 +13,7 @@ from callbacks import EnergyMeter
 from datamodules import GameDataModule
 from leanlight.contracts import Episode, GameMeta, Transition, UserError
 from lit_modules.dsqn import DQN, DSQN, Conversion, DeepQLearning
-from lit_modules.dsqn.evaluation import disturbed_weights, noisy, summary
+from lit_modules.dsqn.evaluation import disturbed_weights, summary
 
 NETWORK = {"history": 1, "frame_size": 8, "convolutions": [[4, 3, 1]], "hidden": 16}
 DATA = {
@@ -124,7 +124,9 @@ def measure(module, tmp_path, **data):
 def test_a_converted_agent_is_measured(source, tmp_path):
     figures = measure(Conversion(source, time_steps=200, states=200, input_noise=[0.1], weight_noise=[0.1]), tmp_path)
     assert figures["test/agreement_robust"] > 0.8
-    assert {"test/score", "test/score_input_noise_0.1", "test/score_weight_noise_0.1"} <= set(figures)
+    assert {"test/score", "test/score_gaussian_0.1", "test/score_weight_0.1"} <= set(figures)
+    for kind in ("gaussian", "weight"):
+        assert figures[f"test/drop_{kind}"] == pytest.approx(figures["test/score"] - figures[f"test/score_{kind}_0.1"])
 
 
 def test_energy_is_that_of_one_greedy_decision(source, tmp_path):
@@ -166,13 +168,13 @@ def test_pictures_of_a_test_show_play_scores_curves_and_noise(tmp_path):
     module, trainer = fit(tmp_path, steps=20, input_noise=[0.1, 0.2])
     trainer.test(module, datamodule=GameDataModule(**DATA), verbose=False)
     items = module.media("test")
-    assert set(items) == {"play", "scores", "evaluation", "q_values", "epsilon", "returns", "input_noise"}
+    assert set(items) == {"play", "scores", "evaluation", "q_values", "epsilon", "returns", "gaussian_noise"}
     curve = items["evaluation"]
     ((name, mean),) = curve.series.items()
     spread = module._history["score_std"]
     points = list(zip(mean, spread, strict=True))
     assert curve.bands[name] == ([m - s for m, s in points], [m + s for m, s in points])
-    assert items["input_noise"].x == [0.0, 0.1, 0.2]
+    assert items["gaussian_noise"].x == [0.0, 0.1, 0.2]
     assert module.media("train") == {}
 
 
@@ -201,8 +203,6 @@ def test_noise_leaves_the_weights_as_they_were():
         assert not torch.equal(network.head.weight, before["head.weight"])
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
-    state = torch.rand(2, 1, 8, 8)
-    assert 0 <= noisy(state, 2.0).min() <= noisy(state, 2.0).max() <= 1
 
 
 def test_scores_are_normalised_between_random_and_human():
