@@ -67,6 +67,6 @@ def per_image(name: str, severity: int) -> Callable[[np.ndarray], np.ndarray]:
         return np.where(hit, salt, x)
 
     def corrupt(pixels: np.ndarray) -> np.ndarray:
-        return np.uint8(np.clip(noise(np.array(Image.fromarray(pixels)) / 255.0), 0, 1) * 255)
+        return (np.clip(noise(np.array(Image.fromarray(pixels)) / 255.0), 0, 1) * 255).astype(np.uint8)
 
     return corrupt
