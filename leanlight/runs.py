@@ -87,6 +87,9 @@ _LATER_DEFAULTS = {
     "sigma": 0.0,
     "sfl_readout": "rate",
     "levels": 2,
+    "train_items": None,
+    "classes": None,
+    "train_corruption": None,
 }
 
 

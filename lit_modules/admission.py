@@ -17,7 +17,7 @@ from jsonargparse import _common, set_parsing_settings
 
 from leanlight.contracts.plugins import METHODS_GROUP
 
-_SUITE = ("lit_modules", "datamodules", "callbacks")
+_SUITE = ("lit_modules", "datamodules", "callbacks", "leanlight.ops.corruptions.Corruption")
 _LIBRARIES = (
     *("torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "spikingjelly", "timm"),
     *("diffusers", "transformers", "peft", "geoopt", "kornia", "torch_geometric", "sklearn"),

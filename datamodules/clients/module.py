@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from datamodules.clients.partition import IID, Partition, class_matrix
-from datamodules.images.module import ImageDataModule, scaled
+from datamodules.images.module import ImageDataModule
 from datamodules.loaders import rank_and_world
 from leanlight.contracts import ClientBatch, ImageBatch, UserError, run_seed
 
@@ -92,8 +92,8 @@ class FederatedDataModule(ImageDataModule):
         self._round, self._work = round_number, dict(work)
 
     def client_data(self, client: int) -> ImageBatch:
-        """All data of a client, images float32 in [0, 1]."""
-        return scaled(self._raw_data(client))
+        """All data of a client, images float32 in [0, 1], noisy where `train_corruption` says so."""
+        return self.as_seen(self._raw_data(client), "train")
 
     def _raw_data(self, client: int) -> ImageBatch:
         part = self.parts[client] if client >= 0 else np.zeros(0, np.int64)
@@ -123,10 +123,10 @@ class FederatedDataModule(ImageDataModule):
         return math.ceil(self._reserved / rank_and_world()[1]) + 1
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Scale to [0, 1] on the device."""
+        """Scale to [0, 1] on the device, with the noise of `train_corruption`."""
         if isinstance(batch, ClientBatch):
-            return dataclasses.replace(batch, data=scaled(batch.data))
-        return scaled(batch)
+            return dataclasses.replace(batch, data=self.as_seen(batch.data, "train"))
+        return super().on_after_batch_transfer(batch, dataloader_idx)
 
 
 class ClientLoader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,45 +18,11 @@ from torch import Tensor
 from datamodules.images import sources
 from datamodules.images.catalog import describe
 from datamodules.images.sources import Raw, Variant
+from datamodules.images.splits import find_classes, stratified_split
 from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
 from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, Split, UserError, nearest
 from leanlight.ops.augment import AUGMENTATIONS
-
-
-def _share(counts: np.ndarray, fraction: float) -> np.ndarray:
-    """Split ``round(fraction * sum(counts))`` over the classes in proportion, by largest remainder."""
-    # Rounding each class by itself would miss the total by up to half the number of classes.
-    exact = counts * fraction
-    shares = np.floor(exact).astype(int)
-    missing = round(float(exact.sum())) - shares.sum()
-    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
-    return shares
-
-
-def stratified_split(
-    labels: np.ndarray, val_fraction: float, train_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (train, val), each sorted, with the same fraction of every class; no position is in both.
-
-    Every class keeps one training item at least. Attributes (2-D labels) are not stratified.
-
-    Args:
-        labels: (N,) int64 classes or (N, K) attributes.
-        val_fraction: share held out, in [0, 1).
-        train_fraction: share of the rest that is kept, in (0, 1]; a larger share holds every item of a smaller one.
-        seed: makes the permutation of each class.
-    """
-    generator = np.random.Generator(np.random.PCG64(seed))
-    groups = np.zeros(len(labels), int) if labels.ndim > 1 else labels
-    classes, counts = np.unique(groups, return_counts=True)
-    held_out = np.minimum(_share(counts, val_fraction), counts - 1)
-    kept = np.maximum(1, _share(counts - held_out, train_fraction))
-    train, val = [], []
-    for label, first, count in zip(classes, held_out, kept, strict=True):
-        members = generator.permutation(np.flatnonzero(groups == label))
-        val.append(members[:first])
-        train.append(members[first : first + count])
-    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
+from leanlight.ops.corruptions import Corruption
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -74,11 +41,16 @@ def scaled(batch: ImageBatch) -> ImageBatch:
     return replace(batch, image=batch.image.float().div_(255)) if batch.image.dtype == torch.uint8 else batch
 
 
+def _members(labels: np.ndarray, classes: Sequence[int] | None) -> np.ndarray | None:
+    """Positions of the items of some classes; None for all."""
+    return None if classes is None else np.flatnonzero(np.isin(labels, classes))
+
+
 class ImageDataModule(pl.LightningDataModule):
     """An image set of the catalogue, held in memory.
 
     Batches are `ImageBatch`: uint8 until they are on the device, there float32 in [0, 1], in training also augmented.
-    The network owns mean and standard deviation.
+    The network owns mean and standard deviation. The splits themselves hold the images as they came.
 
     Args:
         dataset: name in ``leanlight data list``.
@@ -96,6 +68,12 @@ class ImageDataModule(pl.LightningDataModule):
         path: folder of data set ``image_folder``.
         download: whether missing files may be downloaded.
         predict_split: part that `predict` goes through: ``train``, ``val`` or ``test``; without augmentation, in order.
+        train_items: number of training items that are used, in place of `train_fraction`: at least one a class, the
+            rest in proportion; a larger number holds every item of a smaller one.
+        classes: classes that are used, by number or name (of digits alone: by number); they become labels 0, 1, … in
+            this order, in all parts. Parts hold the same items of them as without it.
+        train_corruption: noise on training and validation images, the same in every epoch: of an item's place in the
+            source's own part, not of what is held out. It comes before augmentation; test images stay clean.
 
     Attributes (after `setup`): ``meta``; ``train_split``, ``val_split`` (None without one), ``test_split``.
     """
@@ -122,6 +100,9 @@ class ImageDataModule(pl.LightningDataModule):
         path: str | Path | None = None,
         download: bool = True,
         predict_split: Split = "test",
+        train_items: int | None = None,
+        classes: Sequence[int | str] | None = None,
+        train_corruption: Corruption | None = None,
     ) -> None:
         super().__init__()
         describe(dataset)
@@ -132,13 +113,15 @@ class ImageDataModule(pl.LightningDataModule):
             if given not in known:
                 raise UserError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
-        for name, value in sizes.items():
+        for name, value in {**sizes, "train_items": train_items}.items():
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         if not 0 <= val_fraction < 1:
             raise UserError(f"val_fraction: expected a number in [0, 1), got {val_fraction}")
         if not 0 < train_fraction <= 1:
             raise UserError(f"train_fraction: expected a number in (0, 1], got {train_fraction}")
+        if train_items is not None and train_fraction < 1:
+            raise UserError(f"train_items: expected none with train_fraction {train_fraction}; give one of them")
         if augment is not None and augment not in AUGMENTATIONS:
             raise UserError(
                 f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {augment!r}{nearest(augment, AUGMENTATIONS)}"
@@ -150,7 +133,10 @@ class ImageDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 4 * batch_size
         self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
         self.seed, self.augment, self.image_size, self.drop_last = seed, augment, image_size, drop_last
-        self.predict_split = predict_split
+        self.predict_split, self.train_items, self.classes = predict_split, train_items, classes
+        self.train_corruption = train_corruption
+        self._own_val = False
+        self._numbers: dict[str, Tensor] = {}
         self._raw: Raw | None = None
         self._predicted: Tensor | None = None
 
@@ -179,27 +165,38 @@ class ImageDataModule(pl.LightningDataModule):
         self._load(self.download and rank_and_world()[1] == 1)  # of several processes only `prepare_data`'s downloads
         raw, self._raw = self._raw, None  # the splits hold copies: the source's arrays may go
         assert raw is not None
+        labels, chosen = raw.train[1], None
+        if self.classes is not None:
+            if labels.ndim > 1:
+                raise UserError(f"classes: expected none, since {self.dataset} has attributes instead")
+            chosen = find_classes(self.classes, raw.classes)
         val_fraction = 0.0 if raw.val is not None else self.val_fraction
-        train, val = stratified_split(raw.train[1], val_fraction, self.train_fraction, self.split_seed)
+        train, val = stratified_split(
+            labels, val_fraction, self.train_fraction, self.split_seed, self.train_items, chosen
+        )
         if val_fraction and not len(val):
-            raise UserError(f"val_fraction: {val_fraction} of {len(raw.train[0]):,} items leaves none for validation")
-        self.train_split = self._split(raw.train, train)
-        self.test_split = self._split(raw.test)
-        self.val_split = self._split(raw.train, val) if len(val) else None
+            raise UserError(f"val_fraction: {val_fraction} of {len(labels):,} items leaves none for validation")
+        self.train_split = self._split(raw.train, train, chosen)
+        self.test_split = self._split(raw.test, _members(raw.test[1], chosen), chosen)
+        self.val_split = self._split(raw.train, val, chosen) if len(val) else None
         if raw.val is not None:
-            self.val_split = self._split(raw.val)
-        self.meta = self._describe(raw)
+            self.val_split = self._split(raw.val, _members(raw.val[1], chosen), chosen)
+            self._own_val = True
+        names = raw.classes if chosen is None else tuple(raw.classes[label] for label in chosen)
+        self.meta = self._describe(raw.source, names)
 
-    def _split(self, part: sources.Part, index: np.ndarray | None = None) -> ImageSplit:
+    def _split(self, part: sources.Part, index: np.ndarray | None, classes: Sequence[int] | None) -> ImageSplit:
         images, labels = (torch.from_numpy(np.require(array, requirements="W")) for array in part)
         origin = torch.arange(len(images)) if index is None else torch.from_numpy(index)
         if index is not None and len(index) < len(images):
             images, labels = images[origin], labels[origin]
         if labels.ndim > 1:
             labels = labels.float()
+        if classes is not None:
+            labels = torch.tensor(classes).argsort()[torch.searchsorted(torch.tensor(sorted(classes)), labels)]
         return ImageSplit(resize(images, self.image_size) if self.image_size else images, labels, origin)
 
-    def _describe(self, raw: Raw) -> ImageMeta:
+    def _describe(self, source: str, classes: tuple[str, ...]) -> ImageMeta:
         splits = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
         digest = hashlib.sha256()
         for name, split in splits.items():
@@ -209,13 +206,13 @@ class ImageDataModule(pl.LightningDataModule):
                 digest.update(split.labels.numpy().data)
         labels = self.train_split.labels
         channels, height, width = self.train_split.images.shape[1:]
-        counts = labels.sum(0).long() if labels.ndim > 1 else torch.bincount(labels, minlength=len(raw.classes))
+        counts = labels.sum(0).long() if labels.ndim > 1 else torch.bincount(labels, minlength=len(classes))
         return ImageMeta(
             name=self.dataset,
-            source=raw.source,
-            num_classes=len(raw.classes),
+            source=source,
+            num_classes=len(classes),
             shape=(channels, height, width),
-            classes=raw.classes,
+            classes=classes,
             counts={name: len(split) if split is not None else 0 for name, split in splits.items()},
             class_counts=tuple(counts.tolist()),
             fingerprint=digest.hexdigest(),
@@ -257,8 +254,38 @@ class ImageDataModule(pl.LightningDataModule):
         self._predicted = index
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Scale to [0, 1] on the device; augment in training."""
-        batch = scaled(batch)
+        """Scale to [0, 1] on the device, with the noise of `train_corruption`; augment in training."""
+        batch = self.as_seen(batch, self._part_at_work())
         if self.augment is None or self.trainer is None or not self.trainer.training:
             return batch
         return replace(batch, image=AUGMENTATIONS[self.augment](batch.image, None))
+
+    def as_seen(self, batch: ImageBatch, split: Split) -> ImageBatch:
+        """Items of a part as a network sees them but for augmentation: float32 in [0, 1], with noise if there is any.
+
+        Args:
+            batch: of that part, by its positions; on any device.
+            split: the part.
+        """
+        batch = scaled(batch)
+        if self.train_corruption is None or split == "test":
+            return batch
+        numbers = self._noise_numbers(split, batch.index.device)
+        return replace(batch, image=self.train_corruption(batch.image, numbers[batch.index]))
+
+    def _noise_numbers(self, split: Split, device: torch.device) -> Tensor:
+        """(N,) number of each item, by which its noise is made; kept on the device."""
+        if split not in self._numbers:
+            origin = self._part(split).origin
+            # Items of a validation part of its own lie below 0: none shares the noise of a training item.
+            self._numbers[split] = -1 - origin if split == "val" and self._own_val else origin
+        numbers = self._numbers[split] = self._numbers[split].to(device)
+        return numbers
+
+    def _part_at_work(self) -> Split:
+        """The part whose batches the Trainer goes through; test without a Trainer."""
+        if self.trainer is None or self.trainer.testing:
+            return "test"
+        if self.trainer.predicting:
+            return self.predict_split
+        return "train" if self.trainer.training else "val"

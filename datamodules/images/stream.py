@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from datamodules.images import formats
-from datamodules.images.module import scaled, stratified_split
+from datamodules.images.module import scaled
+from datamodules.images.splits import stratified_split
 from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
 from leanlight.contracts import ImageBatch, ImageMeta, Split, UserError, isolated_rng
 

@@ -87,6 +87,8 @@ class DistilledDataModule(SubstituteDataModule):
     def __init__(self, distilled: str | Path, augment: str | None = None, **kwargs: Any) -> None:
         path = Path(distilled)
         super().__init__(path / "distilled.safetensors" if path.is_dir() else path, **kwargs)
+        if self.train_corruption is not None:
+            raise UserError("train_corruption: expected none, since distilled images do not lie in [0, 1]")
         self._distilled_augment = find_augmentation(augment, "augment")
         self._space: dict[str, Tensor] = {}
 

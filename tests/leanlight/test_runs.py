@@ -60,6 +60,11 @@ def test_an_argument_that_came_later_counts_only_where_it_is_used():
     later = {split: {**data, "init_args": {"batch_size": 4, "predict_split": split}} for split in ("test", "val")}
     assert runs.config_hash({"data": later["test"]}) == before
     assert runs.config_hash({"data": later["val"]}) != before
+    few = {"train_items": 10, "classes": [1, 2], "train_corruption": {"name": "gaussian", "severity": 1}}
+    for name, value in few.items():
+        for given in (None, value):
+            again = {**data, "init_args": {"batch_size": 4, name: given}}
+            assert (runs.config_hash({"data": again}) == before) == (given is None)
 
 
 def test_tensorfloat_counts_only_where_it_is_allowed():

@@ -11,11 +11,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from datamodules import ImageDataModule
+from datamodules import FederatedDataModule, ImageDataModule
 from datamodules.images import sources
-from datamodules.images.module import resize, stratified_split
+from datamodules.images.module import resize
+from datamodules.images.splits import stratified_split
 from datamodules.loaders import EvalLoader, TrainLoader, TrainOrder
+from leanlight import build
 from leanlight.contracts import ImageBatch, MethodData, UserError
+from leanlight.ops.corruptions import Corruption
 
 
 def module(**arguments) -> ImageDataModule:
@@ -124,6 +127,168 @@ def test_images_are_resized_once() -> None:
     assert data.train_split.images.shape[1:] == data.meta.shape == (1, 16, 16)
     flat = torch.full((2, 1, 8, 8), 77, dtype=torch.uint8)
     assert (resize(flat, 13) == 77).all()
+
+
+# A number of training items
+
+
+def test_training_items_are_counted_by_class_in_proportion() -> None:
+    official = np.bincount(sources.load("digits", "none").train[1])
+    for items in (10, 11, 57, 500, 1293):
+        data = module(train_items=items)
+        assert data.val_split is not None
+        left = official - np.bincount(data.val_split.labels, minlength=10)
+        assert len(data.train_split) == sum(data.meta.class_counts) == items
+        assert min(data.meta.class_counts) >= 1
+        assert np.abs(np.array(data.meta.class_counts) - items * left / left.sum()).max() < 1
+    whole = module()
+    assert torch.equal(data.train_split.origin, whole.train_split.origin)
+    assert data.meta.fingerprint == whole.meta.fingerprint
+    assert torch.equal(data.val_split.origin, whole.val_split.origin)
+
+
+def test_more_training_items_hold_every_item_of_fewer() -> None:
+    labels = np.repeat(np.arange(4), [60, 36, 3, 1])
+    before: set[int] = set()
+    for items in range(4, 91):
+        train, val = stratified_split(labels, 0.1, 1.0, 0, items)
+        assert len(set(train)) == items
+        assert before < set(train)
+        assert not set(train) & set(val)
+        assert set(labels[train]) == {0, 1, 2, 3}
+        before = set(train)
+
+
+# Some of the classes
+
+
+def test_chosen_classes_become_labels_in_their_order_in_every_part() -> None:
+    data, whole, raw = module(classes=[7, "2", 5]), module(), sources.load("digits", "none")
+    assert data.meta.classes == ("7", "2", "5")
+    assert data.meta.num_classes == len(data.meta.class_counts) == 3
+    parts = (
+        (data.train_split, whole.train_split, raw.train),
+        (data.val_split, whole.val_split, raw.train),
+        (data.test_split, whole.test_split, raw.test),
+    )
+    for split, all_classes, (images, labels) in parts:
+        assert split is not None
+        assert all_classes is not None
+        assert np.array_equal(split.images, images[split.origin])
+        assert [(7, 2, 5)[label] for label in split.labels] == labels[split.origin].tolist()
+        # Neither part takes an item that is in another one of the whole set.
+        assert split.origin.tolist() == [i for i in all_classes.origin.tolist() if labels[i] in (7, 2, 5)]
+    assert data.meta.counts == {"train": len(data.train_split), "val": len(data.val_split), "test": len(parts[2][0])}
+    assert len({d.meta.fingerprint for d in (data, whole, module(classes=[2, 7, 5]), module(classes=[2, 7]))}) == 4
+    few = module(classes=[7, 2, 5], train_items=30)
+    assert few.meta.class_counts == (10, 9, 11)  # of 131, 119 and 137
+    assert set(few.train_split.origin.tolist()) < set(data.train_split.origin.tolist())
+    named = module(dataset="fashion_mnist", variant="subset", classes=["Bag", 1])
+    assert named.meta.classes == ("Bag", "Trouser")
+
+
+# Noise on training images
+
+NOISE = Corruption("gaussian", level=0.15, seed=2)
+
+
+def seen(data: ImageDataModule, folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Images and positions that a Trainer hands to its steps, by part."""
+    batches: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    class Looker(Recorder):
+        def training_step(self, batch, batch_idx):
+            batches["train"] = batch.image, batch.index
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            batches["val"] = batch.image, batch.index
+
+        def test_step(self, batch, batch_idx):
+            batches["test"] = batch.image, batch.index
+
+        def predict_step(self, batch, batch_idx):
+            batches[f"predict_{data.predict_split}"] = batch.image, batch.index
+
+    loop, looker = trainer(folder, max_epochs=1), Looker()
+    loop.fit(looker, datamodule=data)
+    loop.test(looker, datamodule=data, verbose=False)
+    loop.predict(looker, datamodule=data)
+    return batches
+
+
+def test_noise_is_on_training_and_validation_images_and_goes_by_the_item_alone(tmp_path: Path) -> None:
+    raw = torch.from_numpy(sources.load("digits", "none").train[0]).float() / 255
+    wanted = NOISE(raw, torch.arange(len(raw)))
+    for number, arguments in enumerate(
+        [
+            {"predict_split": "train"},
+            {"val_fraction": 0.3, "predict_split": "val"},
+            {"classes": [3, 1], "batch_size": 90},
+        ]
+    ):
+        data = module(**({"train_corruption": NOISE, "batch_size": 2000, "eval_batch_size": 2000} | arguments))
+        got = seen(data, tmp_path / str(number))
+        assert data.val_split is not None
+        for name, origin in (("train", data.train_split.origin), ("val", data.val_split.origin)):
+            for part in {name, f"predict_{name}"} & got.keys():
+                image, index = got[part]
+                assert torch.equal(image, wanted[origin[index]])
+        clean = data.test_split.images.float() / 255
+        assert all(torch.equal(got[part][0], clean[got[part][1]]) for part in {"test", "predict_test"} & got.keys())
+        assert not data.train_split.images.is_floating_point()  # what the split holds is clean
+    assert not torch.equal(wanted, raw)
+
+
+def test_augmentation_comes_after_noise_and_identity_does_not_hide_it(tmp_path: Path) -> None:
+    data = module(train_corruption=NOISE, augment="flip", batch_size=2000)
+    image, index = seen(data, tmp_path)["train"]
+    noisy = data.as_seen(data.train_split.batch(index), "train").image
+    flipped = (image == noisy.flip(-1)).flatten(1).all(1)
+    assert ((image == noisy).flatten(1).all(1) | flipped).all()
+    assert 0 < flipped.sum() < len(image)
+
+
+def test_a_validation_part_of_its_own_shares_no_noise_with_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = np.full((4, 1, 8, 8), 128, np.uint8), np.arange(4) % 2
+    raw = sources.Raw((images, labels), (images, labels), ("a", "b"), "here", (images, labels))
+    monkeypatch.setattr(sources, "load", lambda *_: raw)
+    data = module(train_corruption=NOISE)
+    assert data.val_split is not None
+    every = torch.arange(4)
+    both = torch.cat([data.as_seen(data.train_split.batch(every), "train").image,
+                      data.as_seen(data.val_split.batch(every), "val").image])  # fmt: skip
+    assert len(both.unique(dim=0)) == 8
+    assert (data.as_seen(data.test_split.batch(every), "test").image == 128 / 255).all()
+
+
+def test_clients_of_a_federation_hold_noisy_images_of_the_chosen_classes() -> None:
+    data = FederatedDataModule(
+        3, dataset="digits", download=False, train_corruption=NOISE, classes=[4, 9], train_items=90
+    )
+    data.setup()
+    raw = torch.from_numpy(sources.load("digits", "none").train[0]).float() / 255
+    wanted = NOISE(raw, torch.arange(len(raw)))
+    assert data.class_matrix.shape == (3, 2)
+    assert sum(data.client_sizes) == 90
+    for client in range(3):
+        held = data.client_data(client)
+        assert torch.equal(held.image, wanted[data.train_split.origin[held.index]])
+
+
+def test_noise_classes_and_items_are_said_in_a_config(tmp_path: Path) -> None:
+    few = {"train_items": 60, "classes": [3, 5], "train_corruption": {"name": "gaussian", "level": 0.15}}
+    overrides = {f"data.init_args.{name}": value for name, value in few.items()}
+    overrides |= {"model.init_args.network.init_args.num_classes": 2, "trainer.default_root_dir": str(tmp_path)}
+    data = build("classifier/digits_small", overrides).data
+    assert (data.train_items, list(data.classes), data.train_corruption) == (
+        60,
+        [3, 5],
+        Corruption("gaussian", level=0.15),
+    )
+    with pytest.raises(UserError, match=r"train_corruption.*did you mean 'gaussian'") as caught:
+        build("classifier/digits_small", {"data.init_args.train_corruption": {"name": "gausian", "severity": 1}})
+    assert "\n" not in str(caught.value)
 
 
 # Order
@@ -376,6 +541,18 @@ def test_order_is_that_of_the_published_results() -> None:
         ({"dataset": "image_folder"}, "path"),
         ({"dataset": "digits", "path": "x"}, "path"),
         ({"dataset": "digits", "variant": "subset"}, "fashion_mnist only"),
+        ({"train_items": 0}, "train_items: expected at least 1, got 0"),
+        ({"train_items": 9}, r"train_items: expected 10 \(one of each class\) to 1,293 \(all that train\), got 9"),
+        ({"train_items": 1294}, r"train_items: expected 10 .* to 1,293 .* got 1,294"),
+        ({"train_items": 50, "train_fraction": 0.5}, "train_items: expected none with train_fraction 0.5"),
+        ({"classes": []}, r"classes: expected at least one, and each once; got \[\]"),
+        ({"classes": [1, "1"]}, r"classes: expected at least one, and each once; got \[1, '1'\]"),
+        ({"classes": [10]}, "classes: expected names, or numbers from 0 to 9; got 10"),
+        ({"classes": [-1]}, "classes: expected names, or numbers from 0 to 9; got -1"),
+        (
+            {"dataset": "fashion_mnist", "variant": "subset", "classes": ["Bags"]},
+            "classes: expected names, .* got 'Bags' .did you mean 'Bag'.*",
+        ),
         ({"dataset": "digits", "val_fraction": 0.0001}, "leaves none for validation"),
     ],
 )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from datamodules import ImageDataModule, ImageFolderStream, SubsetDataModule, SubsetStream
 from leanlight.contracts import UserError, sha256_file
+from leanlight.ops.corruptions import Corruption
 
 
 def real(**arguments) -> ImageDataModule:
@@ -233,3 +234,15 @@ def test_a_streamed_folder_trains_on_the_chosen_pictures_with_their_weights(tmp_
     save_file({"index": held_out}, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="held out for validation"):
         SubsetStream(tmp_path / "b.safetensors", path=tmp_path, **arguments).setup()
+
+
+def test_noise_of_a_chosen_item_is_that_of_the_whole_set_and_classes_keep_their_positions(tmp_path):
+    noise = Corruption("impulse", severity=5)
+    data = subset(write(tmp_path, CHOSEN, ".npy"), train_corruption=noise)
+    whole = WHOLE.train_split.batch(torch.tensor(CHOSEN))
+    wanted = noise(whole.image.float() / 255, whole.index)
+    assert torch.equal(data.as_seen(data.train_split.batch(torch.arange(5)), "train").image, wanted)
+    order = WHOLE.train_split.labels[CHOSEN].unique().flip(0).tolist()
+    some = subset(write(tmp_path, CHOSEN, ".npy"), classes=order)
+    assert [order[label] for label in some.train_split.labels] == WHOLE.train_split.labels[CHOSEN].tolist()
+    assert some.train_split.origin.tolist() == CHOSEN

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from datamodules import DistilledDataModule, ImageDataModule
 from datamodules.images.module import scaled
 from leanlight.contracts import ImageBatch, UserError, sha256_file
+from leanlight.ops.corruptions import Corruption
 
 
 def real(**arguments) -> ImageDataModule:
@@ -62,3 +63,8 @@ def test_a_distilled_set_without_its_space_is_refused(tmp_path):
     save_file({"images": torch.zeros(2, 1, 8, 8), "labels": torch.eye(10)[:2]}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="distilled: expected images, labels, and whitening or mean and std"):
         DistilledDataModule(tmp_path / "a.safetensors", dataset="digits").setup()
+
+
+def test_a_distilled_set_takes_no_noise(distilled):
+    with pytest.raises(UserError, match=r"train_corruption: expected none, since distilled images"):
+        DistilledDataModule(distilled[0].file, dataset="digits", train_corruption=Corruption("shot", severity=1))
