@@ -45,6 +45,11 @@ class DatasetInfo:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
     @property
+    def by_path(self) -> bool:
+        """Whether its files are the user's, in a folder that ``path`` names."""
+        return not self.train
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Label names; numbers where the names come with the files."""
         return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
@@ -190,6 +195,34 @@ _ALL = [
         origin="your files",
         size_mb=0,
         get="--data.path PATH",
+    ),
+    *(
+        DatasetInfo(
+            name=name,
+            title=title,
+            shape=(3, 224, 224),
+            classes=0,
+            train=0,
+            test=0,
+            mean=(0.485, 0.456, 0.406),  # of ImageNet
+            std=(0.229, 0.224, 0.225),
+            licence="that of each set",
+            origin=origin,
+            size_mb=0,
+            get="--data.path PATH",
+        )
+        for name, title, origin in (
+            (
+                "vtab",
+                "A task of VTAB-1k: PATH/train800.txt, val200.txt, test.txt; val_fraction=0 trains on all 1,000",
+                "Zhai et al. 2019",
+            ),
+            (
+                "fgvc",
+                "Fine-grained classes: PATH/train.json, val.json, test.json; val_fraction=0 trains on val.json, too",
+                "Jia et al. 2022",
+            ),
+        )
     ),
 ]
 

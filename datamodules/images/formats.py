@@ -238,15 +238,18 @@ def open_picture(source: Path | bytes, mode: str = "RGB") -> Iterator[Image.Imag
         raise UserError(f"{where} cannot be read as a picture ({error})") from error
 
 
-def decode_picture(source: Path | bytes, size: int, crop: int | None = None) -> Images:
+def decode_picture(source: Path | bytes, size: int, crop: int | None = None, whole: bool = False) -> Images:
     """Decode one picture to (3, size, size): its centre square, resized bilinearly.
 
     Args:
         source: a file, or its bytes.
         size: side of the result.
         crop: side of the centre square that is cut out; the picture's shorter side by default.
+        whole: squeeze the whole picture to a square instead.
     """
     with open_picture(source) as picture:
+        if whole:
+            return np.asarray(picture.resize((size, size), 2)).transpose(2, 0, 1)
         side = crop or min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         box = (left, top, left + side, top + side)
@@ -254,12 +257,12 @@ def decode_picture(source: Path | bytes, size: int, crop: int | None = None) -> 
         return np.asarray(square).transpose(2, 0, 1)
 
 
-def decode_pictures(sources: Sequence[Path | bytes], size: int, crop: int | None = None) -> Images:
+def decode_pictures(sources: Sequence[Path | bytes], size: int, crop: int | None = None, whole: bool = False) -> Images:
     """Decode many pictures to one array (N, 3, size, size), on all cores; arguments as for `decode_picture`."""
     out = np.empty((len(sources), 3, size, size), np.uint8)
 
     def decode(position: int) -> None:
-        out[position] = decode_picture(sources[position], size, crop)
+        out[position] = decode_picture(sources[position], size, crop, whole)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow warns about large pictures; our limit stands above it

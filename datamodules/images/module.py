@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.images import sources
-from datamodules.images.catalog import describe
+from datamodules.images.catalog import CATALOG, describe
 from datamodules.images.sources import Raw, Variant
 from datamodules.images.splits import find_classes, stratified_split
 from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
@@ -59,13 +59,14 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: training items a step and process.
         eval_batch_size: items a step and process elsewhere; default four times `batch_size`.
         val_fraction: share of train held out for validation, in [0, 1), by class; ignored where the source has its own.
+            Of ``vtab`` and ``fgvc`` any share holds out the published validation items, and 0 trains on them, too.
         train_fraction: share of the remaining train that is used, in (0, 1], by class.
         split_seed: makes the hold-out; kept apart from `seed`, so that runs of several seeds share their split.
         seed: makes the order of training items; default the seed of ``seed_everything``, else 0.
         augment: one of ``flip``, ``crop``, ``shift``, ``flip_crop``; none by default.
         image_size: side of the square to which all images are resized once, at loading.
         drop_last: leave out the last, shorter training batch of an epoch.
-        path: folder of data set ``image_folder``.
+        path: folder of data set ``image_folder``, ``vtab`` or ``fgvc``.
         download: whether missing files may be downloaded.
         predict_split: part that `predict` goes through: ``train``, ``val`` or ``test``; without augmentation, in order.
         train_items: number of training items that are used, in place of `train_fraction`: at least one a class, the
@@ -126,8 +127,9 @@ class ImageDataModule(pl.LightningDataModule):
             raise UserError(
                 f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {augment!r}{nearest(augment, AUGMENTATIONS)}"
             )
-        if (path is None) == (dataset == "image_folder"):
-            raise UserError(f"path: expected with dataset image_folder, and there alone; got {path!r} with {dataset!r}")
+        if (path is None) == describe(dataset).by_path:
+            named = ", ".join(name for name, info in CATALOG.items() if info.by_path)
+            raise UserError(f"path: expected with dataset {named}, and there alone; got {path!r} with {dataset!r}")
         self.dataset, self.variant, self.path, self.download = dataset, variant, path, download
         self.root = Path(root or os.environ.get("LEANLIGHT_DATA") or "data")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 4 * batch_size
@@ -165,17 +167,12 @@ class ImageDataModule(pl.LightningDataModule):
         self._load(self.download and rank_and_world()[1] == 1)  # of several processes only `prepare_data`'s downloads
         raw, self._raw = self._raw, None  # the splits hold copies: the source's arrays may go
         assert raw is not None
-        labels, chosen = raw.train[1], None
+        chosen = None
         if self.classes is not None:
-            if labels.ndim > 1:
+            if raw.train[1].ndim > 1:
                 raise UserError(f"classes: expected none, since {self.dataset} has attributes instead")
             chosen = find_classes(self.classes, raw.classes)
-        val_fraction = 0.0 if raw.val is not None else self.val_fraction
-        train, val = stratified_split(
-            labels, val_fraction, self.train_fraction, self.split_seed, self.train_items, chosen
-        )
-        if val_fraction and not len(val):
-            raise UserError(f"val_fraction: {val_fraction} of {len(labels):,} items leaves none for validation")
+        train, val = self._positions(raw, chosen)
         self.train_split = self._split(raw.train, train, chosen)
         self.test_split = self._split(raw.test, _members(raw.test[1], chosen), chosen)
         self.val_split = self._split(raw.train, val, chosen) if len(val) else None
@@ -184,6 +181,27 @@ class ImageDataModule(pl.LightningDataModule):
             self._own_val = True
         names = raw.classes if chosen is None else tuple(raw.classes[label] for label in chosen)
         self.meta = self._describe(raw.source, names)
+
+    def _positions(self, raw: Raw, classes: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+        """Where the training items, and the validation items held out of them, stand in the source's training part."""
+        labels, fraction = raw.train[1], self.val_fraction if raw.val is None else 0.0
+        rest, published = np.arange(len(labels)), raw.held_out if fraction else None
+        if published is not None:
+            rest = np.setdiff1d(rest, published)
+        train, val = stratified_split(
+            labels[rest],
+            fraction if published is None else 0.0,
+            self.train_fraction,
+            self.split_seed,
+            self.train_items,
+            classes,
+        )
+        if published is not None:
+            members = _members(labels[published], classes)
+            val = published if members is None else published[members]
+        if fraction and not len(val):
+            raise UserError(f"val_fraction: {fraction} of {len(labels):,} items leaves none for validation")
+        return rest[train], val
 
     def _split(self, part: sources.Part, index: np.ndarray | None, classes: Sequence[int] | None) -> ImageSplit:
         images, labels = (torch.from_numpy(np.require(array, requirements="W")) for array in part)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from datamodules.images import formats
+from datamodules.images import formats, lists
 from datamodules.images.catalog import DatasetInfo, describe
 from datamodules.images.formats import Part
 from leanlight.contracts import UserError
@@ -42,6 +42,7 @@ class Raw:
         classes: label names; index = label.
         source: where it was found, in words.
         val: the publisher's own validation part, if it is separate from train and test.
+        held_out: (n,) positions in train that the publisher holds out for validation where one validates.
     """
 
     train: Part
@@ -49,6 +50,7 @@ class Raw:
     classes: tuple[str, ...]
     source: str
     val: Part | None = None
+    held_out: np.ndarray | None = None
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Query:
         root: folder of data sets.
         variant: which number of items will do.
         download: whether missing files may be downloaded.
-        path: folder of ``image_folder``.
+        path: folder of ``image_folder``, ``vtab`` or ``fgvc``.
         image_size: side to which pictures of mixed size are decoded.
         tried: places where nothing was, for the error message.
     """
@@ -98,7 +100,7 @@ def load(
         root: folder of data sets.
         variant: ``full``: the official number of items; ``subset``: the packaged one; ``auto``: the best found.
         download: whether missing files may be downloaded.
-        path: folder of ``image_folder``.
+        path: folder of ``image_folder``, ``vtab`` or ``fgvc``.
         image_size: side to which pictures of mixed size are decoded; arrays are returned in their own size.
     """
     info = describe(name)
@@ -263,6 +265,22 @@ def image_folder(query: Query) -> Raw | None:
     return Raw(decoded["train"], decoded["test"], classes, str(base), decoded.get("val"))
 
 
+def vtab(query: Query) -> Raw | None:
+    """A task of VTAB-1k, as `lists.read_vtab` reads it."""
+    if query.path is None or not query.exists(query.path):
+        return None
+    train, test, classes, held_out = lists.read_vtab(query.path, query.image_size or query.info.shape[1])
+    return Raw(train, test, tuple(map(str, range(classes))), str(query.path), held_out=held_out)
+
+
+def fgvc(query: Query) -> Raw | None:
+    """A set of fine-grained classes, as `lists.read_fgvc` reads it."""
+    if query.path is None or not query.exists(query.path):
+        return None
+    train, test, classes, held_out = lists.read_fgvc(query.path, query.image_size or query.info.shape[1])
+    return Raw(train, test, classes, str(query.path), held_out=held_out)
+
+
 def svhn(query: Query) -> Raw | None:
     """An npz, the two official .mat files in ``root/svhn`` or root, or their download. Label 10 is the digit 0."""
     from torchvision.datasets import SVHN
@@ -352,4 +370,6 @@ _FINDERS: dict[str, Callable[[Query], Raw | None]] = {
     "tiny_imagenet": tiny_imagenet,
     "celeba": celeba,
     "image_folder": image_folder,
+    "vtab": vtab,
+    "fgvc": fgvc,
 }

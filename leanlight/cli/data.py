@@ -40,7 +40,7 @@ def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, Datas
     parser.add_argument("name", metavar="NAME", help="a name of `leanlight data list`")
     default = os.environ.get("LEANLIGHT_DATA") or "data"
     parser.add_argument("--root", default=default, metavar="DIR", help="folder of data sets (default: %(default)s)")
-    parser.add_argument("--path", metavar="DIR", help="folder of image_folder")
+    parser.add_argument("--path", metavar="DIR", help="folder of image_folder, vtab or fgvc")
     if command == "check":
         parser.add_argument(
             "--variant", default="auto", choices=["auto", "full", "subset"], help="default: %(default)s"
