@@ -1,5 +1,6 @@
 """Every config of every method is complete: it parses, and its classes can be built without data or weights."""
 
+import functools
 import re
 from functools import cache
 
@@ -11,6 +12,7 @@ from leanlight.contracts import DataMeta, MethodData, MethodModule, UserError
 from leanlight.experiment import LeanlightCLI, method_of
 from leanlight.invocation import expand
 from leanlight.registry import METHODS
+from lit_modules.nn import TimmNet
 
 RUNNABLE = [name for info in METHODS.values() for name in info.configs]
 BASELINES = [name for name in RUNNABLE if "__" in name]
@@ -45,10 +47,12 @@ def build(name, *more, parse_only=False):
 def no_downloads(monkeypatch):
     """Networks are made without the weights that a config asks for."""
     timm = pytest.importorskip("timm", reason="needs the extra vision")
-    make = timm.create_model
+    make, init = timm.create_model, TimmNet.__init__
     monkeypatch.setattr(
         timm, "create_model", lambda *names, **options: make(*names, **(options | {"pretrained": False}))
     )
+    bare = functools.wraps(init)(lambda net, *names, **options: init(net, *names, **(options | {"weights": None})))
+    monkeypatch.setattr(TimmNet, "__init__", bare)
 
 
 @pytest.mark.usefixtures("no_downloads")
