@@ -1,4 +1,4 @@
-"""Benchmark of tuning a frozen transformer: steps and exports against plain VPT, stored features, memory, Lightning."""
+"""Benchmark of tuning a frozen transformer: steps and exports against plain VPT, stored features, noise, Lightning."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from leanlight.benchmarks.core import (
     ratios,
     summarise,
 )
+from leanlight.benchmarks.corruptions import noise_speed
 from leanlight.benchmarks.gpu.checks import Check, Found, near
 from leanlight.benchmarks.probe import StepProbe
 from leanlight.contracts import MissingExtraError
@@ -116,6 +117,7 @@ def run(quick: bool = False) -> Measurement:
         "a stored prefix": lambda: measure_prefix(shapes, measured, rounds),
         "a linear probe": lambda: measure_probe(shapes, measured, 2 if quick else 4),
         "Lightning": lambda: measure_lightning(shapes, measured, 3 if quick else 12),
+        "noise": lambda: measure_noise(measured, rounds),
     }
     try:
         for name, part in parts.items():
@@ -239,7 +241,7 @@ def measure_memory(quick: bool, measured: Measurement) -> None:
     """Peak resident memory of a process that makes two steps, above that of one that makes the network alone."""
     size = "quick" if quick else "full"
     floor = statistics.median(_peak("none", size) for _ in range(1 if quick else 3))
-    for name in ("spike", "vpt", "lora", "full"):
+    for name in ("spike",) if quick else ("spike", "vpt", "lora", "full"):
         if f"step/{name}" in measured.figures:
             measured.figures[f"memory/{name}"] = summarise([_peak(name, size) - floor], "MB above an idle process")
 
@@ -389,6 +391,14 @@ def measure_lightning(shapes: Shapes, measured: Measurement, steps: int) -> None
     text = "a step under Lightning takes at most 3 % more than in a plain loop"
     measured.targets.append(Target("lightning/more_than_plain_loop", 3.0, text))
     measured.checks["Lightning: same weights as the plain loop, bit for bit"] = report["equal"]
+
+
+def measure_noise(measured: Measurement, rounds: int) -> None:
+    """Noise on batches of 32-pixel images against one image at a time."""
+    noise = noise_speed(rounds)
+    measured.settings |= noise.settings
+    measured.figures |= noise.figures
+    measured.targets += noise.targets
 
 
 # -- on a GPU
