@@ -11,12 +11,22 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from leanlight.contracts import ImageBatch, ImageData, InMemoryImages, UserError, data_of, predicted_origin
+from leanlight.contracts import (
+    ImageBatch,
+    ImageData,
+    InMemoryImages,
+    MediaItem,
+    Split,
+    UserError,
+    data_of,
+    predicted_origin,
+)
 from lit_modules.classifier import ClassifierHooks, class_index, cross_entropy
+from lit_modules.history import History
 from lit_modules.hparams import save_hparams
 from lit_modules.nn import TimmNet, logits_and_features
 from lit_modules.optim import parameter_groups
-from lit_modules.spike_nvpt import checkpoints
+from lit_modules.spike_nvpt import checkpoints, pictures
 from lit_modules.spike_nvpt.export import export_tuned
 from lit_modules.spike_nvpt.packing import pack, unpack
 from lit_modules.spike_nvpt.tuning import PromptTuning, Tuning
@@ -77,6 +87,8 @@ class TunedClassifier(ClassifierHooks):
         #: What `TunedNetwork.prefix` gave for every training item; None where it is computed anew.
         self._stored: Tensor | None = None
         self._bits: Tensor | None = None
+        self._history = History()
+        self._shown: Tensor | None = None  # first images of the test data
         self._warned = False
 
     # ---- set-up ----
@@ -134,6 +146,8 @@ class TunedClassifier(ClassifierHooks):
         values |= {"train/density": density, "train/flips": (bits ^ self._bits).sum().float()}
         self.log_dict(values, sync_dist=True)
         self._bits = bits
+        kept = {name.removeprefix("train/"): float(value) for name, value in values.items()}
+        self._history.add(epoch=self.current_epoch + 1, **kept)
         if not self._warned and not 0.01 <= float(density) <= 0.99:
             self._warned = True
             rank_zero_warn(
@@ -150,6 +164,11 @@ class TunedClassifier(ClassifierHooks):
         outputs |= {"probabilities": logits.softmax(1), "logits": logits.float()}
         return outputs if embedding is None else outputs | {"embedding": embedding.float()}
 
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        if batch_idx == 0:
+            self._shown = batch.image[: pictures.SHOWN].clone()
+
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
         self.log_dict(self.sizes(), sync_dist=True)
@@ -164,6 +183,15 @@ class TunedClassifier(ClassifierHooks):
         if (bits := self._present_bits()) is not None:
             stored += bits.numel() - 32 * trained.get("prompts.latents", 0)
         return {"test/trained_parameters": float(sum(trained.values())), "test/stored_bits": float(stored)}
+
+    def media(self, split: Split) -> Mapping[str, MediaItem]:
+        """train: prompts. val, test: see `ClassifierEvaluation.media`; test: attention, too."""
+        if split == "train":
+            return pictures.of_prompts(self.network.prompts, self._history)
+        items = dict(super().media(split))
+        if split == "test" and self._shown is not None:
+            items |= pictures.of_attention(self.network, self._shown)
+        return items
 
     # ---- checkpoints and export ----
 
@@ -180,11 +208,13 @@ class TunedClassifier(ClassifierHooks):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoints.leave_out(checkpoint, self._from_file, self.network.net)
+        checkpoint["history"] = self._history.state_dict()
         # Those that the present epoch began with.
         checkpoint["prompt_bits"] = None if self._bits is None else pack(self._bits).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         checkpoints.complete(checkpoint, self._from_file, self.network.net, dict(self.named_parameters()))
+        self._history.load_state_dict(checkpoint["history"])
         if (packed := checkpoint["prompt_bits"]) is not None and self.network.prompts is not None:
             self._bits = unpack(packed, self.network.prompts.shape)
