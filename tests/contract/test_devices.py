@@ -36,6 +36,10 @@ def test_the_device_does_what_cuda_does(tmp_path):
     python(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", SUPPORT / "mock_gpu" / "checks.py")
 
 
+def test_noise_on_images_is_that_of_the_cpu_and_waits_for_nothing(tmp_path):
+    python(tmp_path, SUPPORT / "noise_run.py")
+
+
 @pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_a_method_runs_on_a_device_as_on_the_cpu(tmp_path, method):
     check(tmp_path, [method])

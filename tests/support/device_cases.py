@@ -51,6 +51,13 @@ VARIANTS: dict[str, dict[str, Case]] = {
             ("--config=classifier/digits_small", *_model(teacher_checkpoint="{source}", distill_weight="0.5")),
             source="classifier",
         ),
+        "noise": Case(
+            (
+                "--config=classifier/digits_small",
+                "--robustness.corruptions=[gaussian,shot,impulse,speckle]",
+                "--robustness.severities=[2,5]",
+            )
+        ),
     },
     "esvae": {
         "vae": Case(("--config=esvae/digits_small", *_model(network="lit_modules.esvae.VAE"))),

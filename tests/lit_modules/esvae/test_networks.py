@@ -9,6 +9,7 @@ from torch import nn
 
 from leanlight.contracts import UserError
 from lit_modules.esvae.ann import VAE, FeatureAutoencoder
+from lit_modules.esvae.evaluation import robustness
 from lit_modules.esvae.layers import Neuron, SpikingDecoder, SpikingLayer, norm_of_copies
 from lit_modules.esvae.metrics import FrechetDistance, disturb, shuffle_time
 from lit_modules.esvae.networks import ESVAE, FSVAE, SAE, to_signed
@@ -335,6 +336,24 @@ def test_order_of_latent_steps_does_not_matter_and_flip_noise_hurts_more_the_str
         noisy = [float(F.mse_loss(network.decode(disturb(z, a)), target)) for a in (0.0, 0.1, 0.2, 0.3)]
     assert abs(shuffled - plain) < 0.05 * plain + 3 * abs(plain - again)
     assert noisy == sorted(noisy)
+
+
+def test_what_noise_costs_is_measured_on_the_spikes_that_are_disturbed(trained):
+    network, image, _ = trained
+    torch.manual_seed(3)
+    shuffled, result = robustness(network, image, [0.1, 0.3])
+    torch.manual_seed(3)
+    errors = []
+    with torch.no_grad():
+        for batch in to_signed(image).split(256):
+            z = network.encode(batch).z
+            latents = shuffle_time(z), disturb(z, 0.1), disturb(z, 0.3), z  # drawn in this order
+            errors.append([F.mse_loss(network.decode(latent), batch).item() for latent in latents])
+    expected = torch.tensor(errors).mean(0).tolist()
+    got = [shuffled, *result.noisy["flip"].values(), result.clean]
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert result.losses()["drop"] == pytest.approx(sum(expected[1:3]) / 2 - expected[3], rel=1e-4)
+    assert 0 < result.losses()["retention"] < 0.9
 
 
 @pytest.mark.parametrize("make", [VAE, FeatureAutoencoder])
