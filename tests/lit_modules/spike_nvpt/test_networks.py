@@ -385,3 +385,15 @@ def test_rules_without_prompts_take_any_network_of_timm(rule):
     assert tuning(torch.rand(2, 3, 32, 32)).shape == (2, 5)
     if tuning.stores:
         assert torch.equal(tuning.suffix(tuning.prefix(images())), tuning(images()))
+
+
+def test_the_scale_of_fresh_prompts_drops_out_where_blocks_begin_with_a_norm():
+    """Norms divide tokens by their size, and what a block makes of a prompt, scale and all, the next one replaces."""
+    logits = {}
+    for depth in ("deep", "shallow"):
+        for scale in (1.0, 5.0):
+            torch.manual_seed(2)
+            network = PromptTuning(functools.partial(spiking, scale=scale), depth=depth).adapt(made()).double().eval()
+            logits[depth, scale] = network(images().double())
+    assert torch.allclose(logits["deep", 1.0], logits["deep", 5.0], atol=1e-4)
+    assert not torch.allclose(logits["shallow", 1.0], logits["shallow", 5.0], atol=1e-2)
