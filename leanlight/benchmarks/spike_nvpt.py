@@ -93,8 +93,9 @@ class Shapes:
         return PromptTuning(functools.partial(SpikingPrompts, length=self.length), **depth)
 
 
-# Layer scales of 1, as a trained network may have them: at timm's 1e-5 prompts would hardly move the logits.
-_SMALL = Shapes("vit_small_patch14_dinov2", {"img_size": 56, "init_values": 1.0}, batch=64, length=10, last=4)
+# Layer scales of 1, as a trained network may have them: at timm's 1e-5 prompts would hardly move the logits. As many
+# prompts as in spike_nvpt/cifar10_small: of 17 + L tokens, L decides what prompts cost beside full tuning.
+_SMALL = Shapes("vit_small_patch14_dinov2", {"img_size": 56, "init_values": 1.0}, batch=64, length=5, last=4)
 _TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4}
 _QUICK = Shapes("vit_tiny_patch16_224", _TINY, batch=8, length=4, last=2)
 
