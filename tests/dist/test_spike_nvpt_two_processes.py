@@ -4,14 +4,23 @@ import pytest
 import torch
 from short_fit import fit
 
+TUNING = "--model.init_args.tuning.init_args"
+DEEP: list[str] = []
+LAST = [f"{TUNING}.depth=last", f"{TUNING}.blocks=2"]  # stored values, which each process computes for itself
+# Both processes draw the same noise and keep the same potentials.
+NOISY = [f"{TUNING}.prompts.init_args.sigma=0.2", f"{TUNING}.prompts.init_args.time_mode=across_iterations"]
 
 
-@pytest.mark.parametrize("depth", ["deep", "last"])
-def test_two_processes_find_the_bits_of_one(tmp_path, depth):
-    """Of `last`: from stored values, which each process computes for itself."""
-    config = ["--config", "spike_nvpt/digits_small", "--model.init_args.prompt_lr=50"]
-    if depth == "last":
-        config += ["--model.init_args.tuning.init_args.depth=last", "--model.init_args.tuning.init_args.blocks=2"]
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(DEEP, id="deep"),
+        pytest.param(LAST, id="last", marks=pytest.mark.slow),
+        pytest.param(NOISY, id="noisy and carried", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_find_the_bits_of_one(tmp_path, variant):
+    config = ["--config", "spike_nvpt/digits_small", "--model.init_args.prompt_lr=50", *variant]
     one, one_metrics = fit(tmp_path / "one", *config, "--data.init_args.batch_size=64", "--trainer.devices=1")
     two, two_metrics = fit(
         tmp_path / "two", *config, "--config=trainer/ddp", "--data.init_args.batch_size=32", "--trainer.devices=2"
