@@ -47,6 +47,18 @@ class Experiment(NamedTuple):
     data: pl.LightningDataModule
 
 
+def _try_integers_first(parser: LightningArgumentParser) -> None:
+    """Let `trainer.limit_val_batches: 2` be 2 batches in every process.
+
+    A parser tries the types of a union in their order, and typing's cache takes Union[int, float] for Union[float, int]
+    where some library has made that one before: 2 would become 2.0, another number to the trainer and to a run's hash.
+    """
+    number = int | float | None  # of this form there is no cache
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == number:
+            action._typehint = number
+
+
 class LeanlightCLI(LightningCLI):
     """One subcommand of LightningCLI: parses its configuration and builds trainer, model and data.
 
@@ -85,6 +97,7 @@ class LeanlightCLI(LightningCLI):
             parser.add_lightning_class_args(getattr(callbacks, name), key)
         if self.only == "predict":
             parser.add_class_arguments(callbacks.PredictionWriter, "predictions", skip={"resume", "checkpoint"})
+        _try_integers_first(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
