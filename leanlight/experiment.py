@@ -56,7 +56,7 @@ def _try_integers_first(parser: LightningArgumentParser) -> None:
     number = int | float | None  # of this form there is no cache
     for action in parser._actions:
         if getattr(action, "_typehint", None) == number:
-            action._typehint = number
+            action._typehint = number  # type: ignore[attr-defined]
 
 
 class LeanlightCLI(LightningCLI):

@@ -166,7 +166,8 @@ def test_the_twin_without_spikes_trains_on_shared_bases():
     assert same_bases(module)
 
 
-def test_accuracy_and_energy_are_measured_for_every_width_in_both_conventions():
+def test_accuracy_and_energy_are_measured_for_every_width_in_both_conventions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the energy by layer is written below the trainer's folder
     module, data, _ = federation(rounds=1, limit_val=1.0, callbacks=[EnergyMeter(1)])
     found = module.trainer.callback_metrics
     widths = [float(found[f"val/accuracy_at_{width}"]) for width in module.widths]
