@@ -20,17 +20,19 @@ from leanlight.contracts import (
     Progress,
     Split,
     TrainingStep,
+    predicted_origin,
 )
 from lit_modules.classifier.evaluation import ClassifierEvaluation
 from lit_modules.classifier.export import export_network
 from lit_modules.nn.checks import check_classifier, follow_classes
+from lit_modules.nn.features import logits_and_features
 from lit_modules.optim import configure
 
 
 class ClassifierHooks(LightningModule):
     """Evaluation, optimiser, export and checkpoint of a module whose `network` maps images to logits.
 
-    What is left to a module: its ``__init__``, which calls `_compose`, its training step and what it predicts.
+    What is left to a module: its ``__init__``, which calls `_compose`, and its training step.
     """
 
     allows = Allows()
@@ -85,6 +87,17 @@ class ClassifierHooks(LightningModule):
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self._evaluate(batch, "test")
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return what rules of selection ask for, too, so that a fitted classifier serves as their selector.
+
+        ``index`` (N,), ``origin`` (N,) where the data knows it, ``label`` as the data has it, ``probabilities`` and
+        ``logits`` (N, K), and ``embedding`` (N, D) where the network gives its vectors before the last layer.
+        """
+        logits, embedding = logits_and_features(self.network, self._laid_out(batch.image))
+        outputs = {"index": batch.index, **predicted_origin(self, batch.index), "label": batch.label}
+        outputs |= {"probabilities": logits.softmax(1), "logits": logits.float()}
+        return outputs if embedding is None else outputs | {"embedding": embedding.float()}
 
     def _evaluate(self, batch: ImageBatch, split: Split) -> None:
         values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)

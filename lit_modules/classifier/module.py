@@ -17,14 +17,12 @@ from leanlight.contracts import (
     Split,
     UserError,
     data_of,
-    predicted_origin,
 )
 from lit_modules.classifier import pictures
 from lit_modules.classifier.hooks import ClassifierHooks
 from lit_modules.classifier.losses import class_index, cross_entropy, distillation_loss
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
-from lit_modules.nn.features import logits_and_features
 from lit_modules.step_log import log_step
 
 
@@ -127,17 +125,6 @@ class ImageClassifier(ClassifierHooks):
         right = (logits.detach().argmax(1) == class_index(batch.label)).float().mean()
         log_step(self, {"train/loss": loss, "train/accuracy": right}, len(batch), over_processes=True)
         return loss
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return what rules of selection ask for, too, so that a fitted classifier serves as their selector.
-
-        ``index`` (N,), ``origin`` (N,) where the data knows it, ``label`` as the data has it, ``probabilities`` and
-        ``logits`` (N, K), and ``embedding`` (N, D) where the network gives its vectors before the last layer.
-        """
-        logits, embedding = logits_and_features(self.network, self._laid_out(batch.image))
-        outputs = {"index": batch.index, **predicted_origin(self, batch.index), "label": batch.label}
-        outputs |= {"probabilities": logits.softmax(1), "logits": logits.float()}
-        return outputs if embedding is None else outputs | {"embedding": embedding.float()}
 
     def media(self, split: Split) -> Mapping[str, MediaItem]:
         """train: the augmented first batch. val, test: see `ClassifierEvaluation.media`."""

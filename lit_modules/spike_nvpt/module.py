@@ -19,12 +19,11 @@ from leanlight.contracts import (
     Split,
     UserError,
     data_of,
-    predicted_origin,
 )
 from lit_modules.classifier import ClassifierHooks, class_index, cross_entropy
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
-from lit_modules.nn import TimmNet, logits_and_features
+from lit_modules.nn import TimmNet
 from lit_modules.optim import parameter_groups
 from lit_modules.spike_nvpt import checkpoints, pictures
 from lit_modules.spike_nvpt.export import export_tuned
@@ -156,13 +155,6 @@ class TunedClassifier(ClassifierHooks):
 
     def _present_bits(self) -> Tensor | None:
         return None if self.network.prompts is None else self.network.prompts.bits()
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return ``index``, ``origin``, ``label``, ``probabilities``, ``logits``, ``embedding`` by item."""
-        logits, embedding = logits_and_features(self.network, self._laid_out(batch.image))
-        outputs = {"index": batch.index, **predicted_origin(self, batch.index), "label": batch.label}
-        outputs |= {"probabilities": logits.softmax(1), "logits": logits.float()}
-        return outputs if embedding is None else outputs | {"embedding": embedding.float()}
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         super().test_step(batch, batch_idx)
