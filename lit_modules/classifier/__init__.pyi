@@ -1,5 +1,10 @@
 from .evaluation import ClassifierEvaluation as ClassifierEvaluation
-from .hooks import ClassifierHooks as ClassifierHooks
+from .hooks import (
+    ClassifierHooks as ClassifierHooks,
+)
+from .hooks import (
+    EvaluatedClassifier as EvaluatedClassifier,
+)
 from .losses import class_index as class_index
 from .losses import cross_entropy as cross_entropy
 from .losses import distillation_loss as distillation_loss

@@ -1,4 +1,4 @@
-"""The Lightning hooks that every module shares which trains a classifier of images on labels."""
+"""The Lightning hooks that modules share which train a classifier of images."""
 
 from __future__ import annotations
 
@@ -29,14 +29,69 @@ from lit_modules.nn.features import logits_and_features
 from lit_modules.optim import configure
 
 
-class ClassifierHooks(LightningModule):
-    """Evaluation, optimiser, export and checkpoint of a module whose `network` maps images to logits.
+class EvaluatedClassifier(LightningModule):
+    """Evaluation, export and checkpoint of a module whose `network` maps images to logits, however it is trained."""
+
+    network: nn.Module
+    evaluation: ClassifierEvaluation
+
+    # ---- evaluation ----
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: ImageBatch, split: Split) -> None:
+        """Measure and log a batch of validation or test data."""
+        values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation.start("val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.end_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluation.start("test")
+
+    def on_test_epoch_end(self) -> None:
+        self.end_evaluation("test")
+
+    def end_evaluation(self, split: Split) -> None:
+        """Log what follows from the split as a whole."""
+        self.log_dict(self.evaluation.finish(split), sync_dist=True)
+
+    # ---- what callbacks and commands ask ----
+
+    @property
+    def primary_metric(self) -> PrimaryMetric:
+        return PrimaryMetric("val/accuracy", "max")
+
+    def media(self, split: Split) -> Mapping[str, MediaItem]:
+        """val, test: see `ClassifierEvaluation.media`."""
+        return {} if split == "train" else self.evaluation.media(split, self.network)
+
+    def export(self, directory: Path) -> list[Path]:
+        """Write the network for plain PyTorch: see `lit_modules.classifier.export`."""
+        return export_network(self.network, self.evaluation.example(), Path(directory), self.evaluation.classes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["classifier"] = self.evaluation.data
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.evaluation.prepare(**checkpoint["classifier"])
+
+
+class ClassifierHooks(EvaluatedClassifier):
+    """An `EvaluatedClassifier` that Lightning trains: its network, optimiser, passes and predictions.
 
     What is left to a module: its ``__init__``, which calls `_compose`, and its training step.
     """
 
     allows = Allows()
-    network: nn.Module
 
     def _compose(
         self,
@@ -82,12 +137,6 @@ class ClassifierHooks(LightningModule):
     def _laid_out(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=self.memory_format)
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return what rules of selection ask for, too, so that a fitted classifier serves as their selector.
 
@@ -99,27 +148,7 @@ class ClassifierHooks(LightningModule):
         outputs |= {"probabilities": logits.softmax(1), "logits": logits.float()}
         return outputs if embedding is None else outputs | {"embedding": embedding.float()}
 
-    def _evaluate(self, batch: ImageBatch, split: Split) -> None:
-        values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
-
-    def on_validation_epoch_start(self) -> None:
-        self.evaluation.start("val")
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.finish("val"), sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluation.start("test")
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.finish("test"), sync_dist=True)
-
     # ---- what callbacks and commands ask ----
-
-    @property
-    def primary_metric(self) -> PrimaryMetric:
-        return PrimaryMetric("val/accuracy", "max")
 
     def progress(self) -> Progress:
         return Progress("step", self.global_step)
@@ -130,17 +159,6 @@ class ClassifierHooks(LightningModule):
     def loss_terms(self) -> Mapping[str, Tensor | float]:
         return self._terms
 
-    def media(self, split: Split) -> Mapping[str, MediaItem]:
-        """val, test: see `ClassifierEvaluation.media`."""
-        return {} if split == "train" else self.evaluation.media(split, self.network)
-
-    def export(self, directory: Path) -> list[Path]:
-        """Write the network for plain PyTorch: see `lit_modules.classifier.export`."""
-        return export_network(self.network, self.evaluation.example(), Path(directory), self.evaluation.classes)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["classifier"] = self.evaluation.data
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.evaluation.prepare(**checkpoint["classifier"])
+        super().on_load_checkpoint(checkpoint)
         follow_classes(self.network, len(self.evaluation.classes))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
@@ -21,10 +19,7 @@ from leanlight.contracts import (
     ImageBatch,
     ImageData,
     Measurement,
-    MediaItem,
-    PrimaryMetric,
     Progress,
-    Split,
     TrainingStep,
     UserError,
     data_of,
@@ -34,7 +29,7 @@ from leanlight.contracts import (
 )
 from leanlight.contracts.federated import State
 from lit_modules.classifier.evaluation import ClassifierEvaluation
-from lit_modules.classifier.export import export_network
+from lit_modules.classifier.hooks import EvaluatedClassifier
 from lit_modules.federated.aggregation import Aggregator, FedAvg
 from lit_modules.federated.batched import check_batchable, train_clients
 from lit_modules.federated.controls import ControlVariates
@@ -44,7 +39,7 @@ from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier
 
 
-class FederatedClassifier(LightningModule):
+class FederatedClassifier(EvaluatedClassifier):
     """Train an image classifier on clients that keep their data (McMahan et al. 2017, arXiv:1602.05629).
 
     An epoch is a communication round; `callbacks.FederatedRounds` says who takes part, and
@@ -320,42 +315,11 @@ class FederatedClassifier(LightningModule):
 
     # ---- evaluation ----
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.evaluate(batch, "test")
-
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``index`` (N,) and ``probabilities`` (N, K)."""
         return {"index": batch.index, "probabilities": self(batch.image).softmax(1)}
 
-    def on_validation_epoch_start(self) -> None:
-        self.evaluation.start("val")
-
-    def on_validation_epoch_end(self) -> None:
-        self.end_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        self.evaluation.start("test")
-
-    def on_test_epoch_end(self) -> None:
-        self.end_evaluation("test")
-
-    def evaluate(self, batch: ImageBatch, split: Split) -> None:
-        """Measure and log a batch of the server's validation or test data."""
-        values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
-
-    def end_evaluation(self, split: Split) -> None:
-        """Log what follows from the split as a whole."""
-        self.log_dict(self.evaluation.finish(split), sync_dist=True)
-
     # ---- what callbacks and commands ask ----
-
-    @property
-    def primary_metric(self) -> PrimaryMetric:
-        return PrimaryMetric("val/accuracy", "max")
 
     def progress(self) -> Progress:
         return Progress("round", self.global_step)
@@ -374,16 +338,8 @@ class FederatedClassifier(LightningModule):
         # A client that diverges is left out by the server, and does not stop the run.
         return {}
 
-    def media(self, split: Split) -> Mapping[str, MediaItem]:
-        """val, test: see `ClassifierEvaluation.media`. Pictures of rounds are those of `callbacks.FederatedRounds`."""
-        return {} if split == "train" else self.evaluation.media(split, self.network)
-
-    def export(self, directory: Path) -> list[Path]:
-        """Write the global network for plain PyTorch: see `lit_modules.classifier.export`."""
-        return export_network(self.network, self.evaluation.example(), Path(directory), self.evaluation.classes)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["classifier"] = self.evaluation.data
+        super().on_save_checkpoint(checkpoint)
         checkpoint["federated"] = {
             "server_control": self._controls.server,
             "client_controls": self._controls.clients,
@@ -391,7 +347,7 @@ class FederatedClassifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.evaluation.prepare(**checkpoint["classifier"])
+        super().on_load_checkpoint(checkpoint)
         self._controls.server = checkpoint["federated"]["server_control"]
         self._controls.clients = checkpoint["federated"]["client_controls"]
         self._waiting = [
