@@ -1,4 +1,8 @@
 from .allows import Allows as Allows
+from .bank import BANK_COLUMNS as BANK_COLUMNS
+from .bank import BANK_IMAGES as BANK_IMAGES
+from .bank import BANK_MANIFEST as BANK_MANIFEST
+from .bank import BANK_RECORD as BANK_RECORD
 from .batch import Batch as Batch
 from .batch import on_host as on_host
 from .batch import to_device as to_device
@@ -62,6 +66,9 @@ from .images import (
     InMemoryImages as InMemoryImages,
 )
 from .images import (
+    NoiseBatch as NoiseBatch,
+)
+from .images import (
     TracedImages as TracedImages,
 )
 from .images import (
@@ -94,6 +101,9 @@ from .media import (
 from .meta import DataMeta as DataMeta
 from .prediction import ResumablePrediction as ResumablePrediction
 from .prediction import SeenItems as SeenItems
+from .protocols import (
+    CollectsPredictions as CollectsPredictions,
+)
 from .protocols import (
     CompilesNetworks as CompilesNetworks,
 )

@@ -30,6 +30,21 @@ class ImageBatch(Batch):
     weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class NoiseBatch(Batch):
+    """What images are to be made from.
+
+    Args:
+        latent: (N, Z) float32 standard normal.
+        label: (N,) int64 class that each image shall show.
+        index: (N,) int64 number of each image.
+    """
+
+    latent: Tensor
+    label: Tensor
+    index: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageMeta(DataMeta):
     """Facts of a set of labelled images.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
@@ -140,6 +140,23 @@ class CompilesNetworks(Protocol):
 
     def compile_networks(self, **options: Any) -> None:
         """Compile the networks that training calls, each in place; options: of `torch.compile`."""
+
+
+@runtime_checkable
+class CollectsPredictions(Protocol):
+    """A module that makes one artefact of all that it predicted."""
+
+    def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> list[Path]:
+        """Write it; called on one process, after the last prediction.
+
+        Args:
+            pieces: reads the predictions anew, piece by piece, in order of their items: ``index`` (N,) and the fields
+                of `predict_step`.
+            directory: of the artefact; it exists.
+
+        Returns:
+            the files.
+        """
 
 
 def progress_of(module: Any) -> Progress:

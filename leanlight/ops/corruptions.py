@@ -18,6 +18,7 @@ from torch import Tensor
 
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.contracts.rng import derived_seed
+from leanlight.ops.counter import item_keys, normal, random_bits, uniform
 
 Scale = Literal["auto", "imagenet_c", "cifar_c"]
 NOISES = ("gaussian", "shot", "impulse", "speckle")
@@ -154,67 +155,6 @@ def _blocks(image: Tensor) -> Iterator[slice]:
     n = len(image)
     step = max(1, _BLOCK // max(1, image[:1].numel())) if image.device.type == "cpu" else max(1, n)
     return (slice(start, start + step) for start in range(0, n, step))
-
-
-# -- random numbers
-
-
-def _int32(value: int) -> int:
-    return (value + 2**31) % 2**32 - 2**31
-
-
-def _int64(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _fold(x: Tensor, bits: int) -> Tensor:
-    """x ^ (x >> bits) in place; the shift is logical: torch's own repeats the sign."""
-    width = 8 * x.element_size()
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (width - bits)) - 1))
-
-
-def item_keys(stream: int, index: Tensor) -> Tensor:
-    """(N, 2) int32 keys, by SplitMix64 (Steele, Lea and Flood 2014) of a stream's number and the item's."""
-    x = index.to(torch.int64) * _int64(0x9E3779B97F4A7C15) + _int64(stream)
-    x = _fold(x, 30).mul_(_int64(0xBF58476D1CE4E5B9))
-    x = _fold(_fold(x, 27).mul_(_int64(0x94D049BB133111EB)), 31)
-    return torch.stack([x.to(torch.int32), (x >> 32).to(torch.int32)], 1)
-
-
-def random_bits(keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """32 random bits for each of `count` elements of every item.
-
-    A mixer of 32-bit words with little bias (``triple32`` of C. Wellons's hash prospector); one half of the key enters
-    before it, the other inside, so that no two items walk through the same numbers.
-
-    Args:
-        keys: (N, 2) int32, of `item_keys`.
-        count: elements of an item.
-        first: number of the first element.
-
-    Returns:
-        (N, count) int32, uniform over all values.
-    """
-    element = torch.arange(first, first + count, device=keys.device, dtype=torch.int32)
-    x = _fold(element * _int32(0x9E3779B1) + keys[:, :1], 17).mul_(_int32(0xED5AD4BB))
-    x = _fold(x, 11).add_(keys[:, 1:]).mul_(_int32(0xAC4C1B51))
-    return _fold(_fold(x, 15).mul_(0x31848BAB), 14)
-
-
-def uniform(bits: Tensor) -> Tensor:
-    """float32 on [0, 1], from int32 random bits."""
-    return bits.to(torch.float32).mul_(2.0**-32).add_(0.5)
-
-
-def normal(keys: Tensor, count: int) -> Tensor:
-    """(N, count) standard normal float32 numbers by the transform of Box and Muller; keys: of `item_keys`."""
-    half = (count + 1) // 2
-    bits = random_bits(keys, 2 * half)
-    # Without its sign a word has 31 bits: the radius reaches 6.7.
-    near = (bits[:, :half] & (2**31 - 1)).to(torch.float32).add_(0.5).mul_(2.0**-31)
-    radius = near.log_().mul_(-2).clamp_(min=0).sqrt_()
-    angle = bits[:, half:].to(torch.float32).mul_(math.pi * 2.0**-31)
-    return torch.cat([angle.cos() * radius, angle.sin_().mul_(radius)], 1)[:, :count]
 
 
 # -- counts of photons

@@ -134,9 +134,19 @@ def flip_then_rotate(image: Tensor, generator: torch.Generator | None = None) ->
     return one_of(image, generator, operations=(_rotate,))
 
 
+def flip_then_shift(image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirror each image with probability 1/2, then move it by up to an eighth of its side (4 pixels of 32).
+
+    What `leanlight.ops.augment.flip_and_crop` does to images of 32 pixels, at a hundredth of its cost under a gradient.
+    """
+    image = one_of(image, generator, operations=(_flip,))
+    return one_of(image, generator, operations=(_shift,))
+
+
 _DSA = (_colour, _shift, _cutout, _flip, _scale, _rotate)
 
 flip_or_rotate: Augmentation = functools.partial(one_of, operations=(_flip, _rotate))
+only_shift: Augmentation = functools.partial(one_of, operations=(_shift,))
 rotate: Augmentation = functools.partial(one_of, operations=(_rotate,))
 dsa: Augmentation = functools.partial(one_of, operations=_DSA)
 siamese_dsa: Augmentation = functools.partial(one_of, operations=_DSA, shared=True)
@@ -145,6 +155,8 @@ DIFFERENTIABLE: dict[str, Augmentation] = {
     "flip_rotate": flip_or_rotate,
     "flip_then_rotate": flip_then_rotate,
     "rotate": rotate,
+    "flip_then_shift": flip_then_shift,
+    "only_shift": only_shift,
     "dsa": dsa,
 }
 

@@ -7,7 +7,8 @@ from scipy import stats
 
 from leanlight.contracts import UserError
 from leanlight.contracts.rng import derived_seed
-from leanlight.ops.corruptions import LEVELS, NOISES, Corruption, item_keys, normal, random_bits, shot, uniform
+from leanlight.ops.corruptions import LEVELS, NOISES, Corruption, shot
+from leanlight.ops.counter import item_keys, normal, random_bits, uniform
 
 ITEMS = torch.arange(64)
 CASES = [(scale, name, severity) for scale in LEVELS for name in NOISES for severity in (1, 3, 5)]

@@ -1,0 +1,1 @@
+from .teacher import Teacher as Teacher

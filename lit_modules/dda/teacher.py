@@ -1,0 +1,69 @@
+"""The trained classifier whose data may not be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from leanlight.contracts import ImageMeta, NetworkFactory, UserError
+from lit_modules.classifier import ImageClassifier
+from lit_modules.frozen import Frozen, frozen_module, frozen_network
+from lit_modules.nn.checks import blank_output
+
+_HELPS = "leanlight run dda/pipelines/fashion_mnist_small trains one first"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where the teacher comes from: a checkpoint of the suite's classifier, or any network with weights from a file.
+
+    Args:
+        checkpoint: of an ImageClassifier.
+        network: makes a network, images (N, C, H, W) in [0, 1] → logits (N, K), in place of `checkpoint`.
+        weights: ``.safetensors`` or a state dict for `network`; None for those that it makes itself.
+    """
+
+    checkpoint: Path | None = None
+    network: NetworkFactory | None = None
+    weights: Path | None = None
+
+    def load(self, meta: ImageMeta) -> Frozen[nn.Module]:
+        """Build it, frozen, on the CPU.
+
+        Args:
+            meta: of the data, whose shape and classes it must be for.
+
+        Raises:
+            UserError: no teacher given, or not the one file expected, or one for other images or classes.
+        """
+        if self.network is None:
+            if self.weights is not None:
+                raise UserError(f"teacher.network: expected what makes the network that {self.weights} is for")
+            module = frozen_module(
+                ImageClassifier,
+                self.checkpoint,
+                "teacher.checkpoint",
+                _HELPS,
+                teacher_checkpoint=None,
+                distill_weight=0.0,
+            )
+            its = module.evaluation
+            for what, expected, got in (
+                ("images of shape", tuple(meta.shape), its.input_shape),
+                ("the classes", tuple(meta.classes), its.classes),
+            ):
+                if expected != got:
+                    raise UserError(f"teacher.checkpoint: expected a teacher for {what} {expected}, got one for {got}")
+            return Frozen(module.network)
+        if self.checkpoint is not None:
+            raise UserError("teacher.checkpoint: expected none beside teacher.network; give one of them")
+        network = frozen_network(self.network, self.weights, "teacher.weights")
+        logits = blank_output(network, tuple(meta.shape), "teacher.network")
+        if logits.shape != (1, meta.num_classes):
+            raise UserError(
+                f"teacher.network: expected one with num_classes {meta.num_classes}, that of the data; its output has "
+                f"shape {tuple(logits.shape)}"
+            )
+        return Frozen(network)
