@@ -90,6 +90,7 @@ _LATER_DEFAULTS = {
     "train_items": None,
     "classes": None,
     "train_corruption": None,
+    "train_rest": False,
 }
 
 

@@ -75,6 +75,7 @@ class ImageDataModule(pl.LightningDataModule):
             this order, in all parts. Parts hold the same items of them as without it.
         train_corruption: noise on training and validation images, the same in every epoch: of an item's place in the
             source's own part, not of what is held out. It comes before augmentation; test images stay clean.
+        train_rest: train on what `train_fraction` leaves out: items that a run with the same fraction never saw.
 
     Attributes (after `setup`): ``meta``; ``train_split``, ``val_split`` (None without one), ``test_split``.
     """
@@ -104,6 +105,7 @@ class ImageDataModule(pl.LightningDataModule):
         train_items: int | None = None,
         classes: Sequence[int | str] | None = None,
         train_corruption: Corruption | None = None,
+        train_rest: bool = False,
     ) -> None:
         super().__init__()
         describe(dataset)
@@ -123,6 +125,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise UserError(f"train_fraction: expected a number in (0, 1], got {train_fraction}")
         if train_items is not None and train_fraction < 1:
             raise UserError(f"train_items: expected none with train_fraction {train_fraction}; give one of them")
+        if train_rest and train_fraction == 1:
+            raise UserError("train_rest: expected false with train_fraction 1, which leaves nothing out")
         if augment is not None and augment not in AUGMENTATIONS:
             raise UserError(
                 f"augment: expected one of {', '.join(AUGMENTATIONS)}, got {augment!r}{nearest(augment, AUGMENTATIONS)}"
@@ -136,7 +140,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
         self.seed, self.augment, self.image_size, self.drop_last = seed, augment, image_size, drop_last
         self.predict_split, self.train_items, self.classes = predict_split, train_items, classes
-        self.train_corruption = train_corruption
+        self.train_corruption, self.train_rest = train_corruption, train_rest
         self._own_val = False
         self._numbers: dict[str, Tensor] = {}
         self._raw: Raw | None = None
@@ -195,6 +199,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.split_seed,
             self.train_items,
             classes,
+            self.train_rest,
         )
         if published is not None:
             members = _members(labels[published], classes)

@@ -26,6 +26,7 @@ def stratified_split(
     seed: int,
     train_items: int | None = None,
     classes: Sequence[int] | None = None,
+    rest: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions (train, val), each sorted, with the same fraction of every class; no position is in both.
 
@@ -38,6 +39,7 @@ def stratified_split(
         seed: makes the permutation of each class.
         train_items: number of training items kept of those, in proportion to the classes; None: all.
         classes: labels whose items are kept, held out as they would be among all; None: all.
+        rest: keep what `train_fraction` leaves out instead.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     groups = np.zeros(len(labels), int) if labels.ndim > 1 else labels
@@ -49,7 +51,11 @@ def stratified_split(
         members = generator.permutation(np.flatnonzero(groups == label))
         if classes is None or label in classes:
             val.append(members[:first])
-            train.append(members[first : first + count])
+            train.append(members[first + count :] if rest else members[first : first + count])
+            if not len(train[-1]):
+                raise UserError(
+                    f"train_rest: train_fraction {train_fraction} leaves nothing of class {label} out; lower it"
+                )
     chosen = np.concatenate(train) if train_items is None else _first_items(train, train_items)
     return np.sort(chosen), np.sort(np.concatenate(val))
 

@@ -84,6 +84,16 @@ def test_every_class_keeps_a_training_item() -> None:
     assert not set(train) & set(val)
 
 
+def test_the_rest_is_what_the_same_training_fraction_leaves_out() -> None:
+    parts = [module(val_fraction=0.2, train_fraction=0.4, train_rest=rest) for rest in (False, True)]
+    used, rest = (set(part.train_split.origin.tolist()) for part in parts)
+    held_out = [set(part.val_split.origin.tolist()) for part in parts if part.val_split]
+    assert held_out[0] == held_out[1]
+    whole = set(module(val_fraction=0.2).train_split.origin.tolist())
+    assert not used & rest
+    assert used | rest == whole
+
+
 def test_larger_training_fraction_contains_the_smaller() -> None:
     small, large = (set(module(train_fraction=f).train_split.origin.tolist()) for f in (0.2, 0.6))
     assert small < large
@@ -535,6 +545,7 @@ def test_order_is_that_of_the_published_results() -> None:
         ({"val_fraction": -0.1}, "val_fraction"),
         ({"train_fraction": 0.0}, "train_fraction"),
         ({"train_fraction": 1.1}, "train_fraction"),
+        ({"train_rest": True}, "train_rest"),
         ({"augment": "flipp"}, "did you mean 'flip'"),
         ({"variant": "small"}, "variant"),
         ({"predict_split": "all"}, "predict_split: expected one of train, val, test, got 'all'"),
