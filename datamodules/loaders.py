@@ -42,6 +42,7 @@ class TrainOrder:
         drop_last: leave out the last, shorter global batch.
         rank: of this process.
         world: number of processes.
+        batches: of an epoch, on each rank; the items are gone through as often as that takes. None: once.
 
     Attributes: ``epoch``, chosen by `set_epoch`; ``position``, batches handed out in this epoch.
     """
@@ -55,12 +56,16 @@ class TrainOrder:
         drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
+        batches: int | None = None,
     ) -> None:
         self.size, self.batch_size, self.seed, self.shuffle, self.drop_last = size, batch_size, seed, shuffle, drop_last
         self.rank, self.world, self.global_batch = rank, world, batch_size * world
+        self.batches = batches
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
+        if self.batches is not None:
+            return self.batches
         return (math.floor if self.drop_last else math.ceil)(self.size / self.global_batch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,11 +75,12 @@ class TrainOrder:
         self.epoch = epoch
 
     def indices(self) -> Tensor:
-        """(size,) int64, the order of the present epoch over all ranks."""
+        """(size,) int64, the order of the present epoch over all ranks; longer where it has a number of batches."""
+        passes = 1 if self.batches is None else math.ceil(self.batches * self.global_batch / self.size)
         if not self.shuffle:
-            return torch.arange(self.size)
+            return torch.arange(self.size).repeat(passes)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        return torch.randperm(self.size, generator=generator)
+        return torch.cat([torch.randperm(self.size, generator=generator) for _ in range(passes)])
 
     def blocks(self, start: int) -> Iterator[Tensor]:
         """This rank's positions, batch by batch, from batch `start` on."""
@@ -137,7 +143,13 @@ class TrainLoader:
 
 
 def train_loader(
-    datamodule: pl.LightningDataModule, size: int, fetch: Fetch, batch_size: int, seed: int | None, drop_last: bool
+    datamodule: pl.LightningDataModule,
+    size: int,
+    fetch: Fetch,
+    batch_size: int,
+    seed: int | None,
+    drop_last: bool,
+    batches: int | None = None,
 ) -> TrainLoader:
     """The training loader of a DataModule on this rank.
 
@@ -150,11 +162,12 @@ def train_loader(
         batch_size: items of a batch on each rank.
         seed: of the order; None: that of ``seed_everything``, else 0.
         drop_last: leave out the last, shorter global batch.
+        batches: of an epoch, on each rank; None: as many as one pass has.
     """
     rank, world = rank_and_world()
     seed = run_seed(seed)
     shuffle = not getattr(datamodule.trainer, "overfit_batches", 0)
-    order = TrainOrder(size, batch_size, seed, shuffle, drop_last, rank, world)
+    order = TrainOrder(size, batch_size, seed, shuffle, drop_last, rank, world, batches)
     if not len(order):
         raise UserError(
             f"batch_size={batch_size} on {world} process(es) with drop_last leaves no batch of {size} training items; "

@@ -56,6 +56,22 @@ def test_validation_and_training_share_no_item_and_together_are_all(dataset: str
     assert train | val == set(range(len(sources.load(dataset, "none", data.variant).train[0])))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_of_a_number_of_batches_goes_through_all_items_as_often_as_it_takes(world: int) -> None:
+    orders = [TrainOrder(10, 4, 0, rank=rank, world=world, batches=6) for rank in range(world)]
+    blocks = [list(order.blocks(0)) for order in orders]
+    assert {len(own) for own in blocks} == {6}
+    seen = torch.cat([block for own in zip(*blocks, strict=True) for block in own])
+    assert len(seen) == 24 * world
+    for start in range(0, len(seen) - 10, 10):  # pass after pass, each with every item
+        assert sorted(seen[start : start + 10].tolist()) == list(range(10))
+    assert not torch.equal(seen[:10], seen[10:20])
+    resumed = TrainOrder(10, 4, 0, world=world, batches=6)
+    orders[0].position = 2
+    resumed.load_state_dict(orders[0].state_dict())
+    assert resumed.position == 2
+
+
 @pytest.mark.parametrize(("val_fraction", "train_fraction"), [(0.1, 1.0), (0.25, 0.5), (0.0, 0.1)])
 def test_every_class_keeps_its_share(val_fraction: float, train_fraction: float) -> None:
     data = module(val_fraction=val_fraction, train_fraction=train_fraction)
