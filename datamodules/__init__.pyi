@@ -25,3 +25,4 @@ from .images.stream import ImageFolderStream as ImageFolderStream
 from .images.subset import SubsetDataModule as SubsetDataModule
 from .images.subset import SubsetStream as SubsetStream
 from .images.substitute import DistilledDataModule as DistilledDataModule
+from .noise import NoiseDataModule as NoiseDataModule

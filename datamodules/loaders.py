@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlight.contracts import ImageBatch, UserError, derived_seed, run_seed
+from leanlight.contracts import Batch, ImageBatch, UserError, derived_seed, run_seed
 
+B = TypeVar("B", bound=Batch)
 # From blocks of positions to batches: at once from memory, or through worker processes.
-Fetch = Callable[[Iterable[Tensor]], Iterable[ImageBatch]]
+Fetch = Callable[[Iterable[Tensor]], Iterable[B]]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -109,7 +111,7 @@ class TrainOrder:
         self.epoch, self.position = state["epoch"], position
 
 
-class TrainLoader:
+class TrainLoader(Generic[B]):
     """Batches in a `TrainOrder`. After `load_state_dict` the next iteration goes on with exactly the next batch.
 
     Args:
@@ -117,13 +119,13 @@ class TrainLoader:
         fetch: from blocks of positions to batches.
     """
 
-    def __init__(self, order: TrainOrder, fetch: Fetch) -> None:
+    def __init__(self, order: TrainOrder, fetch: Fetch[B]) -> None:
         self.sampler, self._fetch = order, fetch  # Lightning calls `loader.sampler.set_epoch`
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[B]:
         # A generator's body starts at the first `next`: Lightning calls iter() before it sets the epoch. The position
         # counts batches handed out, not fetched, so that workers may run ahead.
         order = self.sampler
@@ -145,12 +147,12 @@ class TrainLoader:
 def train_loader(
     datamodule: pl.LightningDataModule,
     size: int,
-    fetch: Fetch,
+    fetch: Fetch[B],
     batch_size: int,
     seed: int | None,
     drop_last: bool,
     batches: int | None = None,
-) -> TrainLoader:
+) -> TrainLoader[B]:
     """The training loader of a DataModule on this rank.
 
     Not shuffled while Lightning overfits a few batches, so that every epoch has the same ones.
@@ -237,7 +239,13 @@ class EvalLoader:
     """
 
     def __init__(
-        self, size: int, batch_size: int, fetch: Fetch, rank: int = 0, world: int = 1, done: Tensor | None = None
+        self,
+        size: int,
+        batch_size: int,
+        fetch: Fetch[ImageBatch],
+        rank: int = 0,
+        world: int = 1,
+        done: Tensor | None = None,
     ) -> None:
         self._fetch = fetch
         if done is None or not len(done):

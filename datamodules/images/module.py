@@ -241,7 +241,7 @@ class ImageDataModule(pl.LightningDataModule):
             fingerprint=digest.hexdigest(),
         )
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader[ImageBatch]:
         """Shuffled batches of train, stateful; in the set's own order when Lightning overfits a few batches."""
         return train_loader(
             self, len(self.train_split), self.train_split.batches, self.batch_size, self.seed, self.drop_last

@@ -170,7 +170,7 @@ class ImageFolderStream(pl.LightningDataModule):
         )
         return iter(loader)
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader[ImageBatch]:
         """Random crops and flips in shuffled order, stateful."""
         crop = v2.RandomResizedCrop(self.image_size, (self.min_scale, 1.0), antialias=True)
         transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
