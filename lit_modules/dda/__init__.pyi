@@ -1,1 +1,16 @@
+from .students import (
+    AlignHead as AlignHead,
+)
+from .students import (
+    RotationHead as RotationHead,
+)
+from .students import (
+    kd_losses as kd_losses,
+)
+from .students import (
+    rotation_labels as rotation_labels,
+)
+from .students import (
+    rotations as rotations,
+)
 from .teacher import Teacher as Teacher
