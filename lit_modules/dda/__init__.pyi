@@ -1,3 +1,6 @@
+from .bank import ImagePool as ImagePool
+from .bank import teacher_digest as teacher_digest
+from .bank import write_bank as write_bank
 from .students import (
     AlignHead as AlignHead,
 )
