@@ -18,6 +18,7 @@ from .clients.partition import (
     Shards as Shards,
 )
 from .games.module import GameDataModule as GameDataModule
+from .images.bank import BankDataModule as BankDataModule
 from .images.catalog import CATALOG as CATALOG
 from .images.catalog import DatasetInfo as DatasetInfo
 from .images.module import ImageDataModule as ImageDataModule

@@ -176,15 +176,21 @@ class ImageDataModule(pl.LightningDataModule):
             if raw.train[1].ndim > 1:
                 raise UserError(f"classes: expected none, since {self.dataset} has attributes instead")
             chosen = find_classes(self.classes, raw.classes)
-        train, val = self._positions(raw, chosen)
-        self.train_split = self._split(raw.train, train, chosen)
-        self.test_split = self._split(raw.test, _members(raw.test[1], chosen), chosen)
-        self.val_split = self._split(raw.train, val, chosen) if len(val) else None
-        if raw.val is not None:
-            self.val_split = self._split(raw.val, _members(raw.val[1], chosen), chosen)
-            self._own_val = True
         names = raw.classes if chosen is None else tuple(raw.classes[label] for label in chosen)
+        self.test_split = self._split(raw.test, _members(raw.test[1], chosen), chosen)
+        self.train_split, self.val_split = self._training_splits(raw, chosen, names)
         self.meta = self._describe(raw.source, names)
+
+    def _training_splits(
+        self, raw: Raw, classes: Sequence[int] | None, names: tuple[str, ...]
+    ) -> tuple[ImageSplit, ImageSplit | None]:
+        """What is trained and validated on; ``test_split`` is there. names: of the classes that are used."""
+        train, val = self._positions(raw, classes)
+        val_split = self._split(raw.train, val, classes) if len(val) else None
+        if raw.val is not None:
+            val_split = self._split(raw.val, _members(raw.val[1], classes), classes)
+            self._own_val = True
+        return self._split(raw.train, train, classes), val_split
 
     def _positions(self, raw: Raw, classes: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
         """Where the training items, and the validation items held out of them, stand in the source's training part."""

@@ -99,3 +99,17 @@ def labels(seed: int, index: Tensor, num_classes: int) -> Tensor:
     """
     bits = random_bits(item_keys(derived_seed(seed, "labels"), index), 1)[:, 0].to(torch.int64) + 2**31
     return bits * num_classes >> 32
+
+
+def pixels(seed: int, index: Tensor, size: int) -> Tensor:
+    """Uniformly drawn grey levels of items.
+
+    Args:
+        seed: of the stream.
+        index: (N,) int64 number of each item.
+        size: pixels of an item, over all channels.
+
+    Returns:
+        (N, size) uint8.
+    """
+    return random_bits(item_keys(derived_seed(seed, "pixels"), index), size).bitwise_and_(255).to(torch.uint8)
