@@ -1,6 +1,13 @@
 from .bank import ImagePool as ImagePool
 from .bank import teacher_digest as teacher_digest
 from .bank import write_bank as write_bank
+from .diffusion import Backend as Backend
+from .diffusion import Identity as Identity
+from .diffusion import ImageToImage as ImageToImage
+from .diffusion import ImageVariation as ImageVariation
+from .diffusion import Tiny as Tiny
+from .diffusion import Variations as Variations
+from .filtering import cosine_scores as cosine_scores
 from .students import (
     AlignHead as AlignHead,
 )
@@ -17,3 +24,4 @@ from .students import (
     rotations as rotations,
 )
 from .teacher import Teacher as Teacher
+from .tiny_diffusion import TinyDiffusion as TinyDiffusion

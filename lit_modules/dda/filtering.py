@@ -53,5 +53,5 @@ def keep_top(scores: Tensor, fraction: float) -> Tensor:
 
 
 def label_agreement(teacher_label: Tensor, label: Tensor) -> float:
-    """Share of images to which the teacher gives the class they were made for; NaN of none. Both int64, of one shape."""
+    """Share of images to which the teacher gives the class they were made for; NaN of none. int64, of one shape."""
     return float((teacher_label == label).double().mean())

@@ -90,7 +90,7 @@ class TinyDiffusion(LightningModule):
         optimizer: makes the optimiser; Adam with lr 0.001 by default.
         lr_scheduler: makes the learning-rate schedule from the optimiser; constant by default.
         lr_interval: what a step of the schedule follows, ``epoch`` or ``step``.
-        ema_decay: of the average weights, in [0, 1); after n steps it is at most (1 + n) / (10 + n).
+        ema_decay: of the average weights, in [0, 1); at the n-th step it is at most n / (9 + n).
         samples: images that a picture shows.
         sample_steps: steps of DDIM for them.
         eval_seed: seed of the noise and times of evaluation, and of the samples.
@@ -317,7 +317,9 @@ class TinyDiffusion(LightningModule):
             unet.save_pretrained(directory / "unet")
             self.make_scheduler().save_pretrained(directory / "scheduler")
             write_weights(copy.deepcopy(projection).cpu(), directory / "projection.safetensors")
-            condition = "the teacher's pooled features, scaled to a mean square of 1, by projection.safetensors; 0: none"
+            condition = (
+                "the teacher's pooled features, scaled to a mean square of 1, by projection.safetensors; 0: none"
+            )
         card = {
             "network": "diffusers.UNet2DModel",
             "images": {"shape": list(self.image_shape), "range": [-1.0, 1.0]},
