@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -171,7 +171,7 @@ class ImageVariation(Backend):
                 generator=_generators(seed),
                 output_type="pt",
             )
-            return shrink(made.images, tuple(meta.shape))
+            return shrink(made.images, meta.shape)
 
         return Variations(_by_pairs(vary, self.chunk), embed)
 
@@ -224,7 +224,7 @@ class ImageToImage(Backend):
                 generator=_generators(seed),
                 output_type="pt",
             )
-            return shrink(made.images, tuple(meta.shape))
+            return shrink(made.images, meta.shape)
 
         return Variations(_by_pairs(vary, self.chunk))
 
@@ -244,12 +244,12 @@ def to_rgb(image: Tensor) -> Tensor:
     return image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image
 
 
-def shrink(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def shrink(image: Tensor, shape: Sequence[int]) -> Tensor:
     """Bring images (B, 3, S, S) to a shape (C, H, W), C 1 or 3: means over areas; grey by the weights of BT.601."""
     image = image.float()
     if shape[0] == 1:
         image = (image * image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    return F.interpolate(image, shape[1:], mode="area").clamp(0, 1)
+    return F.interpolate(image, list(shape[1:]), mode="area").clamp(0, 1)
 
 
 def _by_pairs(
