@@ -91,6 +91,7 @@ _LATER_DEFAULTS = {
     "classes": None,
     "train_corruption": None,
     "train_rest": False,
+    "epoch_batches": None,
 }
 
 

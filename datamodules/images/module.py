@@ -76,6 +76,8 @@ class ImageDataModule(pl.LightningDataModule):
         train_corruption: noise on training and validation images, the same in every epoch: of an item's place in the
             source's own part, not of what is held out. It comes before augmentation; test images stay clean.
         train_rest: train on what `train_fraction` leaves out: items that a run with the same fraction never saw.
+        epoch_batches: batches of a training epoch on each process, in place of one pass over the items, which are
+            gone through as often as that takes: runs on sets of different sizes then take equally many steps.
 
     Attributes (after `setup`): ``meta``; ``train_split``, ``val_split`` (None without one), ``test_split``.
     """
@@ -106,6 +108,7 @@ class ImageDataModule(pl.LightningDataModule):
         classes: Sequence[int | str] | None = None,
         train_corruption: Corruption | None = None,
         train_rest: bool = False,
+        epoch_batches: int | None = None,
     ) -> None:
         super().__init__()
         describe(dataset)
@@ -116,7 +119,7 @@ class ImageDataModule(pl.LightningDataModule):
             if given not in known:
                 raise UserError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
-        for name, value in {**sizes, "train_items": train_items}.items():
+        for name, value in {**sizes, "train_items": train_items, "epoch_batches": epoch_batches}.items():
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         if not 0 <= val_fraction < 1:
@@ -140,7 +143,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
         self.seed, self.augment, self.image_size, self.drop_last = seed, augment, image_size, drop_last
         self.predict_split, self.train_items, self.classes = predict_split, train_items, classes
-        self.train_corruption, self.train_rest = train_corruption, train_rest
+        self.train_corruption, self.train_rest, self.epoch_batches = train_corruption, train_rest, epoch_batches
         self._own_val = False
         self._numbers: dict[str, Tensor] = {}
         self._raw: Raw | None = None
@@ -249,8 +252,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader[ImageBatch]:
         """Shuffled batches of train, stateful; in the set's own order when Lightning overfits a few batches."""
+        split = self.train_split
         return train_loader(
-            self, len(self.train_split), self.train_split.batches, self.batch_size, self.seed, self.drop_last
+            self, len(split), split.batches, self.batch_size, self.seed, self.drop_last, self.epoch_batches
         )
 
     def _eval_loader(self, split: ImageSplit, done: Tensor | None = None) -> EvalLoader:

@@ -100,6 +100,13 @@ def test_every_class_keeps_a_training_item() -> None:
     assert not set(train) & set(val)
 
 
+def test_an_epoch_has_the_number_of_batches_that_was_asked_for() -> None:
+    loader = module(train_items=50, batch_size=20, epoch_batches=7).train_dataloader()
+    indices = torch.cat([batch.index for batch in loader])
+    assert len(loader) == 7
+    assert set(indices.bincount().tolist()) == {2, 3}
+
+
 def test_the_rest_is_what_the_same_training_fraction_leaves_out() -> None:
     parts = [module(val_fraction=0.2, train_fraction=0.4, train_rest=rest) for rest in (False, True)]
     used, rest = (set(part.train_split.origin.tolist()) for part in parts)
