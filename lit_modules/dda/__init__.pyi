@@ -8,6 +8,7 @@ from .diffusion import ImageVariation as ImageVariation
 from .diffusion import Tiny as Tiny
 from .diffusion import Variations as Variations
 from .filtering import cosine_scores as cosine_scores
+from .module import DataFreeDistillation as DataFreeDistillation
 from .students import (
     AlignHead as AlignHead,
 )

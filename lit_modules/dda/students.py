@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from lit_modules.classifier.losses import cross_entropy, distillation_loss
+from lit_modules.nn import pooled_features
 
 Recipe = Literal["kl", "kl_ce_fea", "ce"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
@@ -76,10 +78,10 @@ class AlignHead(nn.Sequential):
         teacher: (C_t, H_t, W_t) of the teacher's.
     """
 
-    def __init__(self, student: tuple[int, int, int], teacher: tuple[int, int, int]) -> None:
-        channels, wide = teacher[0], 2 * teacher[0]
+    def __init__(self, student: Sequence[int], teacher: Sequence[int]) -> None:
+        channels, wide, size = teacher[0], 2 * teacher[0], tuple(teacher[1:])
         super().__init__(
-            nn.Identity() if student[1:] == teacher[1:] else nn.AdaptiveAvgPool2d(teacher[1:]),
+            nn.Identity() if tuple(student[1:]) == size else nn.AdaptiveAvgPool2d(size),
             nn.Conv2d(student[0], wide, 1, bias=False),
             nn.BatchNorm2d(wide),
             nn.ReLU(),
@@ -88,6 +90,32 @@ class AlignHead(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(wide, channels, 1, bias=False),
         )
+        self.shapes = list(student), list(teacher)
+
+
+def logits_and_map(network: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and the last map (N, C', H', W') of a classifier, by one pass.
+
+    Args:
+        network: with timm's ``forward_features`` and ``forward_head``.
+        image: as the network takes it.
+    """
+    features = network.forward_features(image)  # type: ignore[operator]
+    return network.forward_head(features), features  # type: ignore[operator]
+
+
+def rotated_features(network: nn.Module, image: Tensor) -> Tensor:
+    """φ: (4N, D) features of `rotations`, in evaluation mode, in which the network does not stay.
+
+    Args:
+        network: a student; see `lit_modules.nn.pooled_features`.
+        image: (N, C, S, S).
+    """
+    was_training = network.training
+    try:
+        return pooled_features(network.eval(), rotations(image))
+    finally:
+        network.train(was_training)
 
 
 def kd_losses(

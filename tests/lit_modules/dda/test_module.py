@@ -1,0 +1,314 @@
+"""A student in its Trainer: what a step changes and what it leaves alone; an interrupted run goes on exactly."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from callbacks import ExactResume
+from datamodules import ImageDataModule
+from leanlight.contracts import UserError
+from lit_modules.classifier import ImageClassifier
+from lit_modules.dda import DataFreeDistillation, Teacher
+from lit_modules.nn import MLP, ConvNet
+
+CONV = partial(ConvNet, in_channels=1, image_size=8, norm="batch", depth=2)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+class Bank(ImageDataModule):
+    """Real digits that say they are a bank."""
+
+    data_free = True
+
+    def __init__(self, **options):
+        super().__init__(**{"dataset": "digits", "train_items": 40, "batch_size": 10, "drop_last": True} | options)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher with running statistics of its own."""
+    torch.manual_seed(0)
+    network, path = CONV(width=6), tmp_path_factory.mktemp("teacher") / "weights.pt"
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    torch.save(network.state_dict(), path)
+    return Teacher(network=partial(CONV, width=6), weights=path)
+
+
+def student(teacher, width=4, **options):
+    torch.manual_seed(7)
+    return DataFreeDistillation(partial(CONV, width=width), teacher, **{"optimizer": SGD} | options)
+
+
+def trainer(folder, *callbacks, epochs=2, **options):
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(callback, ExactResume) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def fit(folder, module, *callbacks, data=None, checkpoint=None, **options):
+    pl.seed_everything(3, verbose=False)
+    fitted = trainer(folder, *callbacks, **options)
+    fitted.fit(module, data or Bank(augment="shift"), ckpt_path=checkpoint)
+    return fitted
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Watch(pl.Callback):
+    """Calls `look(trainer, module)` after every training batch."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.look(trainer, module)
+
+
+def around(module, name):
+    """State before and after every call of a method, and the gradients of the student after it."""
+    original, seen = getattr(module, name), []
+
+    def call(batch):
+        before = state(module)
+        result = original(batch)
+        gradients = [None if p.grad is None else p.grad.clone() for p in module.trained_parameters()]
+        seen.append((before, state(module), gradients, module.network.training))
+        return result
+
+    setattr(module, name, call)
+    return seen
+
+
+def test_the_teacher_is_the_same_bit_for_bit_after_an_epoch(tmp_path, teacher):
+    module, modes = student(teacher, self_weight=0.5), set()
+
+    def look(trainer, module):
+        network = module._teacher.network
+        modes.update((part.training, module.network.training) for part in network.modules())
+
+    fitted = fit(tmp_path, module, Watch(look), epochs=1)
+    assert modes == {(False, True)}
+    assert same(state(module._teacher.network), teacher.load(fitted.datamodule.meta).network.state_dict())
+    assert all(parameter.grad is None for parameter in module._teacher.network.parameters())
+    assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_the_students_step_and_that_of_the_head_change_their_own_parts_alone(tmp_path, teacher):
+    module = student(teacher, self_weight=0.1)
+    of_student, of_head = around(module, "_step_student"), around(module, "_step_head")
+    fit(tmp_path, module, epochs=1)
+    heads = {f"head.{name}" for name, _ in module.head.named_parameters()}
+    assert len(of_student) == len(of_head) == 4
+    for (before, after, gradients, training), (_, later, afterwards, still) in zip(of_student, of_head, strict=True):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == set(before) - heads - {"network.normalize.mean", "network.normalize.std"}
+        assert {name for name in after if not torch.equal(after[name], later[name])} == heads
+        assert all(torch.equal(a, b) for a, b in zip(gradients, afterwards, strict=True))
+        assert (training, still) == (True, True)
+    assert module.global_step == 4  # a batch is a step, whatever the head does
+    assert module.progress().value == 4
+
+
+def test_the_head_learns_within_the_bounds_of_its_loss(tmp_path, teacher):
+    still = partial(torch.optim.SGD, lr=0.0)
+    quick = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    module = student(teacher, width=64, recipe="kl", self_weight=1e-9, optimizer=still, head_optimizer=quick)
+    fit(tmp_path, module, data=Bank(), epochs=15)
+    losses = module._history["head_loss"]
+    assert 2.7190 < losses[-1] < losses[0] - 0.05 < 4.6856
+    assert module._history["head_accuracy"][-1] > 2 * module._history["head_accuracy"][0]
+
+
+def test_a_students_own_task_moves_it_against_the_heads_loss(tmp_path, teacher):
+    """With a large weight the student itself lowers the loss of rotations, whose head stands still."""
+    still = partial(torch.optim.SGD, lr=0.0)
+    losses = {}
+    for weight in (1e-9, 50.0):
+        module = student(teacher, recipe="kl", self_weight=weight, head_optimizer=still, clip=1.0)
+        fit(tmp_path, module, data=Bank(), epochs=5)
+        losses[weight] = module._history["head_loss"][-1]
+    assert losses[50.0] < losses[1e-9] - 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["kl", "kl_ce_fea", "ce"])
+def test_one_step_is_that_of_a_plain_loop(tmp_path, teacher, recipe):
+    data = Bank()
+    module = student(teacher, recipe=recipe, temperature=3.0, ce_weight=0.7, feature_weight=2.0)
+    seen = around(module, "_step_student")
+    batches = []
+    module.on_train_batch_start = lambda batch, batch_idx: batches.append(batch)
+    fitted = fit(tmp_path, module, data=data, epochs=1)
+    network = CONV(width=4)
+    theirs = teacher.load(fitted.datamodule.meta).network
+    align = None if module.align is None else type(module.align)(*module.align.shapes)
+    parts = nn.ModuleDict({"network": network} | ({} if align is None else {"align": align}))
+    parts.load_state_dict(seen[0][0])
+    optimizer = SGD(parts.parameters())
+    for batch in batches:
+        with torch.no_grad():
+            t, map_t = theirs(batch.image), theirs.features(theirs.normalize(batch.image))
+        maps = network.features(network.normalize(batch.image))
+        s = network.head(network.pool(maps))
+        kl = 9 * ((t / 3).softmax(1) * ((t / 3).log_softmax(1) - (s / 3).log_softmax(1))).sum(1).mean()
+        ce = nn.functional.cross_entropy(s, batch.label)
+        loss = 0.7 * ce if recipe == "ce" else kl
+        if recipe == "kl_ce_fea":
+            loss = kl + 0.7 * ce + 2 * (align(maps) - map_t).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, value in parts.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_from_scratch_is_ordinary_training_bit_for_bit(tmp_path, teacher):
+    scratch = student(teacher, recipe="ce")
+    ordinary = ImageClassifier(partial(CONV, width=4), optimizer=SGD)
+    ordinary.network.load_state_dict(scratch.network.state_dict())
+    fit(tmp_path, scratch)
+    fit(tmp_path, ordinary)
+    assert same(scratch.network.state_dict(), ordinary.network.state_dict())
+
+
+def test_validation_asks_for_the_teachers_answers_and_the_test_for_labels_too(tmp_path, teacher):
+    module = student(teacher)
+    fitted = fit(tmp_path, module, epochs=1)
+    data = fitted.datamodule
+    values = fitted.test(module, data, verbose=False)[0] | fitted.validate(module, data, verbose=False)[0]
+    network, theirs = module.network.eval(), module._teacher.network
+    expected = {}
+    with torch.no_grad():
+        for split, part in (("val", data.val_split), ("test", data.test_split)):
+            image = part.images / 255
+            ours, answer = network(image).argmax(1), theirs(image).argmax(1)
+            expected[f"{split}/agreement"] = float((ours == answer).float().mean())
+            expected[f"{split}/accuracy"] = float((ours == part.labels).float().mean())
+    assert "val/accuracy" not in values  # a bank's labels are no truth
+    for name in ("val/agreement", "test/agreement", "test/accuracy"):
+        assert values[name] == pytest.approx(expected[name], abs=1e-5), name
+    assert module.primary_metric.name == "val/agreement"
+
+
+class Stop(pl.Callback):
+    """Breaks off before the batch of this number, without a word to anyone."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.global_step == self.at:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_a_run_goes_on_inside_an_epoch_as_if_undisturbed(tmp_path, teacher, interval):
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=12)
+    options = {"self_weight": 0.1, "lr_scheduler": cosine, "lr_interval": interval}
+    whole = student(teacher, **options)
+    fit(tmp_path / "whole", whole, ExactResume(1), epochs=3)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "cut", student(teacher, **options), ExactResume(2), Stop(7), epochs=3)
+    rest, last = student(teacher, **options), tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "cut", rest, ExactResume(1), checkpoint=last, epochs=3)
+    assert same(state(rest), state(whole))
+    assert rest._history.values == whole._history.values
+    expected = {"epoch": 3, "step": 12}[interval]
+    lr = rest.lr_schedulers().get_last_lr()
+    assert lr == whole.lr_schedulers().get_last_lr()
+    assert lr[0] == pytest.approx(0.05 * (1 + torch.cos(torch.tensor(torch.pi * expected / 12)).item()) / 2, abs=1e-6)
+
+
+def test_a_checkpoint_rebuilds_alignment_and_head(tmp_path, teacher):
+    module = student(teacher, width=3, self_weight=0.1)
+    fit(tmp_path, module, ExactResume(100), epochs=1)
+    again = DataFreeDistillation.load_from_checkpoint(
+        tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
+    )
+    assert same(state(again), state(module))
+
+
+def test_clipping_bounds_the_gradient(tmp_path, teacher):
+    module = student(teacher, clip=1e-3)
+    seen = around(module, "_step_student")
+    fit(tmp_path, module, epochs=1)
+    norms = [torch.stack([g.norm() for g in gradients]).norm() for _, _, gradients, _ in seen]
+    torch.testing.assert_close(torch.stack(norms), torch.full((4,), 1e-3), rtol=1e-3, atol=1e-6)
+
+
+def test_mixed_precision_shows_the_head_the_student_of_now(tmp_path, teacher):
+    """Autocast keeps copies of weights; those from before the student's step must not be taken again."""
+    module = student(teacher, recipe="kl", self_weight=1e-9, optimizer=partial(torch.optim.SGD, lr=0.5))
+    original, features = module._rotation_loss, []
+
+    def keep(found, batch):
+        features.append((found.detach().float(), batch.image, state(module.network)))
+        return original(found, batch)
+
+    module._rotation_loss = keep
+    fit(tmp_path, module, epochs=1, precision="bf16-mixed")
+    network = CONV(width=4).eval()
+    for found, image, weights in features[1::2]:  # those of the head's step
+        network.load_state_dict(weights)
+        turned = torch.stack([image.rot90(r, (2, 3)) for r in range(4)], 1).flatten(0, 1)
+        exact = network.pool(network.features(network.normalize(turned)))
+        torch.testing.assert_close(found, exact.detach(), rtol=0.05, atol=0.05)
+
+
+def test_media_shows_the_student_over_epochs(tmp_path, teacher):
+    module = student(teacher, self_weight=0.1)
+    fit(tmp_path, module)
+    items = module.media("train")
+    assert set(items["losses"].series) == {"distillation", "cross_entropy", "features", "rotations", "head_loss"}
+    assert set(items["agreement"].series) == {"held-out images", "training images", "rotation head"}
+    assert all(0 <= value <= 1 for value in items["class_agreement"].values.values())
+    assert "confusion" in module.media("val")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "kd"}, "recipe: expected one of kl, kl_ce_fea, ce, got 'kd'"),
+        ({"temperature": 0.0}, "temperature: expected a positive number"),
+        ({"clip": -1.0}, "clip: expected a positive number"),
+        ({"feature_weight": -1.0}, "feature_weight: expected at least 0"),
+        ({"self_weight": -1.0}, "self_weight: expected at least 0"),
+    ],
+)
+def test_bad_numbers_are_named(teacher, options, message):
+    with pytest.raises(UserError, match=message):
+        student(teacher, **options)
+
+
+def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path, teacher):
+    real = ImageDataModule("digits", train_items=40, batch_size=10)
+    with pytest.raises(UserError, match="real_data: true trains on them"):
+        fit(tmp_path, student(teacher), data=real)
+    fit(tmp_path, student(teacher, real_data=True), data=real, epochs=1)
+    flat = partial(MLP, in_channels=1, image_size=8, hidden=[4])
+    with pytest.raises(UserError, match="student: expected a network whose last features are maps"):
+        fit(tmp_path, DataFreeDistillation(flat, teacher))
+    fit(tmp_path, DataFreeDistillation(flat, teacher, recipe="kl", optimizer=SGD), epochs=1)
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(UserError, match="lr_scheduler"):
+        fit(tmp_path, student(teacher, lr_scheduler=plateau))
