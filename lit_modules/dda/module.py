@@ -271,8 +271,6 @@ class DataFreeDistillation(ClassifierHooks):
 
     def _step_head(self, batch: ImageBatch) -> dict[str, Tensor]:
         """One step of the rotation head on the student as it is now, which gets no gradient and changes nothing."""
-        # Under autocast a copy of the student's weights from before its step would be taken again.
-        torch.clear_autocast_cache()
         with torch.no_grad():
             features = rotated_features(self.network, self._laid_out(batch.image))
         loss, accuracy = self._rotation_loss(features, batch)
