@@ -95,6 +95,17 @@ def _cutout(image: Tensor, uniform: Callable[[], Tensor], share: float = 0.5) ->
     return image * ~hole
 
 
+def _resized_crop(image: Tensor, uniform: Callable[[], Tensor], share: float = 0.25, ratio: float = 4 / 3) -> Tensor:
+    """Cut out a window of at least a share of the area, with sides up to `ratio` apart, and stretch it to the whole."""
+    area = share + uniform() * (1 - share)
+    stretch = ratio ** (uniform() - 0.5)  # width over height is its square
+    width, height = (area.sqrt() * side for side in (stretch, 1 / stretch))
+    width, height = width.clamp(max=1), height.clamp(max=1)
+    x, y = ((2 * uniform() - 1) * (1 - side) for side in (width, height))
+    zero = torch.zeros_like(x)
+    return _affine(image, [[width, zero, x], [zero, height, y]])
+
+
 def _colour(image: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
     """Brightness 1, saturation 2, contrast 0.5, one after the other."""
     image = image + (uniform() - 0.5)
@@ -143,6 +154,12 @@ def flip_then_shift(image: Tensor, generator: torch.Generator | None = None) -> 
     return one_of(image, generator, operations=(_shift,))
 
 
+def flip_then_resized_crop(image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirror each image with probability 1/2, then show a window of it: a quarter of its area to the whole."""
+    image = one_of(image, generator, operations=(_flip,))
+    return one_of(image, generator, operations=(_resized_crop,))
+
+
 _DSA = (_colour, _shift, _cutout, _flip, _scale, _rotate)
 
 flip_or_rotate: Augmentation = functools.partial(one_of, operations=(_flip, _rotate))
@@ -156,6 +173,7 @@ DIFFERENTIABLE: dict[str, Augmentation] = {
     "flip_then_rotate": flip_then_rotate,
     "rotate": rotate,
     "flip_then_shift": flip_then_shift,
+    "flip_then_resized_crop": flip_then_resized_crop,
     "only_shift": only_shift,
     "dsa": dsa,
 }

@@ -1,0 +1,108 @@
+"""The generator that inversion searches through: latents become images by two doublings of their size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanlight.contracts import UserError
+from lit_modules.nn.checks import require_positive
+
+_STD = 0.02  # of fresh weights
+
+
+def check_sides(shape: Sequence[int]) -> None:
+    """Raise UserError where a generator cannot make images of `shape` (C, H, W)."""
+    if any(side % 4 for side in shape[1:]):
+        sides = "x".join(map(str, shape[1:]))
+        raise UserError(
+            f"image_size: expected sides divisible by 4 for a generator that doubles them twice, got {sides}; "
+            "image_size of the data resizes images, and PixelInversion has no generator"
+        )
+
+
+class Generator(nn.Module):
+    """Linear → norm → [double → conv 3x3 → norm → leaky ReLU] twice → conv 3x3 → sigmoid, with batch norm throughout.
+
+    (N, Z) standard normal → (N, C, H, W) in (0, 1). Source: the benchmarks of data-free distillation (DAFL, CMI, CSD).
+
+    Args:
+        shape: (C, H, W) of an image; sides divisible by 4.
+        latent_size: Z, numbers of a latent; 256 (512 in DAFL).
+        width: channels before the last convolution (``ngf``), 64.
+        base: channels of the first maps in multiples of `width`: 2; 4 in the large generator of DAFL, ZSKT and DFQ.
+        channels_last: keep maps and weights in that memory format, which convolutions prefer.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent_size: int = 256,
+        width: int = 64,
+        base: int = 2,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        require_positive(latent_size=latent_size, width=width, base=base)
+        channels, height, breadth = shape
+        check_sides(shape)
+        self.base_shape = (base * width, height // 4, breadth // 4)
+        self.project = nn.Linear(latent_size, base * width * (height // 4) * (breadth // 4))
+        self.maps = nn.Sequential(
+            nn.BatchNorm2d(base * width),
+            *_doubling(base * width, 2 * width),
+            *_doubling(2 * width, width),
+            nn.Conv2d(width, channels, 3, padding=1),
+        )
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.maps.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    @classmethod
+    def fresh(
+        cls, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu", **settings: Any
+    ) -> Generator:
+        """One whose weights come from `generator` alone: the random states of the process stay as they are.
+
+        Args:
+            shape: (C, H, W) of an image.
+            generator: see `reset`.
+            device: of the weights.
+            settings: the other arguments of the class.
+        """
+        with torch.device("meta"):
+            made = cls(shape, **settings)
+        return made.to_empty(device=device).reset(generator)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> Generator:
+        """Begin anew: weights from N(0, 0.02²), of norms from N(1, 0.02²); biases 0; no running statistics.
+
+        Args:
+            generator: of all that is drawn; with one of the CPU the weights are the same on every device.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d)):
+                centre = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+                drawn = torch.randn(module.weight.shape, generator=generator, device=generator.device)
+                module.weight.copy_(drawn * _STD + centre, non_blocking=True)
+                if module.bias is not None:
+                    module.bias.zero_()
+        return self
+
+    def forward(self, latent: Tensor) -> Tensor:
+        maps = self.project(latent).view(-1, *self.base_shape).contiguous(memory_format=self.memory_format)
+        return self.maps(maps).float().sigmoid()  # in half precision neighbouring grey values would be one
+
+
+def _doubling(before: int, after: int) -> list[nn.Module]:
+    return [
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(before, after, 3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.LeakyReLU(0.2),
+    ]
