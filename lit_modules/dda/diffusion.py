@@ -100,6 +100,8 @@ class Tiny(Backend):
             )
         if self.mode == "embedding" and not model.conditioned:
             raise UserError(f"mode: embedding needs a TinyDiffusion with a teacher; that of {self.checkpoint} has none")
+        if model.conditioned:
+            model.condition_on(teacher)
         scheduler = model.make_scheduler()
         if self.steps > (most := scheduler.config.num_train_timesteps):
             raise UserError(f"steps: expected at most {most}, those the diffusion model was trained with")
@@ -289,12 +291,12 @@ def _pipeline(name: str, weights: Path | None, what: str, device: torch.device, 
     dtype = torch.float16 if (device.type == "cuda" if half is None else half) else torch.float32
     try:
         pipeline = getattr(pipelines, name).from_pretrained(
-            weights, local_files_only=True, safety_checker=None, requires_safety_checker=False
+            weights, local_files_only=True, dtype=dtype, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:  # of files of any content
         raise UserError(f"{expected}; {weights} gives {first_line(error)}; nothing is downloaded") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
+    return pipeline.to(device)
 
 
 def _check_guidance(guidance: float) -> None:

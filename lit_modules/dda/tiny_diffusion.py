@@ -166,8 +166,7 @@ class TinyDiffusion(LightningModule):
         blank_output(self.network.unet, self.image_shape, "network", self._blank_answer)
         if self.teacher is not None and self._teacher is None:
             self._teacher = self.teacher.load(meta)
-            features = blank_output(self._teacher.network, self.image_shape, "teacher", pooled_features)
-            self._condition_on(features.shape[1])
+            self.condition_on(self._teacher)
 
     @staticmethod
     def _blank_answer(unet: Any, x: Tensor) -> Tensor:
@@ -175,10 +174,16 @@ class TinyDiffusion(LightningModule):
         size = unet.time_embedding.linear_2.out_features
         return unet(x, 0, x.new_zeros(len(x), size) if conditioned else None).sample
 
+    def condition_on(self, teacher: Frozen[nn.Module]) -> None:
+        """Make the projection of a teacher's features; UserError where there is one, for another number of them."""
+        self._condition_on(blank_output(teacher.network, self.image_shape, "teacher", pooled_features).shape[1])
+
     def _condition_on(self, size: int) -> None:
         if self.network.projection is not None:
             if size != (ours := self.network.projection.in_features):
-                raise UserError(f"teacher: expected one with {ours} features, as the one in training; got {size}")
+                raise UserError(
+                    f"teacher: expected that of the diffusion model, with {ours} features; got one with {size}"
+                )
             return
         self.network.condition_on(size)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
