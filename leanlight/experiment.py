@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 import callbacks
 from leanlight import runs
 from leanlight.checks import check_config
-from leanlight.contracts import UserError
+from leanlight.contracts import CollectsPredictions, UserError
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
 from leanlight.objects import admitted_object
 from leanlight.parser import LeanlightParser
+from leanlight.predictions import read_predictions
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.registry import config_root
 from leanlight.standard import STANDARD_CALLBACKS
@@ -219,6 +221,8 @@ class Session:
                 self.cli.start()
                 if self.cli.only == "fit":
                     self._test()
+                elif self.cli.only == "predict":
+                    self._collect()
         self._say_where()
 
     def _open(self) -> None:
@@ -275,6 +279,19 @@ class Session:
             weights_only=True,
             verbose=False,
         )
+
+    @rank_zero_only
+    def _collect(self) -> None:
+        """Let a module make one artefact of all that it predicted; not of a part, as after Ctrl-C or in a trial."""
+        trainer, module, limit = self.trainer, self.cli.model, self.trainer.limit_predict_batches
+        if not isinstance(module, CollectsPredictions) or trainer.interrupted or type(limit) is int or limit < 1:
+            return
+        folder = self.run_dir / "artifacts" / "bank"
+        folder.mkdir(parents=True, exist_ok=True)
+        module.collect(partial(read_predictions, self.run_dir), folder)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
+            if isinstance(callback, callbacks.MediaLogger):
+                callback.on_predict_end(trainer, self.cli.model)  # again: only now its pictures show the whole
 
     @contextmanager
     def _cleaned_up_on_bad_input(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from leanlight.contracts.bank import BANK_RECORD
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write, sha256_file
 
@@ -344,14 +345,16 @@ def find_runs(root: Path | str) -> list[Path]:
 
 
 def list_artifacts(run_dir: Path) -> list[dict[str, Any]]:
-    """Checkpoints and artefacts of a run with size and sha256, pictures left out; a folder of very many as one."""
+    """Checkpoints and artefacts of a run with size and sha256, pictures left out; a folder that is a bank, or of very
+    many files, as one."""
     files = [*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("artifacts/**/*")]
     places: dict[Path, list[Path]] = {}
     for path in files:
         if path.is_file() and "media" not in path.relative_to(run_dir).parts:
             top = run_dir.joinpath(*path.relative_to(run_dir).parts[:2])  # checkpoints/last.ckpt, artifacts/export
             places.setdefault(top, []).append(path)
-    listed = [item for top, inside in places.items() for item in ([top] if len(inside) > _MANY_FILES else inside)]
+    whole = {top for top, inside in places.items() if len(inside) > _MANY_FILES or (top / BANK_RECORD).is_file()}
+    listed = [item for top, inside in places.items() for item in ([top] if top in whole else inside)]
     sizes = {top: sum(path.stat().st_size for path in inside) for top, inside in places.items()}
     return [
         {

@@ -18,7 +18,8 @@ from leanlight.predictions import describe_predictions, load_predictions
 from leanlight.registry import config_root
 
 SLOW = '''
-import os, time
+import json, os, time
+from leanlight.contracts import Bars
 from lit_modules.adq import SampleScorer
 from lit_modules.classifier import ImageClassifier
 
@@ -35,6 +36,22 @@ class SlowScorer(SampleScorer):
     def predict_step(self, batch, batch_idx):
         time.sleep(float(os.environ.get("PAUSE", 0)))
         return super().predict_step(batch, batch_idx)
+
+class Collecting(ImageClassifier):
+    """Makes a file of what it predicted; slowly."""
+    counts = None
+
+    def collect(self, pieces, directory):
+        (directory / "begun").touch()
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        assert [p["index"].tolist() for p in pieces()] == [p["index"].tolist() for p in pieces()]
+        labels = [label for piece in pieces() for label in piece["label"].tolist()]
+        self.counts = {str(label): labels.count(label) for label in range(10)}
+        (directory / "counts.json").write_text(json.dumps(self.counts))
+        return [directory / "counts.json"]
+
+    def media(self, split):
+        return {"counts": Bars(self.counts, "items")} if self.counts else {}
 '''
 PIPELINE = {
     "method": "classifier",
@@ -75,14 +92,14 @@ def call(folder, *arguments, **options):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **options)
 
 
-def killed(folder, pattern, *arguments):
-    """Start a command whose predict is slow, and kill it with all its children once two pieces are written."""
+def killed(folder, pattern, *arguments, found="predictions/*_0.json", count=2, pause="0.2"):
+    """Start a command that is slow, and kill it with all its children once some artefacts are there: two pieces."""
     command = [sys.executable, "-m", "leanlight", *arguments]
     process = subprocess.Popen(
-        command, cwd=folder, env={**os.environ, "PAUSE": "0.2"}, start_new_session=True, stderr=subprocess.DEVNULL
+        command, cwd=folder, env={**os.environ, "PAUSE": pause}, start_new_session=True, stderr=subprocess.DEVNULL
     )
     try:
-        while len(list(folder.glob(f"{pattern}/artifacts/predictions/*_0.json"))) < 2:
+        while len(list(folder.glob(f"{pattern}/artifacts/{found}"))) < count:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
     finally:
@@ -192,3 +209,40 @@ def test_a_run_of_fit_cannot_be_resumed_as_a_prediction(project):
     done = call(project, "predict", "--resume", "runs/slow/digits/a", "--trust=slow")
     assert done.returncode == 2
     assert "is no run of predict" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def collecting(project):
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config["model"]["class_path"] = "slow.Collecting"
+    (project / "collecting.yaml").write_text(yaml.safe_dump(config | {"run": {"method": "collecting"}}))
+    return ["predict", "--config=collecting.yaml", "--predictions.piece_items=32"]
+
+
+def test_a_killed_collection_is_made_of_all_predictions_when_the_run_goes_on(project, collecting):
+    killed(project, "runs/collecting/digits/a", *collecting, "--run.id=a", found="bank/begun", count=1, pause="100")
+    run = project / "runs/collecting/digits/a"
+    pieces = {path: path.stat().st_mtime_ns for path in run.glob("artifacts/predictions/*_0.json")}
+    assert sorted(path.name for path in (run / "artifacts/bank").iterdir()) == ["begun"]
+    done = call(project, "predict", "--resume", str(run), "--trust=slow")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(path.stat().st_mtime_ns == written for path, written in pieces.items())
+    labels = load_predictions(run)["label"].tolist()
+    made = json.loads((run / "artifacts/bank/counts.json").read_text())
+    assert made == {str(label): labels.count(label) for label in range(10)}
+    assert sum(made.values()) == 360
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert "artifacts/bank/counts.json" in [item["path"] for item in summary["artifacts"]]
+    assert (run / "artifacts/media/test/counts.png").is_file()
+    sent = [path.read_bytes() for path in run.glob("wandb/offline-run-*/run-*.wandb")]  # a file a process
+    assert any(b"media/images/test/counts" in content for content in sent)
+
+
+@pytest.mark.parametrize("cut", ["--trainer.limit_predict_batches=1", "--trainer.limit_predict_batches=0.5"])
+def test_a_part_of_the_predictions_is_not_collected(project, collecting, cut):
+    done = call(project, *collecting, f"--run.id=cut{cut[-1]}", "--run.wandb=disabled", cut)
+    assert done.returncode == 0, done.stderr[-2000:]
+    artifacts = project / f"runs/collecting/digits/cut{cut[-1]}/artifacts"
+    assert (artifacts / "predictions").is_dir()
+    assert not (artifacts / "bank").exists()

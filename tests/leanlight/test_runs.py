@@ -268,6 +268,14 @@ def test_very_many_artefacts_are_one_line_of_a_summary(tmp_path, monkeypatch):
     assert listed == {"checkpoints/last.ckpt": 5, "artifacts/few/0": 5, "artifacts/many": 20}
 
 
+def test_a_bank_is_one_artefact(tmp_path):
+    for name in ("bank.json", "manifest.csv", "bank.safetensors"):
+        (tmp_path / "artifacts/bank").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "artifacts/bank" / name).write_text("12345")
+    digest = runs.content_digest(tmp_path / "artifacts/bank")
+    assert runs.list_artifacts(tmp_path) == [{"path": "artifacts/bank", "sha256": digest, "bytes": 15}]
+
+
 @pytest.mark.parametrize("value", ["../up", "a/b", "", ".hidden", "a b", "a\n", "x" * 5000])
 def test_a_run_id_that_is_no_folder_name_is_refused(value):
     with pytest.raises(UserError, match=r"run\.id"):
