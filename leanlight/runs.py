@@ -91,6 +91,7 @@ _LATER_DEFAULTS = {
     "train_items": None,
     "classes": None,
     "train_corruption": None,
+    "pool": "flatten",
     "train_rest": False,
     "epoch_batches": None,
 }

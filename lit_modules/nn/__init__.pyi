@@ -22,6 +22,9 @@ from .resnets import (
     ResNet18 as ResNet18,
 )
 from .resnets import (
+    ResNet34 as ResNet34,
+)
+from .resnets import (
     ResNet50 as ResNet50,
 )
 from .resnets import (

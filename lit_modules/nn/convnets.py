@@ -86,9 +86,12 @@ class VGG11(FeatureClassifier):
         num_classes: number of classes, the size of the output.
         width: channels of the first layer, 64 in the paper; later layers have 2, 4, 8 times as many.
         norm: ``instance`` (of the distillation literature), ``batch``, ``group`` (8 channels a group) or ``none``.
-        image_size: side of the images, at least 32 pixels.
+        image_size: side of the images, pixels; with `pool` flatten at least 32.
         mean: subtracted from pixels in [0, 1], one number or one a channel.
         std: divides pixels after that, one number or one a channel.
+        pool: what comes before the linear layer: ``flatten``: all positions, after a maximum pooling by 2 in each of
+            the five blocks; ``average``: their mean, after poolings in the first blocks alone, until 4 pixels are left
+            of a side: the VGG-11 of the data-free distillation literature.
     """
 
     def __init__(
@@ -100,21 +103,25 @@ class VGG11(FeatureClassifier):
         image_size: int = 32,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
+        pool: Literal["flatten", "average"] = "flatten",
     ) -> None:
         super().__init__()
-        require_positive(in_channels=in_channels, num_classes=num_classes, width=width)
+        require_positive(in_channels=in_channels, num_classes=num_classes, width=width, image_size=image_size)
+        average = pool == "average"
+        poolings = next((n for n in range(5) if image_size >> n <= 4), 5) if average else 5
         self.normalize = Normalize(in_channels, mean, std)
         make_norm = norm_layer(norm)
         layers: list[nn.Module] = []
         channels = in_channels
-        for multiples in ((1,), (2,), (4, 4), (8, 8), (8, 8)):
+        for block, multiples in enumerate(((1,), (2,), (4, 4), (8, 8), (8, 8))):
             for multiple in multiples:
                 layers += [nn.Conv2d(channels, multiple * width, 3, padding=1), make_norm(multiple * width), nn.ReLU()]
                 channels = multiple * width
-            layers.append(nn.MaxPool2d(2))
+            if block < poolings:
+                layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.pool = nn.Flatten()
-        self.head = nn.Linear(channels * pooled_size(image_size, 5) ** 2, num_classes)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if average else nn.Flatten()
+        self.head = nn.Linear(channels if average else channels * pooled_size(image_size, 5) ** 2, num_classes)
 
 
 class AlexNet(FeatureClassifier):

@@ -98,6 +98,30 @@ class ResNet18(_SmallImageResNet):
         super().__init__(BasicBlock, (2, 2, 2, 2), in_channels, num_classes, width, norm, False, mean, std)
 
 
+class ResNet34(_SmallImageResNet):
+    """ResNet-34 (He et al. 2016) with the 3x3 stem of small images: (N, C, H, W) in [0, 1] → (N, num_classes) logits.
+
+    Args:
+        in_channels: channels of an image: 1 for grey, 3 for colour.
+        num_classes: number of classes, the size of the output.
+        width: channels of the first stage, 64 in the paper; doubled in each further stage.
+        norm: ``batch`` as published; ``instance``, ``group`` or ``none`` where batch statistics do harm.
+        mean: subtracted from pixels in [0, 1], one number or one a channel.
+        std: divides pixels after that, one number or one a channel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        width: int = 64,
+        norm: Norm = "batch",
+        mean: PixelStatistic = 0.5,
+        std: PixelStatistic = 0.5,
+    ) -> None:
+        super().__init__(BasicBlock, (3, 4, 6, 3), in_channels, num_classes, width, norm, False, mean, std)
+
+
 class ResNet50(_SmallImageResNet):
     """ResNet-50 (He et al. 2016) with the 3x3 stem of small images: (N, C, H, W) in [0, 1] → (N, num_classes) logits.
 

@@ -33,14 +33,36 @@ def test_parameter_counts_are_the_published_ones(make, expected):
     assert parameters(on_meta(make)) == expected
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["ResNet18", "ResNet34", "ResNet50"])
 def test_small_image_resnets_are_torchvisions_with_another_stem(name):
     from torchvision import models
 
-    reference = on_meta(lambda: getattr(models, name)(num_classes=10))
-    ours = on_meta(networks.ResNet18 if name == "resnet18" else networks.ResNet50)
+    reference = on_meta(lambda: getattr(models, name.lower())(num_classes=10))
+    ours = on_meta(getattr(networks, name))
     stem_7x7, stem_3x3 = 3 * 64 * 49, 3 * 64 * 9
     assert parameters(ours) == parameters(reference) - stem_7x7 + stem_3x3
+
+
+@pytest.mark.parametrize(("size", "poolings"), [(32, 3), (64, 4)])
+def test_vgg11_with_average_pooling_is_that_of_data_free_distillation(size, poolings):
+    """torchvision's layers, maps of 4x4 at both sizes, and one linear layer for 512 means."""
+    from torchvision import models
+
+    ours = on_meta(lambda: networks.VGG11(norm="batch", image_size=size, pool="average"))
+    reference = on_meta(models.vgg11_bn)
+    assert parameters(ours) == parameters(reference.features) + 512 * 10 + 10
+    layers = list(ours.features)
+    assert sum(isinstance(layer, nn.MaxPool2d) for layer in layers) == poolings
+    places = [i for i, layer in enumerate(reference.features) if isinstance(layer, nn.MaxPool2d)][:poolings]
+    assert [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)] == places
+    with torch.device("meta"):
+        assert ours.forward_features(torch.rand(2, 3, size, size)).shape == (2, 512, 4, 4)
+
+
+def test_vgg11_takes_small_images_where_it_averages():
+    assert networks.VGG11(1, width=4, image_size=8, pool="average")(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(UserError, match="image_size: expected at least 32"):
+        networks.VGG11(1, width=4, image_size=8)
 
 
 @pytest.mark.parametrize(("width", "depth", "channels", "size"), [(32, 3, 1, 28), (16, 2, 3, 32), (8, 1, 1, 8)])
@@ -57,8 +79,10 @@ def test_convnet_size_follows_the_closed_form(width, depth, channels, size):
         lambda: networks.ConvNet(width=8),
         lambda: networks.ConvNet(width=8, norm="none"),
         lambda: networks.VGG11(width=8),
+        lambda: networks.VGG11(width=8, pool="average"),
         lambda: networks.AlexNet(),
         lambda: networks.ResNet18(width=8, norm="group"),
+        lambda: networks.ResNet34(width=4),
         lambda: networks.ResNet50(width=8, norm="instance"),
         lambda: networks.CifarResNet(depth=8),
         lambda: networks.WideResNet(depth=10, widen_factor=1, dropout=0.3),
