@@ -104,6 +104,8 @@ class MethodInfo:
         title: what it is, in one line.
         module: import path of its main LightningModule.
         smallest: name of the config that runs in seconds; the contract tests run it.
+        smallest_inputs: name of the pipeline that has `smallest` as a stage and makes what it needs before; empty where
+            it needs nothing.
         citation: its paper; None for the suite's own tools.
         extra: optional dependencies of the suite that it needs, empty for none.
         benchmark: ``module:function`` for `leanlight benchmark`.
@@ -120,6 +122,7 @@ class MethodInfo:
     benchmark: str = ""
     commands: tuple[Command, ...] = ()
     configs_folder: Path | None = None
+    smallest_inputs: str = ""
 
     @property
     def folder(self) -> Path:

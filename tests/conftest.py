@@ -1,9 +1,11 @@
 """Settings of every test: one thread, no GPU, W&B offline and silent, no colours or terminal width of the machine."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,17 @@ os.environ.update(
 )
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a fit in a test, or in its child, trains on the CPU
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    """What earlier stages make for the smallest configs lies in one folder for all processes of the session."""
+    if not hasattr(config, "workerinput"):
+        os.environ["LEANLIGHT_TEST_INPUTS"] = tempfile.mkdtemp(prefix="leanlight-inputs-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["LEANLIGHT_TEST_INPUTS"])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,8 +15,17 @@ from leanlight import runs
 from leanlight.configs_path import config_root, find_configs
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.invocation import option
+from leanlight.registry import MethodInfo
 from leanlight.results.launch import command, environment, run_in_foreground
-from leanlight.results.pipeline_spec import PipelineSpec, Reference, Stage, references, stage_commands, substitute
+from leanlight.results.pipeline_spec import (
+    PipelineSpec,
+    Reference,
+    Stage,
+    load_pipeline,
+    references,
+    stage_commands,
+    substitute,
+)
 from leanlight.results.reading import read_mapping
 from leanlight.results.state import Decision, RunLock, clear, decide, resume_words
 
@@ -82,7 +91,7 @@ class PipelineRunner:
         return 0
 
     def _run_stage(self, stage: Stage, place: str, fresh: bool, rerun_stale: bool) -> int:
-        stage, inputs = self._connect(stage)
+        stage, inputs = self.connect(stage)
         arguments, identity = self._identify(stage, inputs)
         run_id = f"{self.spec.stem}-{stage.name}-{identity[:8]}"
         run_dir = self._place(run_id)
@@ -196,7 +205,7 @@ class PipelineRunner:
 
     # -- what a stage depends on
 
-    def _connect(self, stage: Stage) -> tuple[Stage, dict[str, str]]:
+    def connect(self, stage: Stage) -> tuple[Stage, dict[str, str]]:
         """Put the outputs of earlier stages into a stage; return it and the paths that it depends on, by name."""
         used: dict[str, str] = {}
         for reference in references([stage.inputs, stage.overrides], stage.name):
@@ -284,6 +293,32 @@ def _inside(run_dir: Path, reference: Reference) -> Path:
     """Where a stage with this run folder leaves what a reference names."""
     kind, _, what = reference.output.partition(".")
     return run_dir / (_CHECKPOINTS.get(reference.output) or ("" if kind == "run_dir" else f"artifacts/{what}"))
+
+
+def smallest_overrides(info: MethodInfo, runs_root: Path, say: Say = _say) -> dict[str, Any]:
+    """Keys and values that a method's smallest config needs beside its own, such as files that earlier stages make.
+
+    The stages are run, or reused where they have finished; nothing happens for a method whose config needs nothing.
+
+    Args:
+        info: the method.
+        runs_root: folder of their runs; processes may share it.
+        say: where lines for the reader go.
+
+    Raises:
+        UserError: the pipeline lacks the config, or one of its stages fails.
+    """
+    if not info.smallest_inputs:
+        return {}
+    spec = load_pipeline(info.smallest_inputs)
+    found = [position for position, stage in enumerate(spec.stages) if stage.config == info.smallest]
+    if not found:
+        raise UserError(f"{info.smallest_inputs}: expected a stage with config {info.smallest}")
+    earlier, stage = spec.stages[: found[-1]], spec.stages[found[-1]]
+    runner = PipelineRunner(replace(spec, stages=earlier), runs_root, say=say)
+    if code := runner.run():
+        raise UserError(f"{info.smallest_inputs}: a stage before {stage.name} failed (exit code {code})")
+    return runner.connect(stage)[0].overrides
 
 
 def set_overrides(pairs: list[str]) -> dict[str, Any]:

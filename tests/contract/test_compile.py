@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from smallest import overrides
 from torch._dynamo.utils import counters
 
 import leanlight
@@ -36,7 +37,8 @@ def fresh_compiler():
 
 def run(method, folder, **more):
     """Weights and metrics after two training batches, an evaluation and a test."""
-    overrides = {
+    settings = {
+        **overrides(method),
         "trainer.max_epochs": 1,
         "trainer.limit_train_batches": 2,
         "trainer.limit_val_batches": 1,
@@ -49,7 +51,7 @@ def run(method, folder, **more):
         **SHORTER.get(method, {}),
         **more,
     }
-    trainer, model, data = leanlight.build(METHODS[method].smallest, overrides)
+    trainer, model, data = leanlight.build(METHODS[method].smallest, settings)
     trainer.fit(model, data)
     metrics = dict(trainer.callback_metrics)
     trainer.test(model, data, verbose=False)

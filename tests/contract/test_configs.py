@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from smallest import words
 
 from leanlight.configs_path import config_names, config_root, find_config, find_configs
 from leanlight.contracts import DataMeta, MethodData, MethodModule, UserError
@@ -136,7 +137,8 @@ def test_the_registry_and_the_folders_agree():
 @pytest.mark.parametrize("info", METHODS.values(), ids=lambda info: info.name)
 def test_the_smallest_config_of_a_method_trains_its_module_on_data_that_keep_the_protocol(info, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = build(info.smallest)
+    _, name, *needed = words(info.name)
+    cli = build(name, *needed)
     assert cli.resolved["model"]["class_path"] == info.module
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from smallest import words
 
 from leanlight.registry import METHODS
 
@@ -21,13 +22,17 @@ COMMON = [
     "--trainer.enable_progress_bar=false",
 ]
 
-CASES = {name: ["--config", method.smallest] for name, method in METHODS.items()}
+CASES = dict.fromkeys(METHODS)
 ATARI = {"decisions_per_epoch": 200, "replay_start": 200, "max_decisions": 60, "training_games": 2}
 ATARI |= dict.fromkeys(("eval_episodes", "test_episodes"), 2)
 CASES["dsqn on two Atari games side by side"] = [
     "--config=dsqn/road_runner_small",
     *(f"--data.init_args.{name}={value}" for name, value in ATARI.items()),
 ]
+
+
+def arguments(case):
+    return CASES[case] or words(case)
 
 
 def launch(folder, *arguments):
@@ -54,7 +59,7 @@ def rows(folder):
 
 def kill_when_written(folder, case, count):
     """Start a run, kill it without warning once metrics.csv has `count` lines and a checkpoint is there."""
-    process = launch(folder, *CASES[case], *COMMON)
+    process = launch(folder, *arguments(case), *COMMON)
     while process.poll() is None:
         if rows(folder) >= count and list(folder.glob("runs/*/*/a/checkpoints/last.ckpt")):
             os.killpg(process.pid, signal.SIGKILL)
@@ -73,7 +78,7 @@ def undisturbed(tmp_path_factory):
     def get(case):
         if case not in done:
             folder = tmp_path_factory.mktemp("undisturbed")
-            finish(launch(folder, *CASES[case], *COMMON))
+            finish(launch(folder, *arguments(case), *COMMON))
             found = run_dir(folder)
             checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
             done[case] = checkpoint, (found / "metrics.csv").read_bytes()
@@ -114,7 +119,7 @@ def test_a_run_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, undisturbed, case):
     """Of the federation: inside a round, some of whose clients have trained."""
     expected, metrics = undisturbed(case)
-    process = launch(tmp_path, *CASES[case], *COMMON)
+    process = launch(tmp_path, *arguments(case), *COMMON)
     while rows(tmp_path) < metrics.count(b"\n") // 2:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from smallest import words
 from wandb_file import read_wandb
 
 from leanlight.registry import METHODS
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("contract_run")
 def run(request, tmp_path_factory):
     """A run of a method's smallest config, two steps long, W&B offline."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", "leanlight", "fit", "--config", METHODS[request.param].smallest]
+    command = [sys.executable, "-m", "leanlight", "fit", *words(request.param)]
     limits = [
         "--trainer.max_epochs=1",
         "--trainer.limit_train_batches=2",

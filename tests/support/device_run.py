@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import smallest
 import torch
 from device_cases import cases
 from mock_gpu.training import OPTIONS, STEPS, install
@@ -74,6 +75,8 @@ class Runs:
         if case.source:
             source = str(self.on_cpu(case.source) / "checkpoints" / "last.ckpt")
         words = [word.replace("{source}", source) for word in case.options]
+        if name in METHODS:
+            words = [*smallest.words(name), *words[1:]]
         root = f"--trainer.default_root_dir={self._root(name)}"
         return [case.command, *words, *LIMITS, root, f"--run.id={where}"]
 

@@ -28,9 +28,10 @@ from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, near
 from leanlight.benchmarks.gpu.draws import draws_of_the_cpu
 from leanlight.contracts import PrimaryMetric, UserError, atomic_write
 from leanlight.experiment import LeanlightCLI, Session
-from leanlight.invocation import expand, read_config
+from leanlight.invocation import expand, option, read_config
 from leanlight.predictions import load_predictions
 from leanlight.registry import MethodInfo
+from leanlight.results.pipeline import smallest_overrides
 
 _QUIET = ("--run.wandb=disabled", "--run.id=run", "--trainer.enable_progress_bar=false", "--media.every_n_epochs=0")
 _EPOCHS, _SHORT, _STEPS, _WARMUP = 4, 2, 20, 5
@@ -86,6 +87,7 @@ class Runs:
         epochs: of the runs whose metrics are compared.
         short: epochs of the others, at least 2.
         more: further options of every fit.
+        method: whose smallest config is trained, and needs what its pipeline makes before.
     """
 
     config: Sequence[str]
@@ -94,6 +96,7 @@ class Runs:
     epochs: int = _EPOCHS
     short: int = _SHORT
     more: Sequence[str] = ()
+    method: MethodInfo | None = None
     _made: dict[str, Run | Exception] = field(default_factory=dict)
 
     def options(self, name: str, device: str) -> list[str]:
@@ -108,7 +111,9 @@ class Runs:
         count = epochs or self.short
         short = [f"--trainer.max_epochs={count}", f"--trainer.check_val_every_n_epoch={count}"]
         logged = ["--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0"]
-        return ["fit", *configs, *self.options(name, device), *short, *logged, *self.more]
+        inputs = smallest_overrides(self.method, self.folder / "inputs") if self.method else {}
+        needed = [option(*pair) for pair in inputs.items()]
+        return ["fit", *configs, *needed, *self.options(name, device), *short, *logged, *self.more]
 
     def fit(self, name: str, device: str, *options: str) -> Run:
         """Fit and test with the draws of the CPU, wherever it trains. A run that failed fails again at once."""
@@ -166,7 +171,7 @@ def checks(info: MethodInfo, folder: Path, device: str = "cuda") -> Iterator[Che
         device: what is compared with the CPU.
     """
     own = read_config(info.folder / f"{info.smallest.rpartition('/')[2]}.yaml")["trainer"].get("max_epochs")
-    made = Runs([info.smallest], folder, device, min(_EPOCHS, own or _EPOCHS))
+    made = Runs([info.smallest], folder, device, min(_EPOCHS, own or _EPOCHS), method=info)
     for name, what, measure in (
         ("first_loss", "first training losses: the CPU's within 1e-4", first_loss),
         ("metric", "primary metric after a short run: the CPU's", primary_metric),

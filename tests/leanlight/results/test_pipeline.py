@@ -13,7 +13,8 @@ import pytest
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.cli.run import main
 from leanlight.contracts import UserError
-from leanlight.results.pipeline import PipelineRunner
+from leanlight.registry import MethodInfo
+from leanlight.results.pipeline import PipelineRunner, smallest_overrides
 from leanlight.results.pipeline_spec import load_pipeline
 from leanlight.results.table_spec import load_table
 
@@ -62,6 +63,31 @@ def test_the_stages_of_a_pipeline_train_on_the_gpu_it_was_given(suite: Any, monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     main([str(_pipeline(suite))])
     assert [command["gpu"] for command in suite.commands()] == ["GPU-8932f937"] * 2
+
+
+def _method(suite: Any, smallest: str = "b.yaml", **more: Any) -> MethodInfo:
+    return MethodInfo("own", "", "", smallest=str(suite.folder / smallest), **more)
+
+
+def test_the_smallest_config_of_a_method_gets_what_the_stages_before_it_make(suite: Any) -> None:
+    info = _method(suite, smallest_inputs=str(_pipeline(suite)))
+    needed = smallest_overrides(info, Path("inputs"))
+    (teacher,) = (command["argv"] for command in suite.commands())
+    run = Path("inputs/classifier/digits") / teacher[teacher.index("--run.id") + 1]
+    assert needed == {"teacher": str(run / "checkpoints/last.ckpt"), "floor": 0.9}
+    assert smallest_overrides(info, Path("inputs")) == needed
+    assert len(suite.commands()) == 1
+
+
+def test_a_method_whose_smallest_config_needs_nothing_starts_nothing(suite: Any) -> None:
+    assert smallest_overrides(_method(suite), Path("inputs")) == {}
+    assert not Path("inputs").exists()
+
+
+def test_a_pipeline_without_the_smallest_config_is_refused(suite: Any) -> None:
+    info = _method(suite, "c.yaml", smallest_inputs=str(_pipeline(suite)))
+    with pytest.raises(UserError, match=r"chain.yaml: expected a stage with config .*c.yaml"):
+        smallest_overrides(info, Path("inputs"))
 
 
 def test_finished_stages_are_reused(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
