@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,8 +29,12 @@ from leanlight.contracts import (
     derived_seed,
     run_seed,
 )
+from leanlight.ops import counter
 from lit_modules.classifier import ClassifierHooks, class_index
 from lit_modules.dda import pictures
+from lit_modules.dda.contrastive import ContrastiveMemory
+from lit_modules.dda.inversion import Adversary, Inversion
+from lit_modules.dda.pool import GrowingPool
 from lit_modules.dda.students import (
     RECIPES,
     AlignHead,
@@ -44,7 +49,7 @@ from lit_modules.dda.teacher import Teacher
 from lit_modules.frozen import Frozen
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
-from lit_modules.nn.checks import blank_output
+from lit_modules.nn.checks import blank_output, require_positive
 from lit_modules.nn.features import require_features
 from lit_modules.optim import configure
 from lit_modules.step_log import log_step
@@ -60,6 +65,9 @@ class DataFreeDistillation(ClassifierHooks):
     made for and the mean squared difference of the last maps, as `recipe` says. Validation is on held-out images of the
     bank, whose target is the teacher's answer: ``val/agreement``. Real images are in the test alone.
 
+    With `synthesis` a pool grows beside the bank: each epoch begins with images that are inverted from the teacher and
+    made hard for the present student, and trains on bank and pool together.
+
     Args:
         student: makes the student: float images (N, C, H, W) in [0, 1] → logits (N, K).
         teacher: the trained classifier.
@@ -73,6 +81,10 @@ class DataFreeDistillation(ClassifierHooks):
         lr_scheduler: makes the schedule of that optimiser; constant by default.
         lr_interval: what a step of the schedule follows, ``epoch`` or ``step``.
         clip: largest norm of the gradient of student and alignment; null for no limit.
+        synthesis: how the images of the pool are made, a `GeneratorInversion` or `PixelInversion`; null for no pool.
+        synthesis_items: images of one call of it, a process; 400 in DDA.
+        synthesis_rounds: calls of it an epoch and process.
+        latent_size: length of the latents that it begins with; 256 in DDA.
         head_optimizer: makes the optimiser of the rotation head, constant; the same SGD by default.
         real_data: allow real training images, for a student that is distilled or trained with the data.
         channels_last: keep images and weights in that memory format, which GPUs' tensor cores prefer.
@@ -94,6 +106,10 @@ class DataFreeDistillation(ClassifierHooks):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         clip: float | None = None,
+        synthesis: Inversion | None = None,
+        synthesis_items: int = 400,
+        synthesis_rounds: int = 1,
+        latent_size: int = 256,
         head_optimizer: OptimizerCallable | None = None,
         real_data: bool = False,
         channels_last: bool = False,
@@ -109,11 +125,14 @@ class DataFreeDistillation(ClassifierHooks):
         for name, value in factors.items():
             if value < 0:
                 raise UserError(f"{name}: expected at least 0, got {value}")
+        require_positive(synthesis_items=synthesis_items, synthesis_rounds=synthesis_rounds, latent_size=latent_size)
         save_hparams(self)
         self.automatic_optimization = False
         self._compose(student(), optimizer or _SGD, lr_scheduler, lr_interval, channels_last)
         self.teacher, self.recipe, self.temperature, self.clip = teacher, recipe, temperature, clip
         self.weights = dict(zip(_TERMS, (1.0, *factors.values()), strict=True))
+        self.synthesis, self.synthesis_items, self.synthesis_rounds = synthesis, synthesis_items, synthesis_rounds
+        self.latent_size = latent_size
         self.make_head_optimizer = head_optimizer or _SGD
         self.real_data, self._given_seed = real_data, seed
         self.align: AlignHead | None = None
@@ -123,6 +142,12 @@ class DataFreeDistillation(ClassifierHooks):
         self._history = History()
         self._sums: Tensor | None = None  # of the values of this epoch's steps, and their number
         self._names: list[str] = []  # of these values
+        self._pool: GrowingPool | None = None
+        self._memory: ContrastiveMemory | None = None
+        self._bank_items = 0
+        self._grown_in: int | None = None  # the epoch for which the pool has grown
+        self._made: dict[str, float] = {}  # what is to be logged of that
+        self._resumed: dict[str, Any] | None = None
 
     # ---- set-up ----
 
@@ -133,7 +158,10 @@ class DataFreeDistillation(ClassifierHooks):
         if stage == "predict":
             return
         self._teacher = self.teacher.load(data.meta)
-        self._teacher.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        # A synthesis brings it into its own format, and a run that goes on inside an epoch begins with that.
+        inverted = self.synthesis is not None and self.synthesis.channels_last
+        memory_format = torch.channels_last if inverted else self.memory_format
+        self._teacher.network.to(memory_format=memory_format)  # type: ignore[call-overload]
         if stage == "fit":
             if not (self.real_data or getattr(data, "data_free", False)):
                 raise UserError(
@@ -145,21 +173,44 @@ class DataFreeDistillation(ClassifierHooks):
     def _make_parts(self, meta: ImageMeta) -> None:
         """Alignment and rotation head, where they are needed and no checkpoint has brought them."""
         assert self._teacher is not None
+        if self.synthesis is not None:
+            self._check_synthesis(self.synthesis, meta)
         if self.recipe == "kl_ce_fea" and self.align is None:
             self.align = AlignHead(*(_map_shape(*each, meta) for each in self._both(self._teacher.network)))
-        if self.weights["rotations"] > 0 and self.head is None:
+        if self._needs_head and self.head is None:
             self.head = self._make_head(meta)
         if self.head is not None:
             # It has an optimiser and a backward pass of its own, and averages its gradients over processes itself.
             ignored = [f"head.{name}" for name, _ in self.head.named_parameters()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ignored)
 
+    def _check_synthesis(self, synthesis: Inversion, meta: ImageMeta) -> None:
+        assert self._teacher is not None
+        synthesis.check(self._teacher.network, meta.shape, student=True)
+        if (self.trainer.max_epochs or 0) < 1:
+            raise UserError(
+                "trainer.max_epochs: expected a positive number, since there is room for the images of so many epochs"
+            )
+        if synthesis.contrastive is not None and self.trainer.world_size > 1:
+            raise UserError(
+                "synthesis.contrastive: expected null on several processes, since each would remember its own images "
+                "alone; use one process"
+            )
+
+    @property
+    def _needs_head(self) -> bool:
+        adversarial = self.synthesis is not None and self.synthesis.rotation_weight > 0
+        return adversarial or self.weights["rotations"] > 0
+
     def _both(self, teacher: nn.Module) -> Sequence[tuple[str, nn.Module]]:
         return ("student", self.network), ("teacher.network", teacher)
 
     def _make_head(self, meta: ImageMeta) -> RotationHead:
         if meta.shape[1] != meta.shape[2]:
-            raise UserError(f"self_weight: expected 0 for images that are not square, got shape {tuple(meta.shape)}")
+            raise UserError(
+                f"self_weight, synthesis.rotation_weight: expected 0 for images that are not square, got shape "
+                f"{tuple(meta.shape)}"
+            )
         require_features(self.network)
         width = blank_output(self.network, meta.shape, "student", rotated_features).shape[1]
         return RotationHead(width, meta.num_classes, seed=self._seed("head"))
@@ -187,7 +238,28 @@ class DataFreeDistillation(ClassifierHooks):
         self._logits_and_map = torch.compile(logits_and_map, **options)
 
     def on_fit_start(self) -> None:
+        """Open the pool in the run folder, or go on with it."""
         self._place()
+        if self.synthesis is None:
+            return
+        assert self._teacher is not None
+        meta, resumed = data_of(self, ImageData).meta, self._resumed
+        self._bank_items = meta.counts["train"]
+        capacity = self._grown_size(self.trainer.max_epochs or 0)
+        folder = Path(self.trainer.default_root_dir) / "pool"
+        self._pool = GrowingPool(folder, capacity, meta.shape, self.global_rank, self.trainer.world_size)
+        self._memory = self.synthesis.memory(self._teacher, meta.shape, self._seed("memory"))
+        if resumed is not None:
+            self._pool.take_over(resumed["pool"])
+            self.trainer.strategy.barrier()
+            self._pool.grow(resumed["pool"]["size"])
+            if self._memory is not None:
+                self._memory.load_state_dict(resumed["memory"])
+        self._resumed = None
+
+    def _grown_size(self, epochs: int) -> int:
+        """Images that a process has made for so many epochs."""
+        return epochs * self.synthesis_rounds * self.synthesis_items
 
     def on_train_start(self) -> None:
         if self._sums is not None:  # of a run that goes on inside an epoch: checkpoints are read on the CPU
@@ -206,9 +278,65 @@ class DataFreeDistillation(ClassifierHooks):
         assert self._teacher is not None
         self._teacher.to(self.device)
 
+    # ---- the pool ----
+
+    def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Put images of the pool into a training batch, to be scaled and augmented as those of the bank.
+
+        Here, and not where an epoch starts, the pool grows: a checkpoint may lie before it, and after it.
+        """
+        if self._pool is None or not self.trainer.training:
+            return batch
+        if self._grown_in != self.current_epoch:
+            self._grow(self._pool)
+        return self._pool.mix(batch, self._bank_items, self._seed("mix", self.global_step, self.global_rank))
+
+    def _grow(self, pool: GrowingPool) -> None:
+        """Make the images of this epoch, and let the head begin anew."""
+        start = self._grown_size(self.current_epoch)
+        made = [self._synthesize(pool, start, number) for number in range(self.synthesis_rounds)]
+        self.trainer.strategy.barrier()
+        pool.grow(self._grown_size(self.current_epoch + 1))
+        if self.head is not None:
+            self.head.reset(self._seed("head", self.current_epoch))
+        means = torch.stack([torch.stack([values[name] for name in made[0]]) for values in made]).mean(0)
+        self._made = dict(zip(made[0], means.tolist(), strict=True)) | {"pool_items": float(len(pool))}
+        self._grown_in = self.current_epoch
+
+    def _synthesize(self, pool: GrowingPool, start: int, number: int) -> dict[str, Tensor]:
+        """One call of the synthesis against the present student; what is to be told of it.
+
+        Images are numbered through all epochs, calls and processes, and their latents and classes follow from that.
+        """
+        assert self.synthesis is not None
+        assert self._teacher is not None
+        call = (self.current_epoch * self.synthesis_rounds + number) * self.trainer.world_size + self.global_rank
+        index = torch.arange(call * self.synthesis_items, (call + 1) * self.synthesis_items, device=self.device)
+        latent = counter.noise(self._seed("pool"), index, self.latent_size)
+        label = counter.labels(self._seed("pool"), index, len(self.evaluation.classes))
+        made = self.synthesis(
+            self._teacher,
+            latent,
+            label,
+            pool.shape,
+            self._seed("synthesis", call),
+            Adversary(self.network, self.head),
+            self._memory,
+        )
+        images = (made.images * 255).round().byte()
+        answer = self._answer(images / 255).argmax(1)
+        pool.put(start + number * self.synthesis_items, images, label, answer)
+        agreement = (answer == label).float().mean()
+        return {f"pool_{name}": value.float() for name, value in made.best.items()} | {"pool_agreement": agreement}
+
     # ---- steps ----
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        if self._pool is not None and self._grown_in != self.current_epoch:
+            raise UserError(
+                "data: expected a DataModule without an on_before_batch_transfer of its own, beside synthesis; got "
+                f"{type(self.trainer.datamodule).__name__}"  # type: ignore[attr-defined]
+            )
         values = self._step_student(batch)
         if self.head is not None:
             values |= self._step_head(batch)
@@ -327,7 +455,8 @@ class DataFreeDistillation(ClassifierHooks):
             means = {name: total / steps for name, total in zip(self._names, sums, strict=False)}
             measured = self.trainer.callback_metrics.get("val/agreement")
             means["val_agreement"] = float("nan") if measured is None else float(measured)
-            self._history.add(epoch=self.current_epoch + 1, **means)
+            self._history.add(epoch=self.current_epoch + 1, **means, **self._made)
+            self.log_dict({f"train/{name}": value for name, value in self._made.items()}, sync_dist=True)
         self._sums = None
 
     def evaluate(self, batch: ImageBatch, split: Split) -> None:
@@ -348,8 +477,9 @@ class DataFreeDistillation(ClassifierHooks):
         return PrimaryMetric("val/agreement", "max")
 
     def media(self, split: Split) -> Mapping[str, MediaItem]:
-        """train: the student over epochs and its agreement by class. val, test: see `ClassifierEvaluation.media`.
+        """train: the student over epochs, its agreement by class, the newest images of the pool.
 
+        val, test: see `ClassifierEvaluation.media`.
         On validation images the true class is the teacher's answer.
         """
         if split != "train":
@@ -357,6 +487,9 @@ class DataFreeDistillation(ClassifierHooks):
         items = pictures.of_student(self._history, self.weights)
         if (confusion := self.evaluation.confusion.get("val")) is not None:
             items |= pictures.agreement(confusion, self.evaluation.classes)
+        if self._pool is not None and len(self._pool):
+            newest = torch.arange(max(0, len(self._pool) - pictures.SHOWN), len(self._pool))
+            items |= pictures.pool(*self._pool.read(newest), self.evaluation.classes)
         return items
 
     # ---- checkpoints ----
@@ -368,6 +501,10 @@ class DataFreeDistillation(ClassifierHooks):
             "head": None if self.head is None else [self.head.hidden.in_features, len(self.evaluation.classes)],
             "history": self._history.state_dict(),
             "sums": self._sums,
+            "grown_in": self._grown_in,
+            "made": self._made,
+            "pool": None if self._pool is None else self._pool.state_dict(),
+            "memory": None if self._memory is None else self._memory.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -378,7 +515,8 @@ class DataFreeDistillation(ClassifierHooks):
         if state["head"] is not None and self.head is None:
             self.head = RotationHead(*state["head"])
         self._history.load_state_dict(state["history"])
-        self._sums = state["sums"]
+        self._sums, self._grown_in, self._made = state["sums"], state["grown_in"], dict(state["made"])
+        self._resumed = state if state["pool"] is not None else None
 
 
 def _map_shape(argument: str, network: nn.Module, meta: ImageMeta) -> tuple[int, int, int]:
