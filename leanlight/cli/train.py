@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     # A pre-trained network stays in evaluation mode while prompts are tuned.
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+    # A module that puts images of its own into batches, before the data scales and augments them.
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
     if estimates:

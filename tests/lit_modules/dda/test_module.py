@@ -11,10 +11,12 @@ from callbacks import ExactResume
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from lit_modules.classifier import ImageClassifier
-from lit_modules.dda import DataFreeDistillation, Teacher
+from lit_modules.dda import Contrastive, DataFreeDistillation, GeneratorInversion, PixelInversion, Teacher
 from lit_modules.nn import MLP, ConvNet
 
 CONV = partial(ConvNet, in_channels=1, image_size=8, norm="batch", depth=2)
+INVERSION = GeneratorInversion(steps=2, width=4, rotation_weight=10.0)
+POOL = {"synthesis": INVERSION, "synthesis_items": 6, "synthesis_rounds": 2, "latent_size": 8}
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
@@ -239,6 +241,143 @@ def test_a_run_goes_on_inside_an_epoch_as_if_undisturbed(tmp_path, teacher, inte
     assert lr[0] == pytest.approx(0.05 * (1 + torch.cos(torch.tensor(torch.pi * expected / 12)).item()) / 2, abs=1e-6)
 
 
+class BreakOff:
+    """Stands for a synthesis and breaks off at its call of this number."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __getattr__(self, name):
+        return getattr(INVERSION, name)
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("killed")
+        return INVERSION(*arguments)
+
+
+# Before batch 0: in the first synthesis, before which there is a checkpoint, too. 5: after the first batch of epoch 1.
+@pytest.mark.parametrize("killed", ["first synthesis", "synthesis", "batch 5", "batch 7"])
+def test_a_run_with_a_pool_goes_on_as_if_undisturbed(tmp_path, teacher, killed):
+    whole = student(teacher, **POOL)
+    fit(tmp_path / "whole", whole, ExactResume(1), epochs=3)
+    cut, stop = student(teacher, **POOL), []
+    if killed.startswith("batch"):
+        stop = [Stop(int(killed[-1]))]
+    else:
+        cut.synthesis = BreakOff(2 if killed == "first synthesis" else 4)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "cut", cut, ExactResume(1), *stop, epochs=3)
+    rest, last = student(teacher, **POOL), tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "cut", rest, ExactResume(1), checkpoint=last, epochs=3)
+    assert same(state(rest), state(whole))
+    assert rest._history.values == whole._history.values
+    assert len(rest._pool) == len(whole._pool) == 36
+    for one, other in zip(rest._pool.read(torch.arange(36)), whole._pool.read(torch.arange(36)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_finished_run_goes_on_to_more_epochs_with_its_pool(tmp_path, teacher):
+    whole = student(teacher, **POOL)
+    fit(tmp_path / "whole", whole, ExactResume(1), epochs=2)
+    fit(tmp_path / "longer", student(teacher, **POOL), ExactResume(1), epochs=1)
+    rest, last = student(teacher, **POOL), tmp_path / "longer" / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "longer", rest, ExactResume(1), checkpoint=last, epochs=2)
+    assert same(state(rest), state(whole))
+
+
+def test_the_memory_of_the_contrastive_term_outlives_a_kill(tmp_path, teacher):
+    options = POOL | {"synthesis": GeneratorInversion(steps=2, width=4, contrastive=Contrastive(rows=30, width=8))}
+    whole = student(teacher, **options)
+    fit(tmp_path / "whole", whole, ExactResume(1), epochs=2)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "cut", student(teacher, **options), ExactResume(1), Stop(2), epochs=2)
+    rest, last = student(teacher, **options), tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "cut", rest, ExactResume(1), checkpoint=last, epochs=2)
+    assert same(state(rest), state(whole))
+    assert torch.equal(rest._pool.read(torch.arange(24))[0], whole._pool.read(torch.arange(24))[0])
+
+
+def test_a_pool_grows_against_a_student_that_it_leaves_alone(tmp_path, teacher):
+    module = student(teacher, **POOL)
+    seen, sizes = around(module, "_grow"), []
+
+    def look(trainer, module):
+        sizes.append((trainer.current_epoch, len(module._pool)))
+
+    fitted = fit(tmp_path, module, Watch(look), epochs=2)
+    assert sizes == [(0, 12)] * 4 + [(1, 24)] * 4
+    heads = {f"head.{name}" for name, _ in module.head.named_parameters()}
+    for before, after, _, training in seen:
+        assert {name for name in before if not torch.equal(before[name], after[name])} <= heads
+        assert training
+    learned, anew = seen[1][:2]
+    assert all(not torch.equal(learned[name], anew[name]) for name in heads)  # biases back to 0 among them
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert same(state(module._teacher.network), teacher.load(fitted.datamodule.meta).network.state_dict())
+    of_head = module._optimizers()[1].optimizer
+    assert all("momentum_buffer" in of_head.state[parameter] for parameter in module.head.parameters())
+    images, labels = module._pool.read(torch.arange(24))
+    assert len(images.unique(dim=0)) == 24
+    assert 0 <= labels.min() <= labels.max() < 10
+
+
+def test_training_takes_images_of_bank_and_pool_both_augmented_by_the_data(tmp_path, teacher):
+    module, batches = student(teacher, **POOL), []
+    module.on_train_batch_start = lambda batch, batch_idx: batches.append(batch)
+    data = Bank()
+    data.augment = "flip"
+    fit(tmp_path, module, data=data, epochs=1)
+    batch = torch.cat([batch.index for batch in batches]), torch.cat([batch.image for batch in batches])
+    index, image = batch
+    assert image.dtype == torch.float32
+    of_pool = index >= 40
+    assert 2 <= of_pool.sum() <= 20  # of 40, with chance 12 / 52
+    images, _ = module._pool.read(index[of_pool] - 40)
+    plain, flipped = ((image[of_pool] - view / 255).abs().amax((1, 2, 3)) < 1e-6 for view in (images, images.flip(3)))
+    assert (plain | flipped).all()
+    assert plain.any()
+    assert flipped.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"synthesis_items": 0}, "synthesis_items: expected an integer of at least 1"),
+        ({"synthesis_rounds": 0}, "synthesis_rounds: expected an integer of at least 1"),
+        ({"latent_size": 0}, "latent_size: expected an integer of at least 1"),
+    ],
+)
+def test_bad_sizes_of_a_pool_are_named(teacher, options, message):
+    with pytest.raises(UserError, match=message):
+        student(teacher, **POOL | options)
+
+
+def test_a_pool_that_cannot_be_made_is_refused(tmp_path, teacher):
+    without = Teacher(network=partial(ConvNet, in_channels=1, image_size=8, norm="none", depth=2, width=6))
+    with pytest.raises(UserError, match="bn_weight: the teacher, a ConvNet, has no batch norm"):
+        fit(tmp_path, student(without, **POOL))
+    prior = {"synthesis": GeneratorInversion(steps=2, width=4, bn_weight=0.0)}
+    fit(tmp_path, student(without, **POOL | prior), epochs=1)
+    with pytest.raises(UserError, match=r"trainer.max_epochs: expected a positive number"):
+        fit(tmp_path, student(teacher, **POOL), epochs=-1, max_steps=1)
+
+    class Own(Bank):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch
+
+    with pytest.raises(UserError, match="data: expected a DataModule without an on_before_batch_transfer"):
+        fit(tmp_path, student(teacher, **POOL), data=Own())
+
+
+def test_pixels_may_be_inverted_too(tmp_path, teacher):
+    module = student(teacher, **POOL | {"synthesis": PixelInversion(steps=2), "synthesis_rounds": 1})
+    fit(tmp_path, module, epochs=1)
+    assert len(module._pool) == 6
+    assert module.head is None
+
+
 def test_a_checkpoint_rebuilds_alignment_and_head(tmp_path, teacher):
     module = student(teacher, width=3, self_weight=0.1)
     fit(tmp_path, module, ExactResume(100), epochs=1)
@@ -282,9 +421,11 @@ def test_mixed_precision_shows_the_head_the_student_of_now(tmp_path, teacher):
 
 
 def test_media_shows_the_student_over_epochs(tmp_path, teacher):
-    module = student(teacher, self_weight=0.1)
+    module = student(teacher, self_weight=0.1, **POOL)
     fit(tmp_path, module)
     items = module.media("train")
+    assert len(items["pool"].images) == len(items["pool"].captions) == 24
+    assert set(items["inversion"].series) == {"loss", "class prior", "batch norm"}
     assert set(items["losses"].series) == {"distillation", "cross_entropy", "features", "rotations", "head_loss"}
     assert set(items["agreement"].series) == {"held-out images", "training images", "rotation head"}
     assert all(0 <= value <= 1 for value in items["class_agreement"].values.values())
