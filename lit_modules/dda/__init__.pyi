@@ -31,5 +31,6 @@ from .students import (
 from .students import (
     rotations as rotations,
 )
+from .synthesis import BankSynthesis as BankSynthesis
 from .teacher import Teacher as Teacher
 from .tiny_diffusion import TinyDiffusion as TinyDiffusion

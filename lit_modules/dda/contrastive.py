@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError, isolated_rng
+from leanlight.contracts import UserError, isolated_rng, to_device
 from lit_modules.nn.checks import require_positive
 
 
@@ -112,7 +112,7 @@ class ContrastiveMemory:
             draws: picks the earlier ones; of the CPU.
         """
         rows = torch.randperm(len(self), generator=draws)[: self.settings.sampled]
-        earlier = self._ring[rows].to(local.device, non_blocking=True).to(local.dtype)
+        earlier = to_device(self._ring[rows], local.device).to(local.dtype)
         features = torch.cat([local, earlier.chunk(2, 1)[0], whole, earlier.chunk(2, 1)[1]])
         of_local, of_whole = self.head(features).float().chunk(2)
         return contrastive_loss(of_local, of_whole, len(local), self.settings.temperature)

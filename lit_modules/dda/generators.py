@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError
+from leanlight.contracts import UserError, to_device
 from lit_modules.nn.checks import require_positive
 
 _STD = 0.02  # of fresh weights
@@ -89,7 +89,7 @@ class Generator(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d)):
                 centre = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
                 drawn = torch.randn(module.weight.shape, generator=generator, device=generator.device)
-                module.weight.copy_(drawn * _STD + centre, non_blocking=True)
+                module.weight.copy_(to_device(drawn, module.weight.device) * _STD + centre)
                 if module.bias is not None:
                     module.bias.zero_()
         return self

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError, derived_seed, nearest
+from leanlight.contracts import UserError, derived_seed, nearest, to_device
 from leanlight.ops.differentiable import DIFFERENTIABLE, flip_then_resized_crop
 from lit_modules.dda.contrastive import Contrastive, ContrastiveMemory
 from lit_modules.dda.generators import Generator, check_sides
@@ -505,8 +505,8 @@ class PixelInversion(Inversion):
 
     def _begin(self, latent: Tensor, shape: Sequence[int], draws: torch.Generator) -> Variables:
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        pixels = torch.randn(len(latent), *shape, generator=draws).to(latent.device, memory_format=memory_format)
-        pixels.requires_grad_()
+        pixels = to_device(torch.randn(len(latent), *shape, generator=draws), latent.device)
+        pixels = pixels.contiguous(memory_format=memory_format).requires_grad_()
         self._settle(variables := Variables([pixels], lambda: 0.5 + self.pixel_std * pixels))
         return variables
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from leanlight.contracts import Bars, ImageGrid, MediaItem
 from lit_modules.classifier.evaluation import class_accuracy
 from lit_modules.classifier.pictures import drawable
+from lit_modules.dda.bank import ImagePool
 from lit_modules.history import History
 
 SHOWN = 40  # images in a grid
+_COLUMNS, _ROWS = 10, 20  # of a grid by class, at most
 
 
 def of_student(history: History, terms: Iterable[str]) -> dict[str, MediaItem]:
@@ -52,3 +56,37 @@ def pool(images: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Me
         classes: names of the K classes.
     """
     return {"pool": ImageGrid(drawable(images / 255), captions=[classes[label] for label in labels.tolist()])}
+
+
+def of_bank(bank: ImagePool, classes: Sequence[str], history: History) -> dict[str, MediaItem]:
+    """Images by class, how far each layer's statistics are met, and the terms of the loss over images.
+
+    Args:
+        bank: its images.
+        classes: names of the K classes.
+        history: ``images``, ``bn_layers`` of the newest call, and terms, ``first_…`` before a call's first step.
+    """
+    terms = [name.removeprefix("first_") for name in history.values if name.startswith("first_")]
+    lines = {name: name for name in terms} | {f"{name} at first": f"first_{name}" for name in terms}
+    curves = {
+        "losses": history.curve("images", lines, "images", "loss"),
+        "teacher_accuracy": history.curve(
+            "images", {"after rounding to 8 bits": "teacher_accuracy"}, "images", "share taken for their class"
+        ),
+    }
+    drawn: dict[str, MediaItem] = {name: curve for name, curve in curves.items() if curve is not None}
+    if layers := (history["bn_layers"] or [[]])[-1]:
+        values = {f"layer {number}": value for number, value in enumerate(layers, 1)}
+        drawn["batch_norm_layers"] = Bars(values, "distance of mean and variance to the teacher's")
+    return drawn | {"bank": _by_class(bank, classes)}
+
+
+def _by_class(bank: ImagePool, classes: Sequence[str]) -> ImageGrid:
+    """The first images of each class, a row a class; white where there are fewer."""
+    shown = classes[:_ROWS]
+    tiles, captions = torch.ones(len(shown), _COLUMNS, *bank.shape), []
+    for label, name in enumerate(shown):
+        found = torch.from_numpy(np.flatnonzero(bank.labels[: len(bank)] == label)[:_COLUMNS])
+        tiles[label, : len(found)] = bank.read(found)[0].float() / 255
+        captions += [name] + [""] * (_COLUMNS - 1)
+    return ImageGrid(drawable(tiles.flatten(0, 1)), _COLUMNS, captions)
