@@ -240,6 +240,23 @@ METHODS: dict[str, MethodInfo] = {
             benchmark="leanlight.benchmarks.adq:run",
         ),
         MethodInfo(
+            name="dda",
+            title="DDA, CSD, CMI, DeepInversion: distilling a classifier without its data",
+            module="lit_modules.dda.DataFreeDistillation",
+            smallest="dda/digits_small",
+            smallest_inputs="dda/pipelines/digits_small",
+            citation=Citation(
+                authors=("Muquan Li", "Dongyang Zhang", "Tao He", "Xiurui Xie", "Yuan-Fang Li", "Ke Qin"),
+                title="Towards Effective Data-Free Knowledge Distillation via Diverse Diffusion Augmentation",
+                venue="ACM MM",
+                year=2024,
+                arxiv="2410.17606",
+                doi="10.1145/3664647.3680711",
+            ),
+            extra="diffusion",
+            benchmark="leanlight.benchmarks.dda:run",
+        ),
+        MethodInfo(
             name="dsqn",
             title="DSQN, DQN and converted DQN: deep spiking Q-networks on games",
             module="lit_modules.dsqn.DeepQLearning",
