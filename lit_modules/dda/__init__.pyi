@@ -1,3 +1,4 @@
+from .augmentation import DiffusionAugmentation as DiffusionAugmentation
 from .bank import ImagePool as ImagePool
 from .bank import teacher_digest as teacher_digest
 from .bank import write_bank as write_bank

@@ -50,8 +50,3 @@ def keep_top(scores: Tensor, fraction: float) -> Tensor:
     best = scores.flatten().argsort(descending=True, stable=True)[: round(fraction * scores.numel())]
     kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     return kept.index_fill_(0, best, True).view(scores.shape)
-
-
-def label_agreement(teacher_label: Tensor, label: Tensor) -> float:
-    """Share of images to which the teacher gives the class they were made for; NaN of none. int64, of one shape."""
-    return float((teacher_label == label).double().mean())

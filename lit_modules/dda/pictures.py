@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanlight.contracts import Bars, ImageGrid, MediaItem
+from leanlight.contracts import Bars, Histogram, ImageGrid, MediaItem
 from lit_modules.classifier.evaluation import class_accuracy
 from lit_modules.classifier.pictures import drawable
 from lit_modules.dda.bank import ImagePool
 from lit_modules.history import History
 
 SHOWN = 40  # images in a grid
+SOURCES = 10  # images that are shown with their variations
 _COLUMNS, _ROWS = 10, 20  # of a grid by class, at most
 
 
@@ -90,3 +91,37 @@ def _by_class(bank: ImagePool, classes: Sequence[str]) -> ImageGrid:
         tiles[label, : len(found)] = bank.read(found)[0].float() / 255
         captions += [name] + [""] * (_COLUMNS - 1)
     return ImageGrid(drawable(tiles.flatten(0, 1)), _COLUMNS, captions)
+
+
+def variations(source: Tensor, varied: Tensor, score: Tensor, kept: Tensor) -> ImageGrid:
+    """A row a source: the image, then its variations with their scores.
+
+    Args:
+        source: (N, C, H, W) uint8.
+        varied: (N, K, C, H, W) uint8.
+        score: (N, K).
+        kept: (N, K) bool.
+    """
+    tiles = torch.cat([source[:, None], varied], 1)
+    captions = [
+        caption
+        for scores, keeps in zip(score.tolist(), kept.tolist(), strict=True)
+        for caption in ("source", *(_verdict(*pair) for pair in zip(scores, keeps, strict=True)))
+    ]
+    return ImageGrid(drawable(tiles.flatten(0, 1) / 255), tiles.shape[1], captions)
+
+
+def _verdict(score: float, kept: bool) -> str:
+    return f"{score:.2f}" if kept else f"{score:.2f} out"
+
+
+def scores(score: Tensor, kept: Tensor) -> Histogram:
+    """Scores of what the filter kept and dropped; score: of any shape, kept: bool of that shape."""
+    return Histogram({"kept": score[kept], "dropped": score[~kept]}, "cosine with the source")
+
+
+def label_agreement(agrees: Tensor, kept: Tensor) -> Bars:
+    """Share of variations to which the teacher gives their source's class, before and after the filter; bool alike."""
+    groups = {"all": agrees.flatten(), "kept": agrees[kept], "dropped": agrees[~kept]}
+    values = {name: float(group.double().mean()) for name, group in groups.items() if len(group)}
+    return Bars(values, "share that keeps its class")

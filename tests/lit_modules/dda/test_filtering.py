@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_modules.dda.filtering import cosine_scores, keep_above, keep_top, label_agreement
+from lit_modules.dda.filtering import cosine_scores, keep_above, keep_top
 
 
 def embeddings(sources=5, variations=3, size=7):
@@ -68,9 +68,3 @@ def test_the_best_share_is_kept_and_of_equal_scores_the_first():
     assert keep_top(scores, 0.5).tolist() == [[True, False], [True, False], [True, False]]
     assert not keep_top(scores, 0.0).any()
     assert keep_top(scores, 1.0).all()
-
-
-def test_agreement_is_the_share_of_equal_classes():
-    label = torch.tensor([0, 1, 2, 3])
-    assert label_agreement(torch.tensor([0, 1, 2, 0]), label) == 0.75
-    assert math.isnan(label_agreement(label[:0], label[:0]))
