@@ -32,7 +32,9 @@ def of_student(history: History, terms: Iterable[str]) -> dict[str, MediaItem]:
     curves = {
         "agreement": history.curve("epoch", lines, "epoch", "share of answers"),
         "inversion": history.curve("epoch", made, "epoch", "loss of the images made"),
-        "losses": history.curve("epoch", {name: name for name in (*terms, "head_loss")}, "epoch", "loss"),
+        "losses": history.curve(
+            "epoch", {name.replace("_", " "): name for name in (*terms, "head_loss")}, "epoch", "loss"
+        ),
     }
     return {name: curve for name, curve in curves.items() if curve is not None}
 

@@ -6,8 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
-from callbacks import ExactResume
+from callbacks import CompileNetworks, ExactResume
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from lit_modules.classifier import ImageClassifier
@@ -420,13 +421,26 @@ def test_mixed_precision_shows_the_head_the_student_of_now(tmp_path, teacher):
         assert distance(number, number) < 0.2 * distance(number, number - 1)
 
 
+@pytest.mark.parametrize("recipe", ["kl", "kl_ce_fea"])
+def test_compiled_networks_learn_the_same(tmp_path, teacher, recipe):
+    plain, compiled = (student(teacher, recipe=recipe) for _ in range(2))
+    fit(tmp_path, plain, epochs=1)
+    torch.compiler.reset()
+    counters.clear()
+    fit(tmp_path, compiled, CompileNetworks("eager", fullgraph=True), epochs=1)
+    graphs = counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    assert graphs >= 2  # of teacher and student, or of the student in both of its modes
+    assert same(state(compiled), state(plain))
+
+
 def test_media_shows_the_student_over_epochs(tmp_path, teacher):
     module = student(teacher, self_weight=0.1, **POOL)
     fit(tmp_path, module)
     items = module.media("train")
     assert len(items["pool"].images) == len(items["pool"].captions) == 24
     assert set(items["inversion"].series) == {"loss", "class prior", "batch norm"}
-    assert set(items["losses"].series) == {"distillation", "cross_entropy", "features", "rotations", "head_loss"}
+    assert set(items["losses"].series) == {"distillation", "cross entropy", "features", "rotations", "head loss"}
     assert set(items["agreement"].series) == {"held-out images", "training images", "rotation head"}
     assert all(0 <= value <= 1 for value in items["class_agreement"].values.values())
     assert "confusion" in module.media("val")
