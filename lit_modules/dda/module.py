@@ -249,7 +249,9 @@ class DataFreeDistillation(ClassifierHooks):
         folder = Path(self.trainer.default_root_dir) / "pool"
         self._pool = GrowingPool(folder, capacity, meta.shape, self.global_rank, self.trainer.world_size)
         self._memory = self.synthesis.memory(self._teacher, meta.shape, self._seed("memory"))
-        if resumed is not None:
+        if resumed is None:
+            self._grown_in = None
+        else:
             self._pool.take_over(resumed["pool"])
             self.trainer.strategy.barrier()
             self._pool.grow(resumed["pool"]["size"])

@@ -473,3 +473,10 @@ def test_what_cannot_be_trained_is_refused_before_it_begins(tmp_path, teacher):
     plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(UserError, match="lr_scheduler"):
         fit(tmp_path, student(teacher, lr_scheduler=plateau))
+
+
+def test_a_module_that_is_fitted_again_has_a_pool_of_its_own(tmp_path, teacher):
+    module = student(teacher, **POOL)
+    for name in ("first", "second"):
+        fit(tmp_path / name, module, epochs=1)
+        assert len(module._pool) == 12
