@@ -288,7 +288,11 @@ class Session:
             return
         folder = self.run_dir / "artifacts" / "bank"
         folder.mkdir(parents=True, exist_ok=True)
-        module.collect(partial(read_predictions, self.run_dir), folder)
+        told = module.collect(partial(read_predictions, self.run_dir), folder)
+        numbers = {f"predict/{name}": float(value) for name, value in told.items()}
+        self.cli.recorder.metrics |= numbers
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=0)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector, out of mypy's sight
             if isinstance(callback, callbacks.MediaLogger):
                 callback.on_predict_end(trainer, self.cli.model)  # again: only now its pictures show the whole
@@ -308,7 +312,8 @@ class Session:
     @rank_zero_only
     def _say_where(self) -> None:
         metrics = self.cli.recorder.metrics.items()
-        shown = {name: value for name, value in metrics if name.startswith(("val/", "test/")) and name.count("/") == 1}
+        splits = ("val/", "test/", "predict/")
+        shown = {name: value for name, value in metrics if name.startswith(splits) and name.count("/") == 1}
         print(
             "\n".join([*(f"{name:<24} {value:.4f}" for name, value in sorted(shown.items())), f"run: {self.run_dir}"])
         )

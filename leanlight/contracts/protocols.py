@@ -146,7 +146,7 @@ class CompilesNetworks(Protocol):
 class CollectsPredictions(Protocol):
     """A module that makes one artefact of all that it predicted."""
 
-    def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> list[Path]:
+    def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> Mapping[str, float]:
         """Write it; called on one process, after the last prediction.
 
         Args:
@@ -155,7 +155,7 @@ class CollectsPredictions(Protocol):
             directory: of the artefact; it exists.
 
         Returns:
-            the files.
+            what there is to tell of it, by name: metrics ``predict/NAME`` of the run.
         """
 
 

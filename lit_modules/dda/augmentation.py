@@ -85,8 +85,6 @@ class DiffusionAugmentation(LightningModule):
         self.teacher, self.backend, self.k = teacher, backend, k
         self.encoder, self.center = encoder, center
         self.mode, self.omega, self.fraction = mode, omega, fraction
-        #: Numbers of the bank that `collect` wrote, by name; empty before.
-        self.collected: dict[str, float] = {}
         self._teacher: Frozen[nn.Module] | None = None
         self._variations: Variations | None = None
         self._mean: Tensor | None = None
@@ -179,19 +177,23 @@ class DiffusionAugmentation(LightningModule):
 
     # ---- the bank ----
 
-    def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> list[Path]:
-        """Filter all variations and write their bank: see `leanlight.contracts.CollectsPredictions`."""
+    def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> dict[str, float]:
+        """Filter all variations and write their bank: see `leanlight.contracts.CollectsPredictions`.
+
+        Returns:
+            ``kept``, share of the variations; mean ``score``; ``agreement``, the share that the teacher takes for their
+            source's class, of all, and ``agreement_kept`` and ``agreement_dropped``, of those.
+        """
         data = data_of(self, InMemoryImages)
         columns = _gathered(pieces())
         score, label = columns["score"], columns["label"][:, None].expand(-1, self.k)
         kept = keep_above(score, self.omega) if self.mode == "threshold" else keep_top(score, self.fraction)
-        self.collected = _numbers(score, columns["teacher_label"] == label, kept)
+        numbers = _numbers(score, columns["teacher_label"] == label, kept)
         if not kept.any():
             rank_zero_warn(
                 f"omega: {self.omega} keeps none of {kept.numel():,} variations, whose highest score is "
                 f"{score.max():.4g}: originals alone are left"
             )
-        rank_zero_info("variations: " + ", ".join(f"{name} {value:.4g}" for name, value in self.collected.items()))
         k = torch.arange(1, self.k + 1).expand_as(score)
         rows = {
             "item": torch.arange(score.numel()),
@@ -210,16 +212,14 @@ class DiffusionAugmentation(LightningModule):
             "encoder": self.encoder,
             "center": self.center,
             **({"omega": self.omega} if self.mode == "threshold" else {"fraction": self.fraction}),
-            **self.collected,
+            **numbers,
         }
         pool = _in_order(pieces, columns["index"], directory / ".images", self.k, data.meta.shape)
         flat = {name: column.flatten().numpy() for name, column in rows.items()}
-        files = write_bank(
-            directory, pool.chunks(), flat, data.meta.classes, teacher_digest(self._teacher.network), about
-        )
+        write_bank(directory, pool.chunks(), flat, data.meta.classes, teacher_digest(self._teacher.network), about)
         self._pictures = self._draw(pool, columns, kept)
         pool.delete()
-        return files
+        return numbers
 
     def _draw(self, pool: ImagePool, columns: Mapping[str, Tensor], kept: Tensor) -> dict[str, MediaItem]:
         """Some sources with their variations, at even distances, and what the filter did."""

@@ -48,7 +48,7 @@ class Collecting(ImageClassifier):
         labels = [label for piece in pieces() for label in piece["label"].tolist()]
         self.counts = {str(label): labels.count(label) for label in range(10)}
         (directory / "counts.json").write_text(json.dumps(self.counts))
-        return [directory / "counts.json"]
+        return {"items": len(labels)}
 
     def media(self, split):
         return {"counts": Bars(self.counts, "items")} if self.counts else {}
@@ -234,6 +234,8 @@ def test_a_killed_collection_is_made_of_all_predictions_when_the_run_goes_on(pro
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert "artifacts/bank/counts.json" in [item["path"] for item in summary["artifacts"]]
+    assert summary["metrics"]["predict/items"] == 360
+    assert "predict/items" in (run / "metrics.csv").read_text()
     assert (run / "artifacts/media/test/counts.png").is_file()
     sent = [path.read_bytes() for path in run.glob("wandb/offline-run-*/run-*.wandb")]  # a file a process
     assert any(b"media/images/test/counts" in content for content in sent)

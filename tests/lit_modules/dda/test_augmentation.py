@@ -127,7 +127,7 @@ def test_identity_gives_copies_that_score_1_and_are_all_kept(bank, teacher, tmp_
     assert torch.equal(images, sources.repeat_interleave(3, 0))
     assert (columns["score"] == 1).all()
     assert (columns["kept"] == 1).all()
-    assert module.collected["kept"] == record["kept"] == 1.0
+    assert record["kept"] == 1.0
     assert "agreement_dropped" not in record
 
 
@@ -211,8 +211,10 @@ def test_the_order_of_pieces_does_not_matter(varied, bank, tmp_path):
     pieces = list(read_predictions(folder.parents[1]))
     joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     torn = [{name: value[rows] for name, value in joined.items()} for rows in (slice(1, None, 2), slice(0, None, 2))]
-    module.collect(lambda: iter(torn), tmp_path)
+    told = module.collect(lambda: iter(torn), tmp_path)
     assert files_of(tmp_path) == files_of(folder)
+    assert told.items() <= read(folder)[2].items()
+    assert {"kept", "score", "agreement", "agreement_kept", "agreement_dropped"} == told.keys()
 
 
 def test_the_best_share_is_kept_by_the_other_mode(varied, bank, teacher, diffuser, tmp_path):
@@ -233,7 +235,7 @@ def test_an_omega_that_keeps_nothing_warns_and_leaves_originals(bank, teacher, d
     with pytest.warns(UserWarning, match=r"omega: 1\.0 keeps none of 30 variations, whose highest score is 0\.\d+"):
         folder = run(module, data(bank), tmp_path)
     assert read(folder)[1]["kept"].sum() == 0
-    assert "agreement_kept" not in module.collected
+    assert "agreement_kept" not in read(folder)[2]
     both = BankDataModule([bank, folder], dataset="digits", val_fraction=0)
     with pytest.raises(UserError, match=r"omega: .*keeps none"):
         both.setup()
@@ -254,7 +256,7 @@ def test_pictures_show_sources_with_their_variations_and_what_the_filter_did(var
         expected = f"{columns['score'][2 * row + 1]:.2f}"
         assert grid.captions[3 * place + 2] in (expected, f"{expected} out")
     assert len(drawn["scores"].series["kept"]) == columns["kept"].sum()
-    assert drawn["label_agreement"].values["all"] == pytest.approx(module.collected["agreement"])
+    assert drawn["label_agreement"].values["all"] == pytest.approx(read(folder)[2]["agreement"])
     for name, item in drawn.items():
         assert render(item, tmp_path / name, name).is_file()
     assert module.media("train") == {}
