@@ -19,6 +19,7 @@ from datamodules.images.catalog import describe
 from datamodules.images.module import ImageDataModule, resize
 from datamodules.images.sources import Raw
 from datamodules.images.splits import stratified_split
+from datamodules.loaders import rank_and_world
 from leanlight.contracts import (
     BANK_COLUMNS,
     BANK_IMAGES,
@@ -178,6 +179,7 @@ class BankDataModule(ImageDataModule):
         self.folders, self.keep, self.omega, self.label = [Path(bank) for bank in banks], keep, omega, label
         self.items, self.instead = items, instead
         self._banks: list[Bank] = []
+        self._other: np.ndarray | None = None
 
     def _check_instead(self, instead: str, items: int | None) -> None:
         if instead == self.dataset:
@@ -188,9 +190,10 @@ class BankDataModule(ImageDataModule):
             raise UserError(f"items: expected how many images of {instead} take the place of banks")
 
     def ensure_available(self) -> None:
-        """Find and check the banks and the real test data; UserError for what is missing or damaged."""
+        """Find and check banks, control and real test data; UserError for what is missing or damaged."""
         if not hasattr(self, "meta"):
             self._read_banks()
+            self._load_instead(self.download)
         super().ensure_available()
 
     def _read_banks(self) -> None:
@@ -209,10 +212,17 @@ class BankDataModule(ImageDataModule):
                 raise UserError(f"banks: {bank.folder} holds variations of another bank than {first.folder}")
         self._banks = banks
 
+    def _load_instead(self, download: bool) -> None:
+        """Find the set that stands in the place of banks, if there is one."""
+        if self.instead not in (None, "noise") and self._other is None:
+            self._other = sources.load(str(self.instead), self.root, download=download).train[0]
+
     def _training_splits(
         self, raw: Raw, classes: Sequence[int] | None, names: tuple[str, ...]
     ) -> tuple[ImageSplit, ImageSplit | None]:
         """Of banks, or of what stands in their place; the real training images are left alone."""
+        if self.test_split.labels.ndim > 1:
+            raise UserError(f"dataset: expected images of one class each, {self.dataset} has attributes")
         self._read_banks()
         shape = tuple(self.test_split.images.shape[1:])
         if self.instead is not None:
@@ -276,8 +286,9 @@ class BankDataModule(ImageDataModule):
             return torch.cat([counter.pixels(self.split_seed, piece, math.prod(shape)) for piece in pieces]).view(
                 -1, *shape
             )
-        assert self.instead is not None
-        images = sources.load(self.instead, self.root, download=self.download).train[0]
+        self._load_instead(self.download and rank_and_world()[1] == 1)
+        images, self._other = self._other, None
+        assert images is not None
         if items > len(images):
             raise UserError(f"items: expected at most {len(images)}, the images of {self.instead}; got {items}")
         chosen = torch.from_numpy(images[self._drawn("images instead", np.arange(len(images)), items)])

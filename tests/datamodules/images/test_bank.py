@@ -177,6 +177,21 @@ def test_another_set_instead_is_brought_to_the_shape_of_the_real_one():
     assert made.meta.source == "50 images of fashion_mnist; tests on scikit-learn"
 
 
+def test_a_set_that_is_missing_is_named_before_anything_runs(tmp_path):
+    made = BankDataModule(dataset="digits", instead="cifar10", items=5, root=tmp_path, download=False)
+    with pytest.raises(UserError, match="CIFAR-10 was not found"):
+        made.ensure_available()
+
+
+def test_a_set_of_attributes_has_no_classes_to_distil(bank, monkeypatch):
+    images, attributes = np.zeros((6, 1, 8, 8), np.uint8), np.ones((6, 2), np.int64)
+    monkeypatch.setattr(
+        sources, "load", lambda *_, **__: Raw((images, attributes), (images, attributes), ("a", "b"), "")
+    )
+    with pytest.raises(UserError, match="dataset: expected images of one class each, digits has attributes"):
+        data([bank])
+
+
 @pytest.mark.parametrize(("own", "other"), [(1, 3), (3, 1)])
 def test_channels_of_another_set_are_averaged_or_repeated(own, other, monkeypatch):
     random = np.random.default_rng(0)
