@@ -70,40 +70,24 @@ def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 Seen = dict[nn.BatchNorm2d, Moments]
-Look = Callable[[Tensor], tuple[Tensor, Seen]]
 
 
-@contextmanager
-def batch_norm_inputs(network: nn.Module) -> Iterator[Look]:
-    """While the context lasts, ask a network for logits and for what entered each of its batch norms on the way.
-
-    Only passes by what is yielded are looked at, and each gives its own: another use of the network in between, as a
-    feature extractor for instance, changes nothing.
-    """
-    layers = batch_norms(network)
-    seen: Seen = {}
-    watching = False
+def look(network: nn.Module, image: Tensor) -> tuple[Tensor, Seen]:
+    """A network's logits, and what entered each of its batch norms on the way; no other pass is looked at."""
+    reached: Seen = {}
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if watching:
-            assert isinstance(layer, nn.BatchNorm2d)
-            seen[layer] = moments(inputs[0])
+        assert isinstance(layer, nn.BatchNorm2d)
+        reached[layer] = moments(inputs[0])
 
-    def look(image: Tensor) -> tuple[Tensor, Seen]:
-        nonlocal watching
-        watching = True
-        try:
-            return network(image), {layer: seen[layer] for layer in layers if layer in seen}
-        finally:
-            watching = False
-            seen.clear()
-
+    layers = batch_norms(network)
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:
-        yield look
+        logits = network(image)
     finally:
         for handle in handles:
             handle.remove()
+    return logits, {layer: reached[layer] for layer in layers if layer in reached}
 
 
 def bn_distances(seen: Seen) -> Tensor:
@@ -343,8 +327,7 @@ class Inversion:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(student.held() if student is not None else nullcontext())
-            look = stack.enter_context(batch_norm_inputs(teacher.network))
-            ask = functools.partial(self._evaluate, look, labels, draws, student, memory)
+            ask = functools.partial(self._evaluate, teacher.network, labels, draws, student, memory)
             for _ in range(self.steps):
                 terms, facts = ask(variables.images())
                 first = first or {name: term.detach() for name, term in terms.items()}
@@ -362,7 +345,7 @@ class Inversion:
 
     def _evaluate(
         self,
-        look: Look,
+        network: nn.Module,
         labels: Tensor,
         draws: torch.Generator,
         student: Adversary | None,
@@ -371,7 +354,7 @@ class Inversion:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss with its terms, and what else is to be known of the best step."""
         view = self._view(images, draws)
-        logits, seen = look(view)
+        logits, seen = look(network, view)
         facts = {"images": images, "bn_layers": bn_distances(seen) if seen else logits.new_zeros(0)}
         terms = {"class_prior": F.cross_entropy(logits, labels), **self._priors(images)}
         if seen:
@@ -382,7 +365,7 @@ class Inversion:
             terms["rotation"] = student.rotation_loss(view, labels)
         if memory is not None:
             whole = memory.features([now.items for now in seen.values()])
-            _, seen = look(flip_then_resized_crop(images, draws))
+            _, seen = look(network, flip_then_resized_crop(images, draws))
             local = memory.features([now.items for now in seen.values()])
             terms["contrastive"] = memory.loss(local, whole, draws)
             facts["features"] = torch.cat([local, whole], 1)

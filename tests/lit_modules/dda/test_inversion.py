@@ -16,9 +16,9 @@ from lit_modules.dda.inversion import (
     GeneratorInversion,
     PixelInversion,
     _Best,
-    batch_norm_inputs,
     bn_distances,
     disagreement,
+    look,
     moments,
     total_variation,
 )
@@ -62,8 +62,7 @@ def same(before, after):
 
 def test_distances_are_those_of_numpy(teacher):
     network, image = teacher.network.double(), torch.rand(9, *SHAPE, generator=seeded(0)).double()
-    with batch_norm_inputs(network) as look:
-        logits, seen = look(image)
+    logits, seen = look(network, image)
     assert torch.equal(logits, network(image))
     x, expected, means = network.normalize(image), [], []
     for block in network.features:
@@ -96,8 +95,7 @@ def test_gradients_of_moments_are_those_of_autograd(memory_format):
 
 def test_the_gradient_of_the_distance_is_that_of_autograd_through_the_teacher(teacher):
     network, image = teacher.network.double(), torch.rand(6, *SHAPE, generator=seeded(0)).double().requires_grad_()
-    with batch_norm_inputs(network) as look:
-        (got,) = torch.autograd.grad(bn_distances(look(image)[1]).sum(), image)
+    (got,) = torch.autograd.grad(bn_distances(look(network, image)[1]).sum(), image)
     x, total = network.normalize(image), 0
     for block in network.features:
         variance, mean = torch.var_mean(block[0](x), (0, 2, 3), correction=0)
@@ -109,26 +107,24 @@ def test_the_gradient_of_the_distance_is_that_of_autograd_through_the_teacher(te
 def test_another_pass_of_the_teacher_changes_nothing_that_was_seen(teacher):
     first, other = torch.rand(2, 7, *SHAPE, generator=seeded(0))
     layers = [block[1] for block in teacher.network.features]
-    with batch_norm_inputs(teacher.network) as look:
-        alone = bn_distances(look(first)[1])
-        _, seen = look(first)
-        teacher(other)
-        pooled_features(teacher.network, other)
-        assert torch.equal(bn_distances(seen), alone)
-        assert all(layer._forward_pre_hooks for layer in layers)
+    alone = bn_distances(look(teacher.network, first)[1])
+    _, seen = look(teacher.network, first)
     assert not any(layer._forward_pre_hooks for layer in layers)
-    with pytest.raises(ZeroDivisionError), batch_norm_inputs(teacher.network):
-        _ = 1 / 0
+    teacher(other)
+    pooled_features(teacher.network, other)
+    look(teacher.network, other)
+    assert torch.equal(bn_distances(seen), alone)
+    with pytest.raises(ValueError, match="expected images of 1 channels"):
+        look(teacher.network, torch.rand(2, 3, 8, 8))
     assert not any(layer._forward_pre_hooks for layer in layers)
 
 
 def test_moments_are_taken_in_single_precision_under_mixed_precision(teacher):
     image = torch.rand(64, *SHAPE, generator=seeded(0))
-    with batch_norm_inputs(teacher.network) as look:
-        exact = bn_distances(look(image)[1])
-        with torch.autocast("cpu", torch.bfloat16):
-            _, seen = look(image)
-            half = bn_distances(seen)
+    exact = bn_distances(look(teacher.network, image)[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, seen = look(teacher.network, image)
+        half = bn_distances(seen)
     assert {value.dtype for values in seen.values() for value in values} == {torch.float32}
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0.02, atol=0.02)
@@ -196,8 +192,7 @@ def test_without_its_factor_the_statistics_are_met_half_as_well(made):
 def test_images_are_those_that_the_best_terms_were_measured_on(made, teacher):
     """Of the best step, before augmentation, of which there is none here."""
     got = made[1.0]
-    with batch_norm_inputs(teacher.network) as look:
-        logits, seen = look(got.images)
+    logits, seen = look(teacher.network, got.images)
     torch.testing.assert_close(F.cross_entropy(logits, asked()[1]), got.best["class_prior"])
     torch.testing.assert_close(bn_distances(seen), got.bn_layers)
     torch.testing.assert_close(got.best["loss"], got.best["class_prior"] + got.best["batch_norm"])

@@ -123,6 +123,15 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bank(fitted, weights, tmp_
     assert module._history.values == fitted[0]._history.values
 
 
+def test_a_run_whose_images_are_gone_does_not_go_on(weights, tmp_path):
+    with pytest.raises(RuntimeError, match="broken off"):
+        trainer(tmp_path, ExactResume(every=BATCH), Stop()).fit(synthesis(weights), noise())
+    shutil.rmtree(tmp_path / "pool")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"the pool of this checkpoint .30 of 60 images .* start the run anew"):
+        trainer(tmp_path, ExactResume(every=BATCH)).fit(synthesis(weights), noise(), ckpt_path=last, weights_only=True)
+
+
 def test_with_a_contrastive_term_what_was_remembered_is_resumed_too(weights, tmp_path):
     whole = synthesis(weights, contrastive=Contrastive(width=4, rows=40))
     pl.seed_everything(11)
