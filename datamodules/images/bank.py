@@ -141,12 +141,14 @@ class BankDataModule(ImageDataModule):
         val_fraction: share of the originals held out for validation, in [0, 1), by class.
         kwargs: of `ImageDataModule`; they say which real images test, and `split_seed` holds out of the bank.
 
-    Attributes (after `setup`): as those of `ImageDataModule`, and ``originals_sha256``, of the originals' images.
+    Attributes (after `setup`): as those of `ImageDataModule`; ``originals_sha256``, of the originals' images;
+    ``made_from``, digest of the teacher that the originals were made from, None where it is not known.
     """
 
     #: No real image is trained or validated on.
     data_free = True
     originals_sha256: str | None = None
+    made_from: str | None = None
 
     def __init__(
         self,
@@ -234,6 +236,7 @@ class BankDataModule(ImageDataModule):
             for bank in self._banks:
                 _check_fits(bank, shape, names, self.dataset)
             self.originals_sha256 = self._banks[0].record["images_sha256"]
+            self.made_from = self._banks[0].record.get("teacher")
             parts = [bank.images for bank in self._banks]
             labels, train, val = self._choose()
         splits = [

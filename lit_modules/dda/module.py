@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -32,6 +33,7 @@ from leanlight.contracts import (
 from leanlight.ops import counter
 from lit_modules.classifier import ClassifierHooks, class_index
 from lit_modules.dda import pictures
+from lit_modules.dda.bank import teacher_digest
 from lit_modules.dda.contrastive import ContrastiveMemory
 from lit_modules.dda.inversion import Adversary, Inversion
 from lit_modules.dda.pool import GrowingPool
@@ -168,6 +170,8 @@ class DataFreeDistillation(ClassifierHooks):
                     f"data: expected a bank (datamodules.BankDataModule), got {type(data).__name__}, whose training "
                     "images may be the teacher's; real_data: true trains on them"
                 )
+            if getattr(data, "made_from", None) not in (None, teacher_digest(self._teacher.network)):
+                rank_zero_warn("banks: they were made from another teacher than the student's")
             self._make_parts(data.meta)
 
     def _make_parts(self, meta: ImageMeta) -> None:

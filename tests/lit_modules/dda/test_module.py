@@ -12,7 +12,14 @@ from callbacks import CompileNetworks, ExactResume
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from lit_modules.classifier import ImageClassifier
-from lit_modules.dda import Contrastive, DataFreeDistillation, GeneratorInversion, PixelInversion, Teacher
+from lit_modules.dda import (
+    Contrastive,
+    DataFreeDistillation,
+    GeneratorInversion,
+    PixelInversion,
+    Teacher,
+    teacher_digest,
+)
 from lit_modules.nn import MLP, ConvNet
 
 CONV = partial(ConvNet, in_channels=1, image_size=8, norm="batch", depth=2)
@@ -115,6 +122,17 @@ def test_the_teacher_is_the_same_bit_for_bit_after_an_epoch(tmp_path, teacher):
     assert same(state(module._teacher.network), teacher.load(fitted.datamodule.meta).network.state_dict())
     assert all(parameter.grad is None for parameter in module._teacher.network.parameters())
     assert not any("teacher" in name for name in module.state_dict())
+
+
+@pytest.mark.filterwarnings("error:banks")
+def test_a_bank_of_another_teacher_is_told_of_and_used(tmp_path, teacher):
+    bank = Bank()
+    bank.setup()
+    bank.made_from = teacher_digest(teacher.load(bank.meta).network)
+    fit(tmp_path, student(teacher, recipe="kl"), data=bank, epochs=1, limit_train_batches=1)
+    bank.made_from = "of another"
+    with pytest.raises(UserWarning, match="banks: they were made from another teacher"):
+        fit(tmp_path, student(teacher, recipe="kl"), data=bank, epochs=1, limit_train_batches=1)
 
 
 def test_the_students_step_and_that_of_the_head_change_their_own_parts_alone(tmp_path, teacher):
