@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import ImageMeta, UserError
-from lit_modules.dda.sampling import check_strength, in_chunks, require_diffusers, sample, sdedit, start_noise
+from lit_modules.dda.sampling import (
+    check_strength,
+    generators,
+    in_chunks,
+    require_diffusers,
+    sample,
+    sdedit,
+    start_noise,
+)
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.nn.checks import first_line, require_positive
 
@@ -87,19 +95,21 @@ class Tiny(Backend):
         require_positive(steps=self.steps, chunk=self.chunk)
         _check_guidance(self.guidance)
         if self.mode not in get_args(Literal["sdedit", "embedding"]):
-            raise UserError(f"mode: expected sdedit or embedding, got {self.mode!r}")
+            raise UserError(f"backend.mode: expected sdedit or embedding, got {self.mode!r}")
 
     def prepare(self, meta: ImageMeta, teacher: Frozen[nn.Module], device: torch.device) -> Variations:
         from lit_modules.dda.tiny_diffusion import TinyDiffusion
 
-        model = frozen_module(TinyDiffusion, self.checkpoint, "checkpoint", _HELPS).to(device)
+        model = frozen_module(TinyDiffusion, self.checkpoint, "backend.checkpoint", _HELPS).to(device)
         if tuple(meta.shape) != model.image_shape:
             raise UserError(
-                f"checkpoint: expected a TinyDiffusion for images of shape {tuple(meta.shape)}, {self.checkpoint} is "
-                f"for {model.image_shape}"
+                f"backend.checkpoint: expected a TinyDiffusion for images of shape {tuple(meta.shape)}, "
+                f"{self.checkpoint} is for {model.image_shape}"
             )
         if self.mode == "embedding" and not model.conditioned:
-            raise UserError(f"mode: embedding needs a TinyDiffusion with a teacher; that of {self.checkpoint} has none")
+            raise UserError(
+                f"backend.mode: embedding needs a TinyDiffusion with a teacher; that of {self.checkpoint} has none"
+            )
         if model.conditioned:
             model.condition_on(teacher)
         scheduler = model.make_scheduler()
@@ -108,7 +118,7 @@ class Tiny(Backend):
 
         def vary(image: Tensor, seed: Tensor) -> Tensor:
             denoise = model.denoiser(model.embed(teacher, image) if model.conditioned else None, self.guidance)
-            noise = start_noise(seed.tolist(), image.shape[1:], device)
+            noise = start_noise(generators(seed.tolist()), image.shape[1:], device)
             if self.mode == "sdedit":
                 made = sdedit(denoise, scheduler, 2 * image - 1, noise, self.strength, self.steps)
             else:
@@ -163,14 +173,20 @@ class ImageVariation(Backend):
         def embed(images: Tensor) -> Tensor:
             return in_chunks(lambda image: encoder(pixels(image)).image_embeds.float(), self.chunk, images)
 
+        size = self.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        latent = (pipeline.unet.config.in_channels, *[size // pipeline.vae_scale_factor] * 2)
+
         def vary(image: Tensor, label: Tensor, seed: Tensor) -> Tensor:
+            streams = generators(seed.tolist())
             made = pipeline(
                 pixels(image),
-                height=self.size,
-                width=self.size,
+                height=size,
+                width=size,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance,
-                generator=_generators(seed),
+                generator=streams,
+                # The pipeline would draw other numbers in half precision.
+                latents=start_noise(streams, latent, device).to(pipeline.unet.dtype),
                 output_type="pt",
             )
             return shrink(made.images, meta.shape)
@@ -223,7 +239,7 @@ class ImageToImage(Backend):
                 strength=self.strength,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance,
-                generator=_generators(seed),
+                generator=generators(seed.tolist()),
                 output_type="pt",
             )
             return shrink(made.images, meta.shape)
@@ -273,13 +289,9 @@ def _by_pairs(
     return vary
 
 
-def _generators(seed: Tensor) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in seed.tolist()]
-
-
 def _pipeline(name: str, weights: Path | None, what: str, device: torch.device, half: bool | None) -> Any:
     """Load a pipeline of diffusers from a folder, without safety checker and without a bar of its own."""
-    expected = f"weights: expected the folder of {what}, with its model_index.json"
+    expected = f"backend.weights: expected the folder of {what}, with its model_index.json"
     try:
         index = json.loads((Path(weights or "") / "model_index.json").read_text()) if weights is not None else {}
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ Every image is drawn from a generator of its own, on the CPU: it depends on its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,14 @@ def require_diffusers() -> Any:
     return diffusers
 
 
-def start_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """(B, C, H, W) standard normal float32 on `device`; seeds: one an image. shape: (C, H, W)."""
-    drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn).to(device)
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One on the CPU for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def start_noise(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """(B, C, H, W) standard normal float32 on `device`; generators: one an image. shape: (C, H, W)."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
 
 
 def guided(network: Callable[[Tensor, int, Tensor], Tensor], embedding: Tensor, guidance: float) -> Denoise:

@@ -32,7 +32,8 @@ from leanlight.contracts import (
     run_seed,
 )
 from leanlight.ops.counter import item_keys, labels, noise, random_bits, uniform
-from lit_modules.dda.sampling import Denoise, guided, require_diffusers, sample, start_noise
+from lit_modules.dda.bank import teacher_digest
+from lit_modules.dda.sampling import Denoise, generators, guided, require_diffusers, sample, start_noise
 from lit_modules.dda.teacher import Teacher
 from lit_modules.export import write_weights
 from lit_modules.frozen import Frozen
@@ -131,6 +132,7 @@ class TinyDiffusion(LightningModule):
         #: The moving average of `network`.
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self._teacher: Frozen[nn.Module] | None = None
+        self._teacher_digest: str | None = None
         self._terms: dict[str, Tensor] = {}
         self._shown: Tensor | None = None
 
@@ -175,16 +177,16 @@ class TinyDiffusion(LightningModule):
         return unet(x, 0, x.new_zeros(len(x), size) if conditioned else None).sample
 
     def condition_on(self, teacher: Frozen[nn.Module]) -> None:
-        """Make the projection of a teacher's features; UserError where there is one, for another number of them."""
-        self._condition_on(blank_output(teacher.network, self.image_shape, "teacher", pooled_features).shape[1])
+        """Make the projection of a teacher's features; UserError where there is that of another teacher."""
+        features = blank_output(teacher.network, self.image_shape, "teacher", pooled_features)
+        self._condition(teacher_digest(teacher.network), features.shape[1])
 
-    def _condition_on(self, size: int) -> None:
+    def _condition(self, digest: str, size: int) -> None:
+        if self._teacher_digest not in (None, digest):
+            raise UserError("teacher: expected the one that the diffusion model was conditioned on, got another one")
         if self.network.projection is not None:
-            if size != (ours := self.network.projection.in_features):
-                raise UserError(
-                    f"teacher: expected that of the diffusion model, with {ours} features; got one with {size}"
-                )
             return
+        self._teacher_digest = digest
         self.network.condition_on(size)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
 
@@ -200,11 +202,14 @@ class TinyDiffusion(LightningModule):
     def compile_networks(self, **options: Any) -> None:
         self.network.compile(**options)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teacher_digest"] = self._teacher_digest
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The size of embeddings is the teacher's, which `load_from_checkpoint` does not ask."""
-        weight = checkpoint["state_dict"].get("network.projection.weight")
-        if weight is not None:
-            self._condition_on(weight.shape[1])
+        """The size of embeddings is the teacher's, which `load_from_checkpoint` does not load."""
+        if checkpoint["teacher_digest"] is not None:
+            size = checkpoint["state_dict"]["network.projection.weight"].shape[1]
+            self._condition(checkpoint["teacher_digest"], size)
 
     def on_fit_start(self) -> None:
         self._place_teacher()
@@ -300,7 +305,8 @@ class TinyDiffusion(LightningModule):
         self.average.eval()
         embedding = None if self._teacher is None else self.embed(self._teacher, shown)
         seeds = [derived_seed(self.eval_seed, "sample", number) for number in range(self.samples)]
-        x = start_noise(seeds[: len(shown)] if embedding is not None else seeds, self.image_shape, self.device)
+        streams = generators(seeds[: len(shown)] if embedding is not None else seeds)
+        x = start_noise(streams, self.image_shape, self.device)
         made = sample(self.denoiser(embedding, 1.0), self.make_scheduler(), x, self.sample_steps)
         drawn = (made / 2 + 0.5).clamp(0, 1)
         items: dict[str, MediaItem] = {"samples": ImageGrid(drawn.float().cpu())}

@@ -64,6 +64,7 @@ def save(module, path):
         "hyper_parameters": dict(module.hparams),
         "pytorch-lightning_version": "2.6.0",
     }
+    module.on_save_checkpoint(state)
     torch.save(state, path)
     return path
 
@@ -82,7 +83,7 @@ def conditioned(tmp_path_factory, teacher):
         network=SMALLEST,
         teacher=Teacher(network=functools.partial(ConvNet, in_channels=1, num_classes=2, width=8, image_size=8)),
     )
-    module._condition_on(pooled_features(teacher.network, images()).shape[1])
+    module.condition_on(teacher)
     return save(module, tmp_path_factory.mktemp("tiny") / "conditioned.ckpt")
 
 
@@ -208,7 +209,7 @@ def test_without_guidance_and_condition_every_image_has_the_same_variation(condi
         ({"strength": 1.5}, r"strength: expected a number above 0 and at most 1, got 1.5"),
         ({"steps": 0}, "steps: expected an integer of at least 1"),
         ({"guidance": -1.0}, "guidance: expected a number from 0, got -1.0"),
-        ({"mode": "noise"}, "mode: expected sdedit or embedding, got 'noise'"),
+        ({"mode": "noise"}, "backend.mode: expected sdedit or embedding, got 'noise'"),
         ({"chunk": 0}, "chunk: expected an integer of at least 1"),
     ],
 )
@@ -220,23 +221,28 @@ def test_bad_settings_are_one_line_before_anything_is_loaded(options, message):
 def test_a_diffuser_that_is_missing_or_for_other_images_is_one_line(checkpoint, teacher, tmp_path):
     (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
     for backend, message in (
-        (Tiny(), "checkpoint: expected the checkpoint of a TinyDiffusion, got None; leanlight run dda/pipelines"),
-        (Tiny(tmp_path / "other.ckpt"), "checkpoint: expected the checkpoint of a TinyDiffusion"),
-        (Tiny(checkpoint, "embedding"), "mode: embedding needs a TinyDiffusion with a teacher"),
+        (
+            Tiny(),
+            "backend.checkpoint: expected the checkpoint of a TinyDiffusion, got None; leanlight run dda/pipelines",
+        ),
+        (Tiny(tmp_path / "other.ckpt"), "backend.checkpoint: expected the checkpoint of a TinyDiffusion"),
+        (Tiny(checkpoint, "embedding"), "backend.mode: embedding needs a TinyDiffusion with a teacher"),
         (Tiny(checkpoint, steps=1001), "steps: expected at most 1000"),
     ):
         with pytest.raises(UserError, match=message) as error:
             backend.prepare(meta(), teacher, CPU)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"checkpoint: expected a TinyDiffusion for images of shape \(3, 8, 8\)"):
+    with pytest.raises(
+        UserError, match=r"backend.checkpoint: expected a TinyDiffusion for images of shape \(3, 8, 8\)"
+    ):
         Tiny(checkpoint).prepare(meta(3), teacher, CPU)
 
 
-def test_a_diffuser_for_another_teacher_is_one_line(conditioned, teacher):
-    torch.manual_seed(0)
-    wider = Frozen(ConvNet(in_channels=1, num_classes=2, width=12, depth=2, image_size=8))
-    with pytest.raises(UserError, match=r"teacher: .*features"):
-        Tiny(conditioned).prepare(meta(), wider, CPU)
+def test_a_diffuser_for_another_teacher_is_one_line(conditioned):
+    torch.manual_seed(9)
+    other = Frozen(ConvNet(in_channels=1, num_classes=2, width=8, depth=2, image_size=8))
+    with pytest.raises(UserError, match="teacher: expected the one that the diffusion model was conditioned on"):
+        Tiny(conditioned).prepare(meta(), other, CPU)
 
 
 # ---- Stable Diffusion in miniature
@@ -366,6 +372,18 @@ def test_image_variations_depend_on_image_and_seed_alone(variation_weights, teac
     assert not torch.equal(made[:, 0], made[:, 1])
 
 
+def test_half_precision_gives_the_same_but_for_its_rounding(variation_weights, teacher):
+    made = [
+        ImageVariation(variation_weights, steps=2, chunk=3, half=half)
+        .prepare(meta(), teacher, CPU)
+        .vary(images(), LABELS, SEEDS)
+        for half in (False, True)
+    ]
+    assert made[1].dtype == torch.float32
+    assert not torch.equal(*made)
+    assert (made[0] - made[1]).abs().max() < 0.05
+
+
 def test_guidance_up_to_1_is_none(variation_weights, teacher):
     """Below 1 the pipeline takes the embedding alone, as at 1."""
     made = [
@@ -435,7 +453,9 @@ def test_missing_weights_are_one_line_that_names_what_is_expected(backend, teach
     name = "StableDiffusionImageVariationPipeline" if backend is ImageVariation else "StableDiffusionImg2ImgPipeline"
     (tmp_path / "cut" / "model_index.json").write_text(json.dumps({"_class_name": name, "unet": ["diffusers", "X"]}))
     for weights in (None, tmp_path / "nothing", tmp_path / "empty", tmp_path / "other", tmp_path / "cut"):
-        with pytest.raises(UserError, match=r"^weights: expected the folder of .*nothing is downloaded$") as error:
+        with pytest.raises(
+            UserError, match=r"^backend\.weights: expected the folder of .*nothing is downloaded$"
+        ) as error:
             backend(weights).prepare(meta(), teacher, CPU)
         assert "\n" not in str(error.value)
 

@@ -33,7 +33,7 @@ def unet():
 def test_samples_are_those_of_diffusers_own_pipeline(unet, spacing):
     seeds = [3, 4, 2**55]
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
-    noise = sampling.start_noise(seeds, (1, 8, 8), "cpu")
+    noise = sampling.start_noise(sampling.generators(seeds), (1, 8, 8), "cpu")
     drawn = sampling.sample(lambda x, t: unet(x, t).sample, scheduler, noise, 5)
     pipeline = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(timestep_spacing=spacing))
     pipeline.set_progress_bar_config(disable=True)
@@ -89,8 +89,8 @@ def test_guidance_goes_from_the_answer_without_embedding_to_that_with_it():
 
 
 def test_noise_of_an_image_depends_on_its_seed_alone():
-    together = sampling.start_noise([5, 6, 7], (1, 4, 4), "cpu")
-    assert torch.equal(together[1:2], sampling.start_noise([6], (1, 4, 4), "cpu"))
+    together = sampling.start_noise(sampling.generators([5, 6, 7]), (1, 4, 4), "cpu")
+    assert torch.equal(together[1:2], sampling.start_noise(sampling.generators([6]), (1, 4, 4), "cpu"))
     assert not torch.equal(together[0], together[1])
 
 
