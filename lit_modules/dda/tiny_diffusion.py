@@ -207,9 +207,8 @@ class TinyDiffusion(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The size of embeddings is the teacher's, which `load_from_checkpoint` does not load."""
-        if checkpoint["teacher_digest"] is not None:
-            size = checkpoint["state_dict"]["network.projection.weight"].shape[1]
-            self._condition(checkpoint["teacher_digest"], size)
+        if (digest := checkpoint.get("teacher_digest")) is not None:
+            self._condition(digest, checkpoint["state_dict"]["network.projection.weight"].shape[1])
 
     def on_fit_start(self) -> None:
         self._place_teacher()

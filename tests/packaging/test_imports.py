@@ -46,7 +46,7 @@ def test_methods_data_and_callbacks_meet_only_in_the_contracts(package):
 
 
 # Its stages are modules of their own.
-GLUE_OF_DDA = ("tiny_diffusion.py", "augmentation.py")
+GLUE_OF_DDA = ("synthesis.py", "tiny_diffusion.py", "augmentation.py")
 
 
 def test_pure_files_of_a_method_import_neither_lightning_nor_wandb():
