@@ -112,7 +112,7 @@ def _compare_pipelines(
 
     workers = min(os.cpu_count() or 1, 8)
     references = {f"torchvision{kind}": 0, f"torchvision{kind}_{workers}_workers": workers}
-    passes = {name: _reference_pass(dataset, count) for name, count in references.items()}
+    passes = {name: loader_pass(dataset, count) for name, count in references.items()}
     seconds = interleave({f"in_memory{kind}": in_memory, **passes}, rounds, warmup=1)
     speed = {name: [len(dataset) / s for s in seconds[name]] for name in references}
     ours = [len(data.train_split) / s for s in seconds[f"in_memory{kind}"]]
@@ -122,7 +122,8 @@ def _compare_pipelines(
     measured.figures[f"pipeline/times_torchvision{kind}"] = summarise(ratios(ours, fastest), "x", "higher")
 
 
-def _reference_pass(dataset: Any, workers: int) -> Callable[[], None]:
+def loader_pass(dataset: Any, workers: int) -> Callable[[], None]:
+    """A pass over a data set of torchvision, in batches of 128. workers: processes that read."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=128, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )

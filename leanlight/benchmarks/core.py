@@ -375,10 +375,25 @@ def peak_memory_mb() -> float:
 
     From /proc where there is one: ``ru_maxrss`` starts at the size of the process that launched this one.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
+    peak = _status_mb("VmHWM")
+    if peak is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def private_memory_mb() -> float | None:
+    """Resident memory of this process that is no page of a file, in MB; None without /proc.
+
+    The kernel takes pages of files back where it needs room, and counts them to whoever has read them last.
+    """
+    return _status_mb("RssAnon")
+
+
+def _status_mb(name: str) -> float | None:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 2**10
