@@ -59,7 +59,7 @@ from lit_modules.dda import (
 )
 from lit_modules.dda.bank import originals
 from lit_modules.dda.reference import crop_each, plain_inversion
-from lit_modules.dda.sampling import require_diffusers, sample, start_noise
+from lit_modules.dda.sampling import generators, require_diffusers, sample, start_noise
 from lit_modules.dda.students import logits_and_map
 from lit_modules.frozen import Frozen
 from lit_modules.nn import CifarResNet, ResNet18, ResNet34
@@ -389,13 +389,12 @@ def measure_samples(sizes: Sizes, folder: Path, measured: Measurement) -> None:
 
     @torch.no_grad()
     def ours() -> Tensor:
-        noise = start_noise(seeds, model.image_shape, "cpu")
+        noise = start_noise(generators(seeds), model.image_shape, "cpu")
         made = sample(model.denoiser(None, 1.0), scheduler, noise, steps)
         return (made / 2 + 0.5).clamp(0, 1)
 
     def theirs() -> Tensor:
-        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        made = pipeline(len(draws), draws, num_inference_steps=steps, output_type="np").images
+        made = pipeline(len(seeds), generators(seeds), num_inference_steps=steps, output_type="np").images
         return torch.from_numpy(made).permute(0, 3, 1, 2)
 
     text = "samples are those of diffusers' DDIMPipeline from the same seeds, within 1e-5"
@@ -523,7 +522,7 @@ def same_samples(where: str) -> Found:
     torch.manual_seed(0)
     model, made = TinyDiffusion().eval(), []
     for device in ("cpu", where):
-        noise = start_noise(range(8), model.image_shape, device)
+        noise = start_noise(generators(range(8)), model.image_shape, device)
         with torch.no_grad():
             made.append(sample(model.to(device).denoiser(None, 1.0), model.make_scheduler(), noise, 10).cpu())
     return near(float((made[0] - made[1]).abs().max()), 0.0, 1e-3)
