@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, to_device
@@ -99,10 +100,38 @@ class Generator(nn.Module):
         return self.maps(maps).float().sigmoid()  # in half precision neighbouring grey values would be one
 
 
+class DoublingConv2d(nn.Conv2d):
+    """Repeat each pixel in both directions, then convolve 3x3: as one layer, with 4/9 of the multiplications.
+
+    Of three taps in a row two fall on copies of the same pixel. So each of a pixel's four copies has a kernel of 2x2
+    whose taps are sums of those of the 3x3; equal up to rounding.
+
+    Args:
+        before: channels of the input.
+        after: channels of the output.
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        padded, rows = F.pad(x, (1, 1, 1, 1)), []
+        for top, kernels in enumerate(_summed(self.weight, 2)):
+            copies = [
+                F.conv2d(padded[:, :, top : top + height + 1, left : left + width + 1], kernel).movedim(1, -1)
+                for left, kernel in enumerate(_summed(kernels, 3))
+            ]
+            rows.append(torch.stack(copies, 3))
+        doubled = torch.stack(rows, 2).flatten(3, 4).flatten(1, 2).movedim(-1, 1)  # in memory, channels are last
+        return doubled.contiguous() if x.is_contiguous() else doubled
+
+
+def _summed(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Kernels of two taps along `dim` for the first and the second copy of a pixel, from those of three."""
+    before, here, after = weight.unbind(dim)
+    return torch.stack([before, here + after], dim), torch.stack([before + here, after], dim)
+
+
 def _doubling(before: int, after: int) -> list[nn.Module]:
-    return [
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(before, after, 3, padding=1, bias=False),
-        nn.BatchNorm2d(after),
-        nn.LeakyReLU(0.2),
-    ]
+    return [DoublingConv2d(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
