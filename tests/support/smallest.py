@@ -1,6 +1,7 @@
 """The smallest run of a method, with what earlier stages of a pipeline make for it."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 from leanlight.invocation import option
@@ -11,8 +12,9 @@ from leanlight.results.pipeline import smallest_overrides
 FOLDER = "LEANLIGHT_TEST_INPUTS"
 
 
+@cache
 def overrides(method: str) -> dict:
-    """Keys and values beside the config; made once a session, whichever process asks first."""
+    """Keys and values beside the config; made once a session, by the process that asks first."""
     return smallest_overrides(METHODS[method], Path(os.environ[FOLDER]))
 
 
