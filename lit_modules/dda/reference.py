@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import ImageBatch, ImageData, data_of
-from lit_modules.dda.generators import Generator
+from lit_modules.dda.generators import DoublingConv2d, Generator
 from lit_modules.dda.inversion import Synthesized
 from lit_modules.dda.module import DataFreeDistillation
 
@@ -29,6 +29,17 @@ def crop_each(image: Tensor) -> Tensor:
     )
 
 
+def plain_generator(generator: Generator) -> Generator:
+    """A copy that repeats pixels first and convolves the larger maps, as public code does."""
+    plain = copy.deepcopy(generator)
+    for number, layer in enumerate(plain.maps):
+        if isinstance(layer, DoublingConv2d):
+            convolution = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1, bias=False)
+            convolution.weight = layer.weight
+            plain.maps[number] = nn.Sequential(nn.Upsample(scale_factor=2), convolution)
+    return plain
+
+
 def plain_inversion(
     teacher: nn.Module,
     generator: Generator,
@@ -44,7 +55,7 @@ def plain_inversion(
 
     Args:
         teacher: frozen, in evaluation mode; images (N, C, H, W) in [0, 1] → logits (N, K).
-        generator: fresh; it is trained in place.
+        generator: fresh; a `plain_generator` of it is trained.
         latent: (N, Z) standard normal, where the descent begins.
         label: (N,) int64 classes.
         steps: of Adam.
@@ -59,7 +70,7 @@ def plain_inversion(
 
     norms = [layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)]
     handles = [layer.register_forward_hook(hook) for layer in norms]
-    latent = latent.clone().requires_grad_()
+    generator, latent = plain_generator(generator), latent.clone().requires_grad_()
     optimizer = torch.optim.Adam([*generator.parameters(), latent], lr=1e-3, betas=(0.5, 0.999))
     first: dict[str, Tensor] = {}
     best: Synthesized | None = None

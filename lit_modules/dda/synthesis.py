@@ -85,8 +85,9 @@ class BankSynthesis(LightningModule):
         self.inversion.check(self._teacher.network, meta.shape)
         self._facts = {"classes": list(meta.classes), "teacher": teacher_digest(self._teacher.network)}
 
-    def configure_optimizers(self) -> None:
-        """An inversion has an optimiser of its own in each call."""
+    def configure_optimizers(self) -> list[Any]:
+        """None: an inversion has an optimiser of its own in each call."""
+        return []  # for None Lightning warns
 
     def on_fit_start(self) -> None:
         """Move the teacher; open the file of images, that of the checkpoint where the run goes on."""
