@@ -1,4 +1,4 @@
-"""A student of noise images: by one process, or by one of two that are started with this script.
+"""A student of noise images, or a bank: by one process, or by one of two that are started with this script.
 
 python dda_run.py FOLDER VARIANT RANK PORT [STOP]
 """
@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import torch
 
 from callbacks import ExactResume
-from datamodules import BankDataModule
-from lit_modules.dda import DataFreeDistillation, GeneratorInversion, Teacher
+from datamodules import BankDataModule, NoiseDataModule
+from lit_modules.dda import BankSynthesis, DataFreeDistillation, GeneratorInversion, Teacher
 from lit_modules.nn import ConvNet
 
 CONV = partial(ConvNet, in_channels=1, image_size=8, depth=2)
@@ -48,22 +48,30 @@ def make_teacher(folder):
     torch.save(CONV(norm="batch", width=6).state_dict(), Path(folder) / "teacher.pt")
 
 
+def parts(teacher, variant, world):
+    """Module and data: of a student, or for the variant `synthesis` of a bank of five calls."""
+    if variant == "synthesis":
+        data = NoiseDataModule("digits", items=60, batch_size=12, latent_size=8)
+        return BankSynthesis(teacher, GeneratorInversion(steps=3, width=4)), data
+    norm, options = VARIANTS[variant]
+    data = BankDataModule(dataset="digits", instead="noise", items=60, batch_size=12 // world, drop_last=True)
+    return DataFreeDistillation(partial(CONV, norm=norm, width=4), teacher, optimizer=SGD, **options), data
+
+
 def trained(folder, variant, world=1, stop=None):
     """Fit, or go on with a fit in `folder`, beside which the teacher lies; the module and its Trainer."""
     folder = Path(folder)
     last = folder / "checkpoints" / "last.ckpt"
-    norm, options = VARIANTS[variant]
     teacher = Teacher(network=partial(CONV, norm="batch", width=6), weights=folder.parent / "teacher.pt")
     pl.seed_everything(3, verbose=False)
-    module = DataFreeDistillation(partial(CONV, norm=norm, width=4), teacher, optimizer=SGD, **options)
-    data = BankDataModule(dataset="digits", instead="noise", items=60, batch_size=12 // world, drop_last=True)
+    module, data = parts(teacher, variant, world)
     trainer = pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         use_distributed_sampler=False,
-        max_epochs=3,
+        max_epochs=1 if variant == "synthesis" else 3,
         logger=False,
         callbacks=[ExactResume(1), *([] if stop is None else [Stop(stop)])],
         enable_progress_bar=False,
@@ -79,6 +87,10 @@ if __name__ == "__main__":
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK=rank, NODE_RANK="0")
     torch.set_num_threads(1)
     module, trainer = trained(folder, variant, 2, int(stop[0]) if stop else None)
+    if variant == "synthesis":
+        if trainer.is_global_zero:
+            module.export(Path(folder))
+        sys.exit()
     pool = module._pool
     result = {
         "state": module.state_dict(),
