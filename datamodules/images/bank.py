@@ -29,6 +29,7 @@ from leanlight.contracts import (
     ImageSplit,
     UserError,
     derived_seed,
+    same_classes,
     sha256_file,
 )
 from leanlight.ops import counter
@@ -317,8 +318,7 @@ def _check_fits(bank: Bank, shape: tuple[int, ...], names: tuple[str, ...], data
     if got != shape:
         raise UserError(f"banks: expected images of shape {shape}, as {dataset} has here; {bank.folder} has {got}")
     own = tuple(bank.record["classes"])
-    numbers = tuple(map(str, range(len(names))))  # where a set's files alone know its names
-    if own != names and (len(own) != len(names) or numbers not in (own, names)):
+    if not same_classes(own, names):
         raise UserError(f"banks: expected the classes {names}, as {dataset} has here; {bank.folder} has {own}")
 
 

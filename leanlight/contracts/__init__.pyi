@@ -74,6 +74,9 @@ from .images import (
 from .images import (
     predicted_origin as predicted_origin,
 )
+from .images import (
+    same_classes as same_classes,
+)
 from .media import (
     Animation as Animation,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,6 +60,12 @@ class ImageMeta(DataMeta):
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]
+
+
+def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two lists of label names mean the same classes: plain numbers stand for names that only files know."""
+    numbers = tuple(map(str, range(len(one))))
+    return tuple(one) == tuple(other) or (len(one) == len(other) and numbers in (tuple(one), tuple(other)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from leanlight.contracts import ImageMeta, NetworkFactory, UserError
+from leanlight.contracts import ImageMeta, NetworkFactory, UserError, same_classes
 from lit_modules.classifier import ImageClassifier
 from lit_modules.frozen import Frozen, frozen_module, frozen_network
 from lit_modules.nn.checks import blank_output
@@ -50,11 +50,11 @@ class Teacher:
                 distill_weight=0.0,
             )
             its = module.evaluation
-            for what, expected, got in (
-                ("images of shape", tuple(meta.shape), its.input_shape),
-                ("the classes", tuple(meta.classes), its.classes),
+            for what, expected, got, same in (
+                ("images of shape", tuple(meta.shape), its.input_shape, tuple(meta.shape) == its.input_shape),
+                ("the classes", tuple(meta.classes), its.classes, same_classes(meta.classes, its.classes)),
             ):
-                if expected != got:
+                if not same:
                     raise UserError(f"teacher.checkpoint: expected a teacher for {what} {expected}, got one for {got}")
             return Frozen(module.network)
         if self.checkpoint is not None:
