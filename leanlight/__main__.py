@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from leanlight import __version__
 from leanlight.contracts.errors import UserError, nearest
@@ -32,7 +33,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    _cwd_last()
+    _order_path()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -57,10 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _cwd_last() -> None:
-    """Import a user's own module from the working directory, but let no folder there hide a package of the suite."""
-    here = os.getcwd()
-    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", here)), here]
+def _order_path() -> None:
+    """Import a user's own module from the working directory, but let no folder there hide a package of the suite.
+
+    In a checkout all packages come from that one, also where another is installed: a run is of one state of the code,
+    which its hash can tell.
+    """
+    here, home = os.getcwd(), Path(__file__).resolve().parents[1]
+    first = [str(home)] if (home / "pyproject.toml").is_file() else []
+    sys.path[:] = [*first, *(entry for entry in sys.path if entry not in ("", here, *first)), here]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The import rules of the suite, and a start-up that loads nothing heavy."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -131,3 +133,21 @@ def test_light_commands_load_neither_torch_nor_lightning(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+def test_all_packages_are_those_of_the_checkout_that_runs(tmp_path):
+    """Also in its own folder, with another one installed: parts of two would be a run that no hash tells."""
+    shutil.copytree(ROOT / "leanlight", tmp_path / "leanlight", ignore=shutil.ignore_patterns("__pycache__", "configs"))
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "lit_modules").mkdir()
+    (tmp_path / "lit_modules" / "__init__.py").touch()
+    code = "from leanlight.__main__ import main; main(['--version']); import lit_modules; print(lit_modules.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.splitlines()[-1] == str(tmp_path / "lit_modules" / "__init__.py")
