@@ -60,9 +60,13 @@ def no_downloads(monkeypatch):
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_config_builds_a_module_and_data_that_keep_the_contracts(name):
     cli = build(name)
-    assert isinstance(cli.model, MethodModule)
+    method = METHODS[name.split("/")[0]]
+    stage = cli.resolved["model"]["class_path"] not in {other.module for other in METHODS.values()}
+    # A stage on the way to a method's result may have no validation data to be judged by, and nothing to train.
+    assert isinstance(cli.model, MethodModule) or (stage and method.smallest_inputs and callable(cli.model.media))
     assert callable(cli.datamodule.ensure_available)
-    assert cli.model.primary_metric.name.startswith("val/")
+    if (metric := getattr(cli.model, "primary_metric", None)) is not None:
+        assert metric.name.startswith("val/")
     run_folder = cli.resolved["run"]["method"] or method_of(cli.resolved["model"]["class_path"])
     assert run_folder == name.split("/")[0]
 
