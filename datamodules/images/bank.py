@@ -19,6 +19,7 @@ from datamodules.images.catalog import describe
 from datamodules.images.module import ImageDataModule, resize
 from datamodules.images.sources import Raw
 from datamodules.images.splits import stratified_split
+from datamodules.images.substitute import read_safetensors
 from datamodules.loaders import rank_and_world
 from leanlight.contracts import (
     BANK_COLUMNS,
@@ -114,13 +115,10 @@ def _read_manifest(path: Path) -> dict[str, np.ndarray]:
 
 
 def _map_images(path: Path) -> Tensor:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("images")
-    except SafetensorError as error:
-        raise UserError(f"banks: {path} is damaged, or holds no images ({error})") from error
+    tensors = read_safetensors(path, "banks")
+    if "images" not in tensors:
+        raise UserError(f"banks: expected images in {path}, which holds {sorted(tensors)}")
+    return tensors["images"]
 
 
 class BankDataModule(ImageDataModule):

@@ -57,7 +57,7 @@ from lit_modules.dda import (
     kd_losses,
     write_bank,
 )
-from lit_modules.dda.bank import originals
+from lit_modules.dda.bank import in_8_bits, originals
 from lit_modules.dda.reference import crop_each, plain_inversion
 from lit_modules.dda.sampling import generators, require_diffusers, sample, start_noise
 from lit_modules.dda.students import logits_and_map
@@ -186,7 +186,7 @@ def run(quick: bool = False) -> Measurement:
 def our_call(sizes: Sizes, teacher: Frozen[Any], steps: int, augment: str | None = "flip_then_shift") -> Synthesized:
     """A call of our inversion. teacher: gets into our memory format."""
     inversion = GeneratorInversion(steps=steps, width=sizes.width, augment=augment)
-    return inversion(teacher, *_start(sizes), sizes.shape, seed=0)
+    return inversion(teacher, *_start(sizes.items), sizes.shape, seed=0)
 
 
 def plain_call(
@@ -195,12 +195,12 @@ def plain_call(
     """The same in a plain loop, from the same weights and latents."""
     draws = torch.Generator().manual_seed(derived_seed(0, "start"))
     generator = Generator.fresh(sizes.shape, draws, latent_size=_LATENT, width=sizes.width)
-    return plain_inversion(teacher.network, generator, *_start(sizes), steps, augment)
+    return plain_inversion(teacher.network, generator, *_start(sizes.items), steps, augment)
 
 
-def _start(sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Latents and classes."""
-    index = torch.arange(sizes.items)
+def _start(items: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Latents and classes of so many images."""
+    index = torch.arange(items, device=device)
     return counter.noise(0, index, _LATENT), counter.labels(0, index, _CLASSES)
 
 
@@ -264,7 +264,7 @@ def measure_inversion(sizes: Sizes, folder: Path, measured: Measurement) -> None
 def write_images(sizes: Sizes, folder: Path) -> None:
     """Smooth images of noise in order of their classes: ``bank``, the same as ``png``, and a few ``real`` ones."""
     coarse = torch.rand(sizes.bank, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    images = (F.interpolate(coarse, sizes.side, mode="bicubic").clamp(0, 1) * 255).round().byte()
+    images = in_8_bits(F.interpolate(coarse, sizes.side, mode="bicubic").clamp(0, 1))
     labels = torch.arange(sizes.bank) * _CLASSES // sizes.bank
     names = [str(label) for label in range(_CLASSES)]
     write_bank(folder / "bank", images, originals(labels.numpy(), labels.numpy()), names, teacher=None)
@@ -470,8 +470,7 @@ def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], Paper
 
     def inversion() -> PaperStep:
         teacher, _ = networks()
-        index, steps = torch.arange(items, device=where), 1 if quick else 10
-        start = counter.noise(0, index, _LATENT), counter.labels(0, index, _CLASSES)
+        start, steps = _start(items, where), 1 if quick else 10
         # Ten steps in a call: one of them alone would be lost in the making of the generator.
         call = GeneratorInversion(steps=steps, width=width)
         return PaperStep(lambda: call(teacher, *start, shape, seed=0), steps * items)
@@ -507,10 +506,8 @@ def same_inversion(where: str, steps: int = 3) -> Found:
     """The largest relative difference of what a call tells, on the device and on the CPU."""
     sizes, results = Sizes(side=16, items=32, width=16), []
     for device in ("cpu", where):
-        index = torch.arange(sizes.items, device=device)
-        start = counter.noise(0, index, _LATENT), counter.labels(0, index, _CLASSES)
         call = GeneratorInversion(steps=steps, width=sizes.width)
-        made = call(sizes.teacher().to(device), *start, sizes.shape, seed=0)
+        made = call(sizes.teacher().to(device), *_start(sizes.items, device), sizes.shape, seed=0)
         told = [*made.first.values(), made.best["loss"], *made.bn_layers]
         results.append(torch.stack(told).cpu())
     expected, found = results

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,29 +139,26 @@ def one_of(
     return operations[choice](image, uniform)
 
 
-def flip_then_rotate(image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirror each image with probability 1/2, then rotate it by up to 15 degrees: the "composed" variant."""
-    image = one_of(image, generator, operations=(_flip,))
-    return one_of(image, generator, operations=(_rotate,))
+def flip_then(image: Tensor, generator: torch.Generator | None = None, *, operation: Operation) -> Tensor:
+    """Mirror each image with probability 1/2, then apply one operation, its parameters drawn for each image.
 
-
-def flip_then_shift(image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirror each image with probability 1/2, then move it by up to an eighth of its side (4 pixels of 32).
-
-    What `leanlight.ops.augment.flip_and_crop` does to images of 32 pixels, at a hundredth of its cost under a gradient.
+    Args:
+        image: (N, C, H, W).
+        generator: as of `one_of`.
+        operation: as those of `one_of`.
     """
-    image = one_of(image, generator, operations=(_flip,))
-    return one_of(image, generator, operations=(_shift,))
-
-
-def flip_then_resized_crop(image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirror each image with probability 1/2, then show a window of it: a quarter of its area to the whole."""
-    image = one_of(image, generator, operations=(_flip,))
-    return one_of(image, generator, operations=(_resized_crop,))
+    return one_of(one_of(image, generator, operations=(_flip,)), generator, operations=(operation,))
 
 
 _DSA = (_colour, _shift, _cutout, _flip, _scale, _rotate)
 
+#: By up to 15 degrees: the "composed" variant.
+flip_then_rotate: Augmentation = functools.partial(flip_then, operation=_rotate)
+#: By up to an eighth of the side (4 pixels of 32): what `leanlight.ops.augment.flip_and_crop` does to images of 32
+#: pixels, at a hundredth of its cost under a gradient.
+flip_then_shift: Augmentation = functools.partial(flip_then, operation=_shift)
+#: To a window of a quarter of the area to the whole.
+flip_then_resized_crop: Augmentation = functools.partial(flip_then, operation=_resized_crop)
 flip_or_rotate: Augmentation = functools.partial(one_of, operations=(_flip, _rotate))
 only_shift: Augmentation = functools.partial(one_of, operations=(_shift,))
 rotate: Augmentation = functools.partial(one_of, operations=(_rotate,))
@@ -181,9 +178,10 @@ DIFFERENTIABLE: dict[str, Augmentation] = {
 ALL_AUGMENTATIONS: dict[str, Augmentation] = {**AUGMENTATIONS, **DIFFERENTIABLE}
 
 
-def find_augmentation(name: str | None, key: str) -> Augmentation | None:
-    """Return the augmentation of that name, None for None; UserError naming `key` otherwise."""
-    if name is not None and name not in ALL_AUGMENTATIONS:
-        hint = nearest(name, ALL_AUGMENTATIONS)
-        raise UserError(f"{key}: expected one of {sorted(ALL_AUGMENTATIONS)}, got {name!r}{hint}")
-    return ALL_AUGMENTATIONS[name] if name else None
+def find_augmentation(
+    name: str | None, key: str, among: Mapping[str, Augmentation] = ALL_AUGMENTATIONS
+) -> Augmentation | None:
+    """Return the augmentation of that name among some, None for None; UserError naming `key` otherwise."""
+    if name is not None and name not in among:
+        raise UserError(f"{key}: expected one of {sorted(among)}, got {name!r}{nearest(name, among)}")
+    return among[name] if name else None

@@ -8,7 +8,12 @@ from .hooks import (
 from .losses import class_index as class_index
 from .losses import cross_entropy as cross_entropy
 from .losses import distillation_loss as distillation_loss
-from .module import ImageClassifier as ImageClassifier
+from .module import (
+    ImageClassifier as ImageClassifier,
+)
+from .module import (
+    frozen_teacher as frozen_teacher,
+)
 from .training import (
     Recipe as Recipe,
 )

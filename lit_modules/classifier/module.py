@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -90,17 +91,8 @@ class ImageClassifier(ClassifierHooks):
 
     def _load_teacher(self) -> nn.Module:
         helps = "leanlight run classifier/pipelines/fashion_mnist_small trains one first"
-        # Without its own teacher, whose file may be gone.
-        overrides: dict[str, Any] = {"teacher_checkpoint": None, "distill_weight": 0.0}
-        teacher = frozen_module(ImageClassifier, self.teacher_checkpoint, "teacher_checkpoint", helps, **overrides)
-        ours, its = self.evaluation, teacher.evaluation
-        for name, expected, got in (
-            ("images of shape", ours.input_shape, its.input_shape),
-            ("the classes", ours.classes, its.classes),
-        ):
-            if got != expected:
-                raise UserError(f"teacher_checkpoint: expected a teacher for {name} {expected}, got one for {got}")
-        return teacher.network
+        shape, classes = self.evaluation.input_shape, self.evaluation.classes
+        return frozen_teacher(self.teacher_checkpoint, "teacher_checkpoint", helps, shape, classes)
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
@@ -131,3 +123,37 @@ class ImageClassifier(ClassifierHooks):
         if split == "train":
             return {} if self._train_images is None else {"batch": pictures.batch(self._train_images)}
         return super().media(split)
+
+
+def frozen_teacher(
+    checkpoint: Path | None,
+    argument: str,
+    helps: str,
+    shape: tuple[int, ...],
+    classes: tuple[str, ...],
+    same_classes: Callable[[Any, Any], bool] = operator.eq,
+) -> nn.Module:
+    """The network of an ImageClassifier's checkpoint, frozen, on the CPU.
+
+    Args:
+        checkpoint: the file.
+        argument: name of the caller's argument that holds its path, for errors.
+        helps: what to do when there is none.
+        shape: (C, H, W) of the images that it must be for.
+        classes: label names that it must be for.
+        same_classes: whether two lists of label names mean the same; by default equal ones alone.
+
+    Raises:
+        UserError: no such checkpoint, or one for other images or classes.
+    """
+    # Without its own teacher, whose file may be gone.
+    overrides: dict[str, Any] = {"teacher_checkpoint": None, "distill_weight": 0.0}
+    teacher = frozen_module(ImageClassifier, checkpoint, argument, helps, **overrides)
+    its = teacher.evaluation
+    for name, expected, got, same in (
+        ("images of shape", shape, its.input_shape, operator.eq),
+        ("the classes", classes, its.classes, same_classes),
+    ):
+        if not same(expected, got):
+            raise UserError(f"{argument}: expected a teacher for {name} {expected}, got one for {got}")
+    return teacher.network

@@ -25,7 +25,7 @@ from leanlight.contracts import (
     run_seed,
 )
 from lit_modules.dda import pictures
-from lit_modules.dda.bank import ImagePool, teacher_digest, write_bank
+from lit_modules.dda.bank import ImagePool, in_8_bits, teacher_digest, write_bank
 from lit_modules.dda.diffusion import Backend, Variations
 from lit_modules.dda.filtering import cosine_scores, keep_above, keep_top
 from lit_modules.dda.sampling import in_chunks
@@ -141,9 +141,9 @@ class DiffusionAugmentation(LightningModule):
         assert self._variations is not None
         origin = predicted_origin(self, batch.index)
         seeds = self._seeds(origin.get("origin", batch.index))
-        made = (self._variations.vary(batch.image, batch.label, seeds).clamp(0, 1) * 255).round().to(torch.uint8)
+        made = in_8_bits(self._variations.vary(batch.image, batch.label, seeds).clamp(0, 1))
         seen = made.flatten(0, 1).float() / 255
-        source = (batch.image * 255).round() / 255  # as `seen`, so that equal images are equal bit by bit
+        source = in_8_bits(batch.image).float() / 255  # as `seen`, so that equal images are equal bit by bit
         features = self._embed(torch.cat([source, seen]))
         own, others = features[: len(batch)], features[len(batch) :].unflatten(0, seeds.shape)
         logits = in_chunks(self._teacher, _CHUNK, seen)

@@ -143,6 +143,11 @@ class ImagePool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def in_8_bits(images: Tensor) -> Tensor:
+    """Images in [0, 1], of any shape, as uint8."""
+    return (images * 255).round().to(torch.uint8)
+
+
 def originals(labels: np.ndarray, teacher_labels: np.ndarray, seeds: np.ndarray | int = -1) -> dict[str, np.ndarray]:
     """Columns of a manifest of images that vary no others.
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError, derived_seed, nearest, to_device
-from leanlight.ops.differentiable import DIFFERENTIABLE, flip_then_resized_crop
+from leanlight.contracts import UserError, derived_seed, to_device
+from leanlight.ops.differentiable import DIFFERENTIABLE, find_augmentation, flip_then_resized_crop
 from lit_modules.dda.contrastive import Contrastive, ContrastiveMemory
 from lit_modules.dda.generators import Generator, check_sides
 from lit_modules.dda.students import rotation_labels, rotations
@@ -428,9 +428,7 @@ class GeneratorInversion(Inversion):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(width=self.width, base=self.base)
-        if self.augment is not None and self.augment not in DIFFERENTIABLE:
-            hint = nearest(self.augment, DIFFERENTIABLE)
-            raise UserError(f"augment: expected one of {sorted(DIFFERENTIABLE)} or null, got {self.augment!r}{hint}")
+        find_augmentation(self.augment, "augment", DIFFERENTIABLE)
 
     def check(self, network: nn.Module, shape: Sequence[int], student: bool = False) -> None:
         super().check(network, shape, student)

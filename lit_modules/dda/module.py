@@ -33,7 +33,7 @@ from leanlight.contracts import (
 from leanlight.ops import counter
 from lit_modules.classifier import ClassifierHooks, class_index
 from lit_modules.dda import pictures
-from lit_modules.dda.bank import teacher_digest
+from lit_modules.dda.bank import in_8_bits, teacher_digest
 from lit_modules.dda.contrastive import ContrastiveMemory
 from lit_modules.dda.inversion import Adversary, Inversion
 from lit_modules.dda.pool import GrowingPool
@@ -329,7 +329,7 @@ class DataFreeDistillation(ClassifierHooks):
             Adversary(self.network, self.head),
             self._memory,
         )
-        images = (made.images * 255).round().byte()
+        images = in_8_bits(made.images)
         answer = self._answer(images / 255).argmax(1)
         pool.put(start + number * self.synthesis_items, images, label, answer)
         agreement = (answer == label).float().mean()

@@ -25,7 +25,7 @@ from leanlight.contracts import (
     run_seed,
 )
 from lit_modules.dda import pictures
-from lit_modules.dda.bank import ImagePool, originals, teacher_digest, write_bank
+from lit_modules.dda.bank import ImagePool, in_8_bits, originals, teacher_digest, write_bank
 from lit_modules.dda.contrastive import ContrastiveMemory
 from lit_modules.dda.inversion import GeneratorInversion, Inversion, Synthesized
 from lit_modules.dda.teacher import Teacher
@@ -141,7 +141,7 @@ class BankSynthesis(LightningModule):
         """Write the images of all processes; the share of these that the teacher takes for what they shall show."""
         assert self._teacher is not None
         assert self._pool is not None
-        images = (made.images * 255).round().to(torch.uint8)
+        images = in_8_bits(made.images)
         answers = self._teacher(images.to(made.images.dtype) / 255).argmax(1)
         self._pool.put(batch.index, images, batch.label, answers)
         # Waits for the other processes: whoever saves a checkpoint then has what it counts.

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from leanlight.contracts import ImageMeta, NetworkFactory, UserError, same_classes
-from lit_modules.classifier import ImageClassifier
-from lit_modules.frozen import Frozen, frozen_module, frozen_network
+from lit_modules.classifier import frozen_teacher
+from lit_modules.frozen import Frozen, frozen_network
 from lit_modules.nn.checks import blank_output
 
 _HELPS = "leanlight run dda/pipelines/fashion_mnist_small trains one first"
@@ -41,22 +41,8 @@ class Teacher:
         if self.network is None:
             if self.weights is not None:
                 raise UserError(f"teacher.network: expected what makes the network that {self.weights} is for")
-            module = frozen_module(
-                ImageClassifier,
-                self.checkpoint,
-                "teacher.checkpoint",
-                _HELPS,
-                teacher_checkpoint=None,
-                distill_weight=0.0,
-            )
-            its = module.evaluation
-            for what, expected, got, same in (
-                ("images of shape", tuple(meta.shape), its.input_shape, tuple(meta.shape) == its.input_shape),
-                ("the classes", tuple(meta.classes), its.classes, same_classes(meta.classes, its.classes)),
-            ):
-                if not same:
-                    raise UserError(f"teacher.checkpoint: expected a teacher for {what} {expected}, got one for {got}")
-            return Frozen(module.network)
+            shape, classes = tuple(meta.shape), tuple(meta.classes)
+            return Frozen(frozen_teacher(self.checkpoint, "teacher.checkpoint", _HELPS, shape, classes, same_classes))
         if self.checkpoint is not None:
             raise UserError("teacher.checkpoint: expected none beside teacher.network; give one of them")
         network = frozen_network(self.network, self.weights, "teacher.weights")
