@@ -168,3 +168,18 @@ from .rng import (
     run_seed as run_seed,
 )
 from .robustness import UnderNoise as UnderNoise
+from .sessions import (
+    Catalogue as Catalogue,
+)
+from .sessions import (
+    SessionBatch as SessionBatch,
+)
+from .sessions import (
+    SessionData as SessionData,
+)
+from .sessions import (
+    SessionMeta as SessionMeta,
+)
+from .sessions import (
+    Sessions as Sessions,
+)
