@@ -27,3 +27,7 @@ from .images.subset import SubsetDataModule as SubsetDataModule
 from .images.subset import SubsetStream as SubsetStream
 from .images.substitute import DistilledDataModule as DistilledDataModule
 from .noise import NoiseDataModule as NoiseDataModule
+from .sessions.catalog import SESSIONS as SESSIONS
+from .sessions.catalog import SessionSetInfo as SessionSetInfo
+from .sessions.module import SessionDataModule as SessionDataModule
+from .sessions.planted import Planted as Planted

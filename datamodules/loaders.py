@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlight.contracts import Batch, ImageBatch, UserError, derived_seed, run_seed
+from leanlight.contracts import Batch, UserError, derived_seed, run_seed
 
 B = TypeVar("B", bound=Batch)
 # From blocks of positions to batches: at once from memory, or through worker processes.
@@ -226,7 +226,7 @@ def remaining_blocks(size: int, batch_size: int, done: Tensor, rank: int = 0, wo
     return own
 
 
-class EvalLoader:
+class EvalLoader(Generic[B]):
     """A split in its own order, each item exactly once over all ranks. Metrics must weight by items.
 
     Args:
@@ -242,7 +242,7 @@ class EvalLoader:
         self,
         size: int,
         batch_size: int,
-        fetch: Fetch[ImageBatch],
+        fetch: Fetch[B],
         rank: int = 0,
         world: int = 1,
         done: Tensor | None = None,
@@ -256,5 +256,5 @@ class EvalLoader:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[B]:
         return iter(self._fetch(self._blocks))

@@ -189,16 +189,25 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted") from None
 
 
-def unpickle(path: Path) -> dict[str, Any]:
-    """Load a dictionary from an untrusted pickle through `RestrictedUnpickler`; arrays come as numpy arrays."""
+def unpickle(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """Load an untrusted pickle through `RestrictedUnpickler`; UserError when it is refused.
+
+    Args:
+        path: of the file.
+        kind: what it must hold: a dictionary, whose arrays come as numpy arrays, or one of other kinds.
+    """
     try:
         with open(path, "rb") as file:
             content = RestrictedUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise anything, from MemoryError to UnicodeDecodeError
         raise UserError(f"{path} was refused: {type(error).__name__} {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} was refused: expected a dictionary, got {type(content).__name__}")
-    return {str(k): v.array if isinstance(v, _ByteArray) else v for k, v in content.items()}
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(content) not in kinds:
+        expected = " or ".join("dictionary" if one is dict else one.__name__ for one in kinds)
+        raise UserError(f"{path} was refused: expected a {expected}, got {type(content).__name__}")
+    if isinstance(content, dict):
+        return {str(k): v.array if isinstance(v, _ByteArray) else v for k, v in content.items()}
+    return content
 
 
 def read_cifar_batches(paths: Iterable[Path], label_key: str, num_classes: int) -> Part:

@@ -257,18 +257,18 @@ class ImageDataModule(pl.LightningDataModule):
             self, len(split), split.batches, self.batch_size, self.seed, self.drop_last, self.epoch_batches
         )
 
-    def _eval_loader(self, split: ImageSplit, done: Tensor | None = None) -> EvalLoader:
+    def _eval_loader(self, split: ImageSplit, done: Tensor | None = None) -> EvalLoader[ImageBatch]:
         return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world(), done)
 
-    def val_dataloader(self) -> EvalLoader | list[Any]:
+    def val_dataloader(self) -> EvalLoader[ImageBatch] | list[Any]:
         """Held-out validation items; no loader when there are none."""
         return self._eval_loader(self.val_split) if self.val_split is not None else []
 
-    def test_dataloader(self) -> EvalLoader:
+    def test_dataloader(self) -> EvalLoader[ImageBatch]:
         """The test part."""
         return self._eval_loader(self.test_split)
 
-    def predict_dataloader(self) -> EvalLoader:
+    def predict_dataloader(self) -> EvalLoader[ImageBatch]:
         """The part `predict_split`, without the items of `skip_predicted`."""
         return self._eval_loader(self._part(self.predict_split), self._predicted)
 

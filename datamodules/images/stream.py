@@ -183,21 +183,21 @@ class ImageFolderStream(pl.LightningDataModule):
         loader = train_loader(self, size, fetch, self.batch_size, self.seed, self.drop_last)
         return loader
 
-    def _eval_loader(self, name: str, done: Tensor | None = None) -> EvalLoader:
+    def _eval_loader(self, name: str, done: Tensor | None = None) -> EvalLoader[ImageBatch]:
         resize = v2.Resize(round(self.image_size * 8 / 7), antialias=True)
         transform = v2.Compose([resize, v2.CenterCrop(self.image_size), v2.PILToTensor()])
         fetch = partial(self._fetch, name=name, transform=transform, seed=None)
         return EvalLoader(len(self.splits[name].paths), self.eval_batch_size, fetch, *rank_and_world(), done)
 
-    def val_dataloader(self) -> EvalLoader:
+    def val_dataloader(self) -> EvalLoader[ImageBatch]:
         """Centre crops of the held-out items."""
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> EvalLoader:
+    def test_dataloader(self) -> EvalLoader[ImageBatch]:
         """Centre crops of the test part."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> EvalLoader:
+    def predict_dataloader(self) -> EvalLoader[ImageBatch]:
         """Centre crops of the part `predict_split`, without the items of `skip_predicted`."""
         return self._eval_loader(self.predict_split, self._predicted)
 
