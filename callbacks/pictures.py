@@ -22,6 +22,7 @@ from leanlight.contracts import (
     Histogram,
     ImageGrid,
     MediaItem,
+    Scatter,
     Table,
     atomic_path,
     atomic_write,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # Okabe and Ito (2008): eight colours that stay apart for colour-blind readers; yellow is left out on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D")
 _SMALLEST_TILE = 64  # pixels; smaller images are enlarged by whole factors, so that each pixel stays a square
 _LARGEST_LABELLED = 12  # rows of a heat map whose values can still be read
 _STYLE: dict[Any, Any] = {
@@ -155,7 +157,7 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
 # -- figures
 
 
-def _draw_figure(item: Curve | Histogram | Heatmap | Bars, title: str) -> Figure:
+def _draw_figure(item: Curve | Histogram | Heatmap | Scatter | Bars, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_size(item), layout="constrained")
@@ -166,6 +168,8 @@ def _draw_figure(item: Curve | Histogram | Heatmap | Bars, title: str) -> Figure
         _draw_histogram(axes, item)
     elif isinstance(item, Heatmap):
         _draw_heatmap(figure, axes, item)
+    elif isinstance(item, Scatter):
+        _draw_scatter(axes, item)
     else:
         _draw_bars(axes, item)
     axes.set_title(title)
@@ -243,6 +247,16 @@ def _draw_heatmap(figure: Figure, axes: Axes, item: Heatmap) -> None:
             axes.text(
                 column, row, text, ha="center", va="center", fontsize=8, color="black" if value > middle else "white"
             )
+
+
+def _draw_scatter(axes: Axes, item: Scatter) -> None:
+    for number, (name, points) in enumerate(item.series.items()):
+        x, y = points.detach().float().cpu().T.numpy()
+        colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
+        axes.scatter(x, y, s=10, c=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
+    axes.set(xlabel=item.xlabel, ylabel=item.ylabel)
+    if len(item.series) > 1:
+        axes.legend(fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_bars(axes: Axes, item: Bars) -> None:

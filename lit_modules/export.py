@@ -31,21 +31,26 @@ class _Step(nn.Module):
         return (x >= 0).to(x.dtype)
 
 
-def write_program(network: nn.Module, example: Tensor, path: Path, batch_dim: int = 0) -> bool:
+def write_program(
+    network: nn.Module, example: Tensor, path: Path, batch_dim: int = 0, length_dim: int | None = None
+) -> bool:
     """Write `network` (made `portable`) as a ``torch.export`` program for one tensor; whether any batch size fits it.
 
-    Where a network fixes the batch size, the example's is the only one.
+    Where a network fixes the batch size, or a length, the example's is the only one.
 
     Args:
         network: to write.
         example: an input with at least 2 items along `batch_dim`: torch.export takes a size of 1 for a constant.
         path: of the file.
         batch_dim: dimension of the items.
+        length_dim: dimension of sequences of any length, at least 2 in the example, too.
     """
-    batch = torch.export.Dim("batch", min=1)
+    sizes = {batch_dim: torch.export.Dim("batch", min=1)}
+    if length_dim is not None:
+        sizes[length_dim] = torch.export.Dim("length", min=1)
     with torch.no_grad():
         try:
-            program, any_batch = torch.export.export(network, (example,), dynamic_shapes=({batch_dim: batch},)), True
+            program, any_batch = torch.export.export(network, (example,), dynamic_shapes=(sizes,)), True
         except (torch._dynamo.exc.UserError, RuntimeError, ValueError):
             program, any_batch = torch.export.export(network, (example,)), False
     buffer = io.BytesIO()

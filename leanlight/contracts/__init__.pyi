@@ -99,6 +99,9 @@ from .media import (
     MediaItem as MediaItem,
 )
 from .media import (
+    Scatter as Scatter,
+)
+from .media import (
     Table as Table,
 )
 from .meta import DataMeta as DataMeta

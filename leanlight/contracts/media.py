@@ -53,6 +53,15 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """Points of a plane: each series is (P, 2), columns x and y."""
+
+    series: Mapping[str, Tensor]
+    xlabel: str
+    ylabel: str
+
+
+@dataclass(frozen=True)
 class Bars:
     """One bar a name."""
 
@@ -76,4 +85,4 @@ class Animation:
     fps: float = 10.0
 
 
-MediaItem = ImageGrid | Curve | Histogram | Heatmap | Bars | Table | Animation
+MediaItem = ImageGrid | Curve | Histogram | Heatmap | Scatter | Bars | Table | Animation

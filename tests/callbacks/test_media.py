@@ -21,6 +21,7 @@ from leanlight.contracts import (
     ImageGrid,
     PrimaryMetric,
     Progress,
+    Scatter,
     Table,
 )
 
@@ -31,6 +32,7 @@ PICTURES = {
     "histogram": Histogram({"a": torch.randn(50), "with gaps": torch.tensor([1.0, float("nan")])}, "score"),
     "constant": Histogram({"a": torch.ones(5)}, "score"),
     "heatmap": Heatmap(torch.rand(3, 4), "x", "y", rows=["r1", "r2", "r3"]),
+    "scatter": Scatter({"one": torch.rand(9, 2), "other": torch.zeros(0, 2)}, "x", "y"),
     "bars": Bars({"first": 1.0, "second": 2.5}, "spikes"),
 }
 
