@@ -1,0 +1,5 @@
+from .backbones import STAMP as STAMP
+from .backbones import Backbone as Backbone
+from .backbones import GRU4Rec as GRU4Rec
+from .scoring import Scoring as Scoring
+from .scoring import top_k as top_k

@@ -1,0 +1,188 @@
+"""Networks that turn a session of clicks into a vector: GRU4Rec, STAMP, SR-GNN, GCE-GNN.
+
+A session is compared with the rows of the table of items, `lit_modules.hid.Scoring`: always the table itself, also
+where a network has updated the items of a session on its way (the published code of both graph networks does so, their
+figures do not). Shapes depend on those of the input alone, so that nothing waits for a device, and all can be exported
+with N and L left open. Equations: docs/methods/hid.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops import scan
+
+from leanlight.contracts import Catalogue, Sessions, UserError
+from lit_modules.nn.checks import require_positive
+
+
+class Backbone(nn.Module):
+    """A table of items, and a network for sessions.
+
+    Args:
+        num_items: m, items of the catalogue, numbered from 1.
+        dim: d, size of the vectors of items and sessions.
+        embedding_std: standard deviation of the table's first values, drawn from a normal distribution; None: those of
+            the network's authors, here U(-1/√d, 1/√d), as all weights.
+    """
+
+    #: Clicks that a session can have at most; None: any number.
+    max_length: int | None = None
+
+    def __init__(self, num_items: int, dim: int = 100, embedding_std: float | None = None) -> None:
+        super().__init__()
+        require_positive(num_items=num_items, dim=dim)
+        if embedding_std is not None and embedding_std <= 0:
+            raise UserError(f"embedding_std: expected a positive number, got {embedding_std}")
+        self.num_items, self.dim, self.embedding_std = num_items, dim, embedding_std
+        self.embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
+
+    def prepare(self, catalogue: Catalogue, sessions: Sessions) -> None:
+        """Take from the training sessions what the network needs of them."""
+
+    def forward(self, items: Tensor, length: Tensor) -> Tensor:
+        """Vectors (N, d) of sessions.
+
+        Args:
+            items: (N, L) int64 clicks from 1, in their order from the left; 0 behind them.
+            length: (N,) int64 number of clicks, at least 1.
+        """
+        raise NotImplementedError
+
+    def item_embedding(self) -> Tensor:
+        """(m + 1, d) vectors of the items; row 0 is zero."""
+        return self.embedding.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        bound = 1 / math.sqrt(self.dim)
+        for weight in self.parameters():
+            weight.uniform_(-bound, bound)
+        self._reset_items()
+
+    @torch.no_grad()
+    def _reset_items(self) -> None:
+        if self.embedding_std is not None:
+            self.embedding.weight.normal_(0, self.embedding_std)
+        self.embedding.weight[0] = 0
+
+
+def _require_share(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name}: expected a number in [0, 1), got {value}")
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Of values (N, L, d) those at positions (N, K): (N, K, d)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
+
+
+def _last(values: Tensor, length: Tensor) -> Tensor:
+    """Of values (N, L, d) the last that is no padding: (N, d)."""
+    return _at(values, length[:, None] - 1).squeeze(1)
+
+
+class GRU4Rec(Backbone):
+    """A recurrent network; the last state is the session's (Hidasi et al. 2016), trained by a softmax over all items.
+
+    Args:
+        num_items: m.
+        dim: d, also of the state.
+        dropout: of the items' vectors, in [0, 1).
+        layers: of the recurrent network.
+        embedding_std: see `Backbone`.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int = 100,
+        dropout: float = 0.3,
+        layers: int = 1,
+        embedding_std: float | None = None,
+    ) -> None:
+        super().__init__(num_items, dim, embedding_std)
+        require_positive(layers=layers)
+        _require_share(dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.gru = nn.GRU(dim, dim, layers, batch_first=True)
+        self.reset_parameters()
+
+    def forward(self, items: Tensor, length: Tensor) -> Tensor:
+        # Padding lies behind the clicks, so the state at the last click knows nothing of it.
+        clicks = self.dropout(self.embedding(items))
+        states = _scanned(self.gru, clicks) if torch.compiler.is_exporting() else self.gru(clicks)[0]
+        return _last(states, length)
+
+
+def _scanned(gru: nn.GRU, clicks: Tensor) -> Tensor:
+    """What a GRU gives for (N, L, d) without gradients, by an operation whose number of steps an export leaves open.
+
+    An exported `nn.GRU` is unrolled over the clicks of the example it is exported with, so it takes no other length.
+    """
+    for layer in gru.all_weights:
+        w_in, w_state, b_in, b_state = (weight.detach() for weight in layer)
+
+        def step(state: Tensor, x: Tensor, w: Tensor = w_state, b: Tensor = b_state) -> tuple[Tensor, Tensor]:
+            (reset_x, update_x, new_x), (reset_h, update_h, new_h) = x.chunk(3, 1), (state @ w.T + b).chunk(3, 1)
+            candidate = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+            state = candidate + (update_x + update_h).sigmoid() * (state - candidate)
+            return state, state.clone()
+
+        inputs = (clicks.detach() @ w_in.T + b_in).transpose(0, 1)
+        clicks = scan(step, inputs.new_zeros(inputs.shape[1], gru.hidden_size), inputs)[1].transpose(0, 1)
+    return clicks
+
+
+class STAMP(Backbone):
+    """Attention between a session's mean, its last click and every click (Liu et al. 2018).
+
+    Args:
+        num_items: m.
+        dim: d.
+        embedding_std: standard deviation of the table's first values.
+        weight_std: standard deviation of the other weights' first values; biases begin with 0.
+        max_norm: longest vector of an item where a session is read; longer ones are scaled. None: any length. The
+            items that a session is compared with keep theirs.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int = 100,
+        embedding_std: float = 0.002,
+        weight_std: float = 0.05,
+        max_norm: float | None = 1.5,
+    ) -> None:
+        super().__init__(num_items, dim, embedding_std)
+        for name, value in (("weight_std", weight_std), ("max_norm", max_norm)):
+            if value is not None and value <= 0:
+                raise UserError(f"{name}: expected a positive number, got {value}")
+        self.weight_std, self.max_norm = weight_std, max_norm
+        self.of_click = nn.Linear(dim, dim)
+        self.of_last = nn.Linear(dim, dim, bias=False)
+        self.of_mean = nn.Linear(dim, dim, bias=False)
+        self.attention = nn.Linear(dim, 1, bias=False)
+        self.session_head, self.last_head = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, weight in self.named_parameters():
+            weight.zero_() if name.endswith("bias") else weight.normal_(0, self.weight_std)
+        self._reset_items()
+
+    def forward(self, items: Tensor, length: Tensor) -> Tensor:
+        clicks = self.embedding(items)
+        if self.max_norm is not None:
+            clicks = clicks * (self.max_norm / clicks.norm(dim=2, keepdim=True).clamp(min=self.max_norm))
+        mean = clicks.sum(1) / length[:, None]  # padding's vectors are zero
+        last = _last(clicks, length)
+        hidden = self.of_click(clicks) + (self.of_last(last) + self.of_mean(mean))[:, None]
+        # Not a softmax: the weights of a session need not add up to 1. Padding weighs nothing, its vector being zero.
+        read = (self.attention(hidden.sigmoid()) * clicks).sum(1) + mean
+        return self.session_head(read).tanh() * self.last_head(last).tanh()
