@@ -45,6 +45,14 @@ class DatasetInfo:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
     @property
+    def facts(self) -> str:
+        """One line on its items, for ``leanlight data list``."""
+        facts = ["x".join(map(str, self.shape))]
+        if self.train:
+            facts += [f"{self.num_classes} classes", f"{self.train:,} + {self.test:,} items"]
+        return ", ".join(facts)
+
+    @property
     def by_path(self) -> bool:
         """Whether its files are the user's, in a folder that ``path`` names."""
         return not self.train

@@ -19,7 +19,7 @@ class SessionSetInfo:
         size_mb: what its files take in MB.
         get: how to come by it.
         files: of the raw log, in ``ROOT/<name>``; the first holds the clicks. None: it is no log.
-        category: what stands for the category of an item.
+        category: column that holds an item's category.
         session_gap: hours without a click after which a log starts a new session; None: the log has sessions.
         by_path: whether its files are the user's, at a place that ``path`` names.
     """
@@ -31,7 +31,7 @@ class SessionSetInfo:
     size_mb: float
     get: str
     files: tuple[str, ...] = ()
-    category: str = "category"
+    category: str = ""
     session_gap: float | None = None
     by_path: bool = False
 
@@ -42,7 +42,7 @@ class SessionSetInfo:
             return "sessions of clicks"
         gap = self.session_gap
         cut = "" if gap is None else ", a session a day" if gap == 0 else f", a session ends after {gap:g} h"
-        return f"click log, by item: {self.category}{cut}"
+        return f"click log, categories: {self.category}{cut}"
 
 
 _ALL = [
@@ -57,20 +57,22 @@ _ALL = [
     SessionSetInfo(
         name="diginetica",
         title="Diginetica, clicks in a shop",
-        licence="of CIKM Cup 2016",
+        licence="terms of CIKM Cup 2016",
         origin="CIKM Cup 2016, track 2: personalised e-commerce search",
         size_mb=90,
         get="get train-item-views.csv and product-categories.csv of CIKM Cup 2016, put them into ROOT/diginetica",
         files=("train-item-views.csv", "product-categories.csv"),
+        category="categoryId",
     ),
     SessionSetInfo(
         name="tmall",
         title="Tmall, clicks in a marketplace",
-        licence="research use",
+        licence="terms of Tianchi",
         origin="IJCAI-15 repeat buyers competition; Tianchi",
         size_mb=1900,
         get="get user_log_format1.csv of the IJCAI-15 competition from Tianchi, put it into ROOT/tmall",
         files=("user_log_format1.csv",),
+        category="cat_id",
         session_gap=0,  # the log has days only
     ),
     SessionSetInfo(
@@ -92,16 +94,17 @@ _ALL = [
         size_mb=1500,
         get="get yoochoose-clicks.dat of RecSys Challenge 2015, put it into ROOT/yoochoose",
         files=("yoochoose-clicks.dat",),
+        category="category",
     ),
     SessionSetInfo(
         name="nowplaying",
         title="#nowplaying, music that people tweet about",
-        licence="research use",
+        licence="terms of its authors",
         origin="Zangerle, Pichl, Gassler and Specht 2014",
         size_mb=60,
         get="get nowplaying.csv with SessionId, ItemId, Time and ArtistId, put it into ROOT/nowplaying",
         files=("nowplaying.csv",),
-        category="artist",
+        category="ArtistId",
     ),
     SessionSetInfo(
         name="movielens",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 
 from datamodules.images import formats
 from datamodules.sessions.catalog import SessionSetInfo, describe
-from datamodules.sessions.clicks import Array, Items, Part, Raw, Thresholds, offsets_of
+from datamodules.sessions.clicks import Array, Items, Part, Raw, Thresholds, offsets_of, split_log
 from datamodules.sessions.planted import Planted
+from datamodules.sessions.readers import READERS
 from leanlight.contracts import UserError
 
 _NPZ = ("train_items", "train_offsets", "test_items", "test_offsets")
@@ -38,6 +39,7 @@ def load(
     """
     info, rules = describe(name), rules or Thresholds()
     root = Path(root).expanduser()
+    file = root / "sessions" / f"{name}.npz"
     given = Path(path).expanduser() if path is not None else None
     if name == "planted":
         raw = (planted or Planted()).make()
@@ -45,12 +47,15 @@ def load(
         raw = read_npz(_existing(given, info))
     elif name == "pickles":
         raw = read_pickles(_existing(given, info))
-    elif given is None and (file := root / "sessions" / f"{name}.npz").is_file():
+    elif given is None and file.is_file():
         raw = read_npz(file)
     else:
-        raise UserError(
-            f"{info.title} was not found; tried: {root / 'sessions' / f'{name}.npz'}; to get it: {info.get}"
-        )
+        folder = given if given is not None else root / name
+        if not folder.is_dir():
+            tried = [folder] if given is not None else [file, folder]
+            raise UserError(f"{info.title} was not found; tried: {'; '.join(map(str, tried))}; to get it: {info.get}")
+        gap = info.session_gap if rules.session_gap is None else rules.session_gap
+        return split_log(READERS[name](folder), replace(rules, session_gap=gap))
     _only_for_logs(rules, raw.source)
     return raw
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules import CATALOG
+from datamodules import CATALOG, SESSIONS
 from datamodules.images import formats
 from leanlight.cli import data
 from leanlight.contracts import UserError
@@ -17,7 +17,7 @@ def test_list_names_every_set_without_importing_torch() -> None:
     code = "import sys; from leanlight.cli.data import main; main(['list']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in CATALOG:
+    for name in (*CATALOG, *SESSIONS):
         assert name in done.stdout
 
 
@@ -30,6 +30,32 @@ def test_check_prints_counts_and_fingerprint(capsys: pytest.CaptureFixture[str])
     module.setup()
     for expected in ("packaged subset", "2,880 train, 320 val, 800 test", "1x28x28", module.meta.fingerprint):
         assert expected in printed
+
+
+def test_check_of_sessions_prints_items_categories_head_and_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    from datamodules import SessionDataModule
+
+    assert data.main(["check", "planted"]) == 0
+    printed = capsys.readouterr().out
+    module = SessionDataModule("planted")
+    module.setup()
+    meta, clicks = module.meta, sorted(module.catalogue.clicks.tolist(), reverse=True)
+    share = 100 * sum(clicks[: meta.num_head]) / sum(clicks)
+    counts = f"{meta.counts['train']:,} train, {meta.counts['val']:,} val, {meta.counts['test']:,} test"
+    for expected in (
+        f"{meta.num_items:,}, clicked",
+        "96",
+        f"{meta.num_head} items with {share:.1f}%",
+        "2,700 train",
+        counts,
+        meta.fingerprint,
+    ):
+        assert expected in printed
+
+
+def test_prepare_of_sessions_says_where_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert data.main(["prepare", "planted"]) == 0
+    assert capsys.readouterr().out == "planted: ready, 3,000 train and 500 test sessions from made\n"
 
 
 def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +71,12 @@ def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["check", "mnits"], "did you mean 'mnist'"),
         (["check", "cifar10", "--root", "nowhere"], "tried: nowhere/cifar10/cifar10.npz; .*data prepare cifar10"),
+        (["check", "digenetica"], "did you mean 'diginetica'"),
+        (
+            ["check", "tmall", "--root", "nowhere"],
+            "tried: nowhere/sessions/tmall.npz; nowhere/tmall; .*user_log_format1",
+        ),
+        (["check", "pickles", "--path", "nowhere"], "path: expected the place of pickles data, got 'nowhere'"),
         (["prepare", "celeba", "--root", "nowhere"], "nowhere/celeba/img_align_celeba"),
     ],
 )
