@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from leanlight.contracts.sessions import SessionBatch
+from leanlight.contracts.sessions import Catalogue, SessionBatch
 from lit_modules.hid.intents import Intents
 from lit_modules.hid.losses import ICLoss
+from lit_modules.hid.metrics import ranking_metrics
 
 CASES, ITEMS, DIM = 12, 20, 5
 LOSSES = [
@@ -30,6 +31,17 @@ def gradients(options, part=slice(None)):
     return torch.autograd.grad(ICLoss(**options)(session, batch, table, intents), (table, weight))
 
 
+def measured(part=slice(None)):
+    """All metrics; the first half of the cases never sees the items that the second half sees."""
+    clicks = torch.arange(ITEMS + 1)
+    none = torch.zeros(0, dtype=torch.int64)
+    catalogue = Catalogue(tuple(map(str, range(1, ITEMS + 1))), (), none, none, clicks, clicks > 12)
+    recommended = torch.stack([torch.randperm(ITEMS // 2) + 1 + ITEMS // 2 * (case >= 6) for case in range(CASES)])
+    metrics = ranking_metrics(catalogue, (2, 4))
+    metrics.update(recommended[part], (torch.arange(CASES) * 7 % ITEMS + 1)[part])
+    return metrics.compute()
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
@@ -40,7 +52,9 @@ def work(rank, folder):
             for each in got:
                 dist.all_reduce(each)
             found.append([each / 2 for each in got])
-    torch.save(found, f"{folder}/result{rank}.pt")
+    torch.manual_seed(2)
+    halves = slice(0, 5) if rank == 0 else slice(5, CASES)
+    torch.save({"gradients": found, "metrics": measured(halves)}, f"{folder}/result{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -54,8 +68,17 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(LOSSES)), ids=lambda number: "-".join(map(str, LOSSES[number].values())))
 def test_a_gathered_loss_has_the_gradient_of_the_whole_batch(results, number):
     expected = gradients(LOSSES[number])
-    for found in results:
+    for found in (result["gradients"] for result in results):
         gathered, own = found[2 * number], found[2 * number + 1]
         for got, alone, wanted in zip(gathered, own, expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
             assert not torch.allclose(alone, wanted, rtol=1e-2)
+
+
+def test_metrics_of_two_processes_are_those_of_one(results):
+    torch.manual_seed(2)
+    expected = measured()
+    for result in results:
+        for name, value in expected.items():
+            torch.testing.assert_close(result["metrics"][name], value, msg=lambda text, name=name: f"{name}: {text}")
+    assert expected["coverage_2"] > 0.5  # neither process has seen so many items
