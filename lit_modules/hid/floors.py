@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts.sessions import Catalogue, Sessions
+from lit_modules.hid.counts import place_within
 from lit_modules.nn.checks import require_positive
 
 
@@ -89,14 +90,11 @@ class ItemKNN(Floor):
         super().prepare(catalogue, sessions)
         together = item_cosines(sessions, catalogue.num_items).tocoo()
         item, other = together.coords
-        order = np.lexsort((other, -together.data, item))
-        item, other, cosine = item[order], other[order], together.data[order]
-        count = np.bincount(item, minlength=catalogue.num_items + 1)
-        place = np.arange(len(item)) - (count.cumsum() - count)[item]
+        place = place_within(item, -together.data, other)
         kept = place < self.neighbours
-        where = torch.from_numpy(item[kept]).long(), torch.from_numpy(place[kept]).long()
+        where = torch.from_numpy(item[kept]).long(), torch.from_numpy(place[kept])
         self.neighbour[where] = torch.from_numpy(other[kept]).to(self.neighbour)
-        self.weight[where] = torch.from_numpy(cosine[kept]).to(self.weight)
+        self.weight[where] = torch.from_numpy(together.data[kept]).to(self.weight)
 
     def scores(self, items: Tensor, length: Tensor) -> Tensor:
         last = items.gather(1, length[:, None] - 1)[:, 0]

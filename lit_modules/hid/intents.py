@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from leanlight.contracts.sessions import Catalogue, Sessions
+from lit_modules.hid.counts import neighbouring_clicks, place_within
 from lit_modules.nn.checks import require_positive
 
 _MOSTLY_ONE = 0.8  # share of the clicks that one intent may hold without a warning
@@ -198,13 +199,8 @@ class HybridIntents:
 
 def item_transitions(sessions: Sessions, num_items: int) -> sp.csr_array:
     """Symmetric (m + 1, m + 1) counts of neighbouring clicks: each pair counts in both directions."""
-    items = sessions.items.cpu().numpy()
-    within = np.ones(max(len(items) - 1, 0), dtype=bool)
-    edge = sessions.offsets.cpu().numpy()[1:-1]
-    within[edge[(edge > 0) & (edge < len(items))] - 1] = False
-    one, other = items[:-1][within], items[1:][within]
-    size = (num_items + 1, num_items + 1)
-    counts = sp.coo_array((np.ones(len(one)), (one, other)), size).tocsr()
+    one, other = neighbouring_clicks(sessions)
+    counts = sp.coo_array((np.ones(len(one)), (one, other)), (num_items + 1, num_items + 1)).tocsr()
     return (counts + counts.T).tocsr()
 
 
@@ -230,10 +226,7 @@ def strongest(graph: sp.csr_array, count: int) -> sp.csr_array:
     """Keep the edges that are among the `count` strongest of one of their ends; of equal ones those to smaller ids."""
     coo = graph.tocoo()
     row, column = coo.coords
-    order = np.lexsort((column, -coo.data, row))
-    begin = np.concatenate([[0], np.bincount(row, minlength=graph.shape[0]).cumsum()])
-    place = np.arange(len(row)) - begin[row[order]]
-    kept = order[place < count]
+    kept = place_within(row, -coo.data, column) < count
     directed = sp.csr_array((coo.data[kept], (row[kept], column[kept])), graph.shape)
     return directed.maximum(directed.T).tocsr()
 
