@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.sessions.clicks import Array, ClickLog, Items
+from datamodules.sessions.clicks import DAY, Array, ClickLog, Items
 from leanlight.contracts import MissingExtraError, UserError
 
 BLOCK = 16 * 2**20  # bytes of text that are parsed at a time
+PAIRS = 2**22  # rows whose items and categories are counted at a time
 # What a column may hold, and how errors call it.
 ID, DAYS, MOMENTS = "an id", "a day like 2016-05-09", "a time like 2014-04-07T10:51:09.277Z"
 WHOLE, SECONDS, TEXT = "a whole number", "seconds", "text"
@@ -174,11 +175,16 @@ def most_frequent(item: Array, category: Coded, names: tuple[str, ...], ignored:
         ignored: names that are no category; an empty one never is.
     """
     kinds = len(category.names)
-    counted = ~np.isin(
-        category.codes, [category.names.index(name) for name in ("", *ignored) if name in category.names]
-    )
-    rows = np.flatnonzero(counted & (item >= 0))
-    pair, count = np.unique(item[rows].astype(np.int64) * kinds + category.codes[rows], return_counts=True)
+    is_kind = ~np.isin(category.names, ["", *ignored])
+    pairs, counts = [], []
+    for start in range(0, len(item), PAIRS):  # sorting all rows at once would take several times their memory
+        of, kind = item[start : start + PAIRS], category.codes[start : start + PAIRS]
+        counted = is_kind[kind] & (of >= 0)
+        pair, count = np.unique(of[counted].astype(np.int64) * kinds + kind[counted], return_counts=True)
+        pairs.append(pair)
+        counts.append(count)
+    pair, place = np.unique(np.concatenate(pairs), return_inverse=True)
+    count = np.bincount(place, np.concatenate(counts))
     by = np.lexsort((pair % kinds, -count, pair // kinds))
     best = pair[by][np.unique((pair // kinds)[by], return_index=True)[1]]
     return Items(names, best // kinds, best % kinds, category.names)
@@ -210,15 +216,18 @@ def tmall(folder: Path) -> ClickLog:
     path = folder / "user_log_format1.csv"
     kinds = {"user_id": ID, "item_id": ID, "cat_id": TEXT, "time_stamp": WHOLE}
     clicks = read_columns(path, Layout(kinds, only=("action_type", "0")))
-    stamps, place = np.unique(clicks["time_stamp"], return_inverse=True)
-    month, day = stamps // 100, stamps % 100
-    months = np.datetime64("2014-01") + (month - 1)
-    days = months.astype("datetime64[D]") + (day - 1)
-    if (wrong := (month < 1) | (month > 12) | (day < 1) | (days.astype("datetime64[M]") != months)).any():
-        raise UserError(f"{path}: time_stamp: expected month and day like 1111, got {stamps[wrong][0]}")
+    days = np.arange(np.datetime64("2014-01-01"), np.datetime64("2015-01-01"))
+    months = days.astype("datetime64[M]")
+    number = np.full(1232, -1)  # of the day in the year, by month and day
+    number[(months.astype(int) % 12 + 1) * 100 + (days - months).astype(int) + 1] = np.arange(365)
+    stamps = clicks["time_stamp"]
+    day = number[np.where((stamps < 0) | (stamps >= len(number)), 0, stamps)]
+    if (day < 0).any():
+        raise UserError(f"{path}: time_stamp: expected month and day like 1111, got {stamps[day < 0][0]}")
+    start = int(days[0].astype("datetime64[s]").astype(np.int64))
     item = clicks["item_id"]
     items = most_frequent(item.codes, clicks["cat_id"], item.names)
-    return _log(clicks["user_id"], item, days.astype("datetime64[s]").astype(np.int64)[place], items, path)
+    return _log(clicks["user_id"], item, start + DAY * day, items, path)
 
 
 def retailrocket(folder: Path) -> ClickLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 
 from datamodules.images import formats
 from datamodules.sessions.catalog import SessionSetInfo, describe
-from datamodules.sessions.clicks import Array, Items, Part, Raw, Thresholds, offsets_of, split_log
+from datamodules.sessions.clicks import Array, ClickLog, Items, Part, Raw, Thresholds, offsets_of, split_log
 from datamodules.sessions.planted import Planted
 from datamodules.sessions.readers import READERS
-from leanlight.contracts import UserError
+from leanlight.contracts import UserError, atomic_path
 
 _NPZ = ("train_items", "train_offsets", "test_items", "test_offsets")
 
@@ -25,6 +26,7 @@ def load(
     path: Path | str | None = None,
     rules: Thresholds | None = None,
     planted: Planted | None = None,
+    keep: bool = False,
 ) -> Raw:
     """Find the set `name`, check it, and return its training and test sessions.
 
@@ -36,6 +38,7 @@ def load(
         path: file of ``npz``, folder of ``pickles``, or folder of a log.
         rules: for logs; default `Thresholds`. Sets that come in parts are taken as they are.
         planted: how ``planted`` is made.
+        keep: write the numbers of a log to ``clicks.npz`` beside it, from where they are read from then on.
     """
     info, rules = describe(name), rules or Thresholds()
     root = Path(root).expanduser()
@@ -55,9 +58,46 @@ def load(
             tried = [folder] if given is not None else [file, folder]
             raise UserError(f"{info.title} was not found; tried: {'; '.join(map(str, tried))}; to get it: {info.get}")
         gap = info.session_gap if rules.session_gap is None else rules.session_gap
-        return split_log(READERS[name](folder), replace(rules, session_gap=gap))
+        return split_log(_log(info, folder, keep), replace(rules, session_gap=gap))
     _only_for_logs(rules, raw.source)
     return raw
+
+
+def _log(info: SessionSetInfo, folder: Path, keep: bool) -> ClickLog:
+    """The log in `folder`: from ``clicks.npz``, unless its own files are newer."""
+    kept = folder / "clicks.npz"
+    changed = max((file.stat().st_mtime for file in folder.iterdir() if file != kept), default=0.0)
+    if kept.is_file() and kept.stat().st_mtime >= changed:
+        return read_log(kept)
+    log = READERS[info.name](folder)
+    if keep:
+        write_log(kept, log)
+    return log
+
+
+def write_log(path: Path, log: ClickLog) -> None:
+    """Write a log for `read_log`, whole or not at all."""
+    texts = {"names": log.items.names, "categories": log.items.categories, "source": log.source}
+    arrays = {name: np.frombuffer(json.dumps(text).encode(), np.uint8) for name, text in texts.items()}
+    arrays |= {"session": log.session, "item": log.item, "time": log.time}
+    arrays |= {"pair_item": log.items.item, "pair_category": log.items.category}
+    if log.order is not None:
+        arrays["order"] = log.order
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_log(path: Path) -> ClickLog:
+    """Read what `write_log` writes."""
+    arrays = formats.read_arrays(path)
+    try:
+        texts = {name: json.loads(arrays[name].tobytes()) for name in ("names", "categories", "source")}
+        pairs = arrays["pair_item"], arrays["pair_category"]
+        items = Items(tuple(texts["names"]), *pairs, tuple(texts["categories"]))
+        clicks = arrays["session"], arrays["item"], arrays["time"], arrays.get("order")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is no log that `leanlight data prepare` wrote ({error}); delete it") from error
+    return ClickLog(*clicks, items, texts["source"])
 
 
 def _only_for_logs(rules: Thresholds, source: str) -> None:

@@ -82,7 +82,7 @@ def _prepare_images(name: str, arguments: argparse.Namespace) -> str:
 def _prepare_sessions(name: str, arguments: argparse.Namespace) -> str:
     from datamodules.sessions import sources
 
-    raw = sources.load(name, arguments.root, arguments.path)
+    raw = sources.load(name, arguments.root, arguments.path, keep=True)
     return f"{len(raw.train):,} train and {len(raw.test):,} test sessions from {raw.source}"
 
 

@@ -2,17 +2,20 @@
 
 import csv
 import datetime
+import os
 import random
 import re
 from collections import Counter, defaultdict
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from datamodules import SessionDataModule
 from datamodules.sessions import readers
 from datamodules.sessions.catalog import SESSIONS
+from leanlight.cli.data import main as data_command
 from leanlight.contracts import MissingExtraError, UserError
 
 pytest.importorskip("pyarrow")
@@ -97,8 +100,9 @@ def check(root: Path, name: str, expected, kinds: dict[str, set[str]], **argumen
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks even of these files, each with its own numbering of ids."""
+    """Several blocks even of these files, each with its own numbering of ids and its own counts."""
     monkeypatch.setattr(readers, "BLOCK", 2000)
+    monkeypatch.setattr(readers, "PAIRS", 50)
 
 
 def kind_of(item: str) -> str:
@@ -260,6 +264,27 @@ def test_movielens_has_several_genres_a_film(tmp_path, layout):
         (folder / "ml.item").write_text("\n".join([header, *films]) + "\n")
     log = [(user, item, time, time) for user, item, time in clicks]
     check(tmp_path, "movielens", by_hand(log, gap=0.5), {item: genres_of(item) for item in KINDS})
+
+
+def test_a_prepared_log_is_the_log_until_its_files_change(tmp_path, monkeypatch):
+    rows = diginetica(tmp_path)
+    before = check(tmp_path, "diginetica", by_hand(rows), KINDS)
+    assert data_command(["prepare", "diginetica", "--root", str(tmp_path)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(readers.READERS, "diginetica", None)
+        assert check(tmp_path, "diginetica", by_hand(rows), KINDS).meta == before.meta
+
+    clicks = tmp_path / "diginetica" / "train-item-views.csv"
+    clicks.write_text("".join(line for line in clicks.read_text().splitlines(True) if not line.startswith("700;")))
+    later = (tmp_path / "diginetica" / "clicks.npz").stat().st_mtime + 1
+    os.utime(clicks, (later, later))
+    check(tmp_path, "diginetica", by_hand([row for row in rows if row[0] != "700"]), KINDS)
+
+
+def test_another_npz_in_the_place_of_a_prepared_log_is_refused(tmp_path):
+    np.savez(tmp_path / "clicks.npz", session=np.zeros(3))
+    with pytest.raises(UserError, match=r"clicks.npz is no log that `leanlight data prepare` wrote \('names'\)"):
+        SessionDataModule("diginetica", path=tmp_path).setup()
 
 
 def test_every_log_of_the_catalogue_has_a_reader():
