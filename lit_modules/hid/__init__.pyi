@@ -1,9 +1,15 @@
+from .backbones import GCEGNN as GCEGNN
+from .backbones import SRGNN as SRGNN
 from .backbones import STAMP as STAMP
 from .backbones import Backbone as Backbone
 from .backbones import GRU4Rec as GRU4Rec
 from .floors import ItemKNN as ItemKNN
 from .floors import Popularity as Popularity
 from .floors import SessionPopularity as SessionPopularity
+from .graphs import SessionGraph as SessionGraph
+from .graphs import edge_types as edge_types
+from .graphs import global_neighbours as global_neighbours
+from .graphs import session_graph as session_graph
 from .intents import HybridIntents as HybridIntents
 from .intents import Intents as Intents
 from .losses import ICLoss as ICLoss

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
 from leanlight.contracts import Catalogue, Sessions, UserError
+from lit_modules.hid.graphs import edge_types, global_neighbours, session_graph
 from lit_modules.nn.checks import require_positive
 
 
@@ -186,3 +188,167 @@ class STAMP(Backbone):
         # Not a softmax: the weights of a session need not add up to 1. Padding weighs nothing, its vector being zero.
         read = (self.attention(hidden.sigmoid()) * clicks).sum(1) + mean
         return self.session_head(read).tanh() * self.last_head(last).tanh()
+
+
+class SRGNN(Backbone):
+    """A gated network on the graph of a session (Wu et al. 2019).
+
+    Args:
+        num_items: m.
+        dim: d.
+        steps: of the gated network, at least 1.
+        embedding_std: see `Backbone`.
+    """
+
+    def __init__(self, num_items: int, dim: int = 100, steps: int = 1, embedding_std: float | None = None) -> None:
+        super().__init__(num_items, dim, embedding_std)
+        require_positive(steps=steps)
+        self.steps = steps
+        self.edges_in, self.edges_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.edges_bias = nn.Parameter(torch.empty(2 * dim))
+        self.gate = nn.GRUCell(2 * dim, dim)
+        self.of_last, self.of_click = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.attention = nn.Linear(dim, 1, bias=False)
+        self.head = nn.Linear(2 * dim, dim)
+        self.reset_parameters()
+
+    def forward(self, items: Tensor, length: Tensor) -> Tensor:
+        graph = session_graph(items, self.embedding.weight.dtype)
+        state = self.embedding(graph.nodes)
+        for _ in range(self.steps):
+            near = (
+                torch.cat([graph.inward @ self.edges_in(state), graph.outward @ self.edges_out(state)], 2)
+                + self.edges_bias
+            )
+            state = self.gate(near.flatten(0, 1), state.flatten(0, 1)).view_as(state)
+        clicks = _at(state, graph.alias)
+        last = _last(clicks, length)
+        weight = self.attention((self.of_last(last)[:, None] + self.of_click(clicks)).sigmoid())
+        read = (weight * clicks * (items > 0)[..., None]).sum(1)  # not a softmax
+        return self.head(torch.cat([read, last], 1))
+
+
+class GCEGNN(Backbone):
+    """Attention on the graph of a session and on the graph of items of all sessions (Wang et al. 2020).
+
+    An item with fewer than `neighbours` in the graph of items attends to those that it has. (The published code fills
+    its places by drawing some of them again, which weighs them at random.)
+
+    Args:
+        num_items: m.
+        dim: d.
+        hops: steps from an item in the graph of items; memory grows with `neighbours` to this power.
+        neighbours: of an item in that graph, the most frequent ones.
+        window: clicks within which two items are neighbours.
+        dropout_gcn: of what the graph of items is aggregated from, in [0, 1).
+        dropout_local: of items' vectors from the graph of a session.
+        dropout_global: of items' vectors from the graph of items.
+        positions: clicks that a session can have at most.
+        embedding_std: see `Backbone`.
+    """
+
+    neighbour: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        num_items: int,
+        dim: int = 100,
+        hops: int = 1,
+        neighbours: int = 12,
+        window: int = 3,
+        dropout_gcn: float = 0.0,
+        dropout_local: float = 0.0,
+        dropout_global: float = 0.5,
+        positions: int = 200,
+        embedding_std: float | None = None,
+    ) -> None:
+        super().__init__(num_items, dim, embedding_std)
+        require_positive(hops=hops, neighbours=neighbours, window=window, positions=positions)
+        _require_share(dropout_gcn=dropout_gcn, dropout_local=dropout_local, dropout_global=dropout_global)
+        self.window, self.max_length = window, positions
+        self.register_buffer("neighbour", torch.zeros(num_items + 1, neighbours, dtype=torch.int64))
+        self.register_buffer("weight", torch.zeros(num_items + 1, neighbours))
+        self.local = _LocalAttention(dim)
+        self.hops = nn.ModuleList(_GlobalAttention(dim, dropout_gcn) for _ in range(hops))
+        self.dropout_local, self.dropout_global = nn.Dropout(dropout_local), nn.Dropout(dropout_global)
+        self.position = nn.Embedding(positions, dim)
+        self.of_click = nn.Linear(2 * dim, dim, bias=False)
+        self.of_positioned, self.of_mean = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
+        self.attention = nn.Linear(dim, 1, bias=False)
+        self.reset_parameters()
+
+    def prepare(self, catalogue: Catalogue, sessions: Sessions) -> None:
+        """Make the graph of items."""
+        found = global_neighbours(sessions, self.num_items, self.window, self.neighbour.shape[1])
+        for buffer, values in zip((self.neighbour, self.weight), found, strict=True):
+            buffer.copy_(values)
+
+    def forward(self, items: Tensor, length: Tensor) -> Tensor:
+        clicks = items.shape[1]
+        if self.max_length is not None and clicks > self.max_length:
+            raise UserError(f"positions: expected at least {clicks}, the clicks of a session, got {self.max_length}")
+        graph = session_graph(items)
+        nodes = self.embedding(graph.nodes)
+        mean = self.embedding(items).sum(1) / length[:, None]  # padding's vectors are zero
+        near = self.dropout_local(self.local(nodes, edge_types(graph)))
+        hidden = _at(near + self.dropout_global(self._far(graph.nodes, nodes, mean)), graph.alias)
+        real = (items > 0)[..., None]
+        # Counted from the last click, which is 0: of a long and a short session the newest clicks are alike.
+        position = (length[:, None] - 1 - torch.arange(clicks, device=items.device)).clamp(min=0)
+        positioned = self.of_click(torch.cat([self.position(position), hidden], 2)).tanh()
+        hidden_mean = (hidden * real).sum(1) / length[:, None]
+        gate = (self.of_positioned(positioned) + self.of_mean(hidden_mean)[:, None]).sigmoid()
+        return (self.attention(gate) * hidden * real).sum(1)
+
+    def _far(self, items: Tensor, vectors: Tensor, mean: Tensor) -> Tensor:
+        """What the graph of items tells of items (N, U) with vectors (N, U, d), to a session with that mean."""
+        rings, near = [vectors], []
+        for _ in self.hops:
+            near.append((self.neighbour[items], self.weight[items]))
+            items = near[-1][0].flatten(1)
+            rings.append(self.embedding(items))
+        for done, hop in enumerate(self.hops):
+            rings = [hop(rings[i], rings[i + 1], *near[i], mean) for i in range(len(self.hops) - done)]
+        return rings[0]
+
+
+class _LocalAttention(nn.Module):
+    """Softmax over the nodes of a session that are tied to a node, by the type of the edge."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.of_type = nn.Parameter(torch.empty(4, dim))
+
+    def forward(self, nodes: Tensor, types: Tensor) -> Tensor:
+        """nodes: (N, U, d). types: (N, U, U), see `edge_types`."""
+        by_type = (nodes[:, None] * self.of_type[:, None]) @ nodes[:, None].transpose(2, 3)
+        energy = by_type.gather(1, (types - 1).clamp(min=0)[:, None]).squeeze(1)
+        return _masked_softmax(F.leaky_relu(energy, 0.2), types > 0) @ nodes
+
+
+class _GlobalAttention(nn.Module):
+    """Softmax over the neighbours of an item, by a session's mean, then a layer over the item and what was found."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.of_neighbour = nn.Linear(dim, dim, bias=False)
+        self.of_weight = nn.Linear(1, dim, bias=False)
+        self.attention = nn.Linear(dim, 1, bias=False)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, vectors: Tensor, others: Tensor, neighbour: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+        """vectors: (N, M, d) of items. others: (N, M·C, d) of their neighbours. neighbour, weight: (N, M, C)."""
+        others = others.view(*neighbour.shape, -1)
+        hidden = self.of_neighbour(others * mean[:, None, None]) + self.of_weight(weight[..., None].to(mean.dtype))
+        energy = self.attention(F.leaky_relu(hidden, 0.2)).squeeze(3)
+        share = _masked_softmax(energy, neighbour > 0)
+        found = (share[:, :, None] @ others).squeeze(2)
+        return self.head(self.dropout(torch.cat([vectors, found], 2))).relu()
+
+
+def _masked_softmax(energy: Tensor, real: Tensor) -> Tensor:
+    """Softmax over the last axis of what is real; equal shares, and no NaN, where nothing is."""
+    if energy.dtype in (torch.float16, torch.bfloat16):
+        energy = energy.float()
+    return energy.masked_fill(~real, -9e15).softmax(-1)
