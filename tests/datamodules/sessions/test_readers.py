@@ -182,10 +182,26 @@ def test_retailrocket_takes_views_and_the_most_frequent_category(tmp_path):
     check(tmp_path, "retailrocket", by_hand(log, gap=0.5, rare=2), KINDS, session_gap=0.5, min_item_clicks=2)
 
 
+def test_sessions_must_be_long_enough_before_and_after_rare_items_go(tmp_path):
+    log = retailrocket(tmp_path)
+    check(
+        tmp_path, "retailrocket", by_hand(log, gap=8, least=3, rare=9), KINDS, min_session_length=3, min_item_clicks=9
+    )
+
+
 def test_sessions_that_are_too_long_are_cut_on_request(tmp_path):
     log = retailrocket(tmp_path)
-    expected = by_hand(log, gap=100, most=3, cut=True)
-    check(tmp_path, "retailrocket", expected, KINDS, session_gap=100, max_session_length=3, long_sessions="cut")
+    expected = by_hand(log, gap=100, most=3, least=3, cut=True)
+    check(
+        tmp_path,
+        "retailrocket",
+        expected,
+        KINDS,
+        session_gap=100,
+        max_session_length=3,
+        min_session_length=3,
+        long_sessions="cut",
+    )
 
 
 def test_the_most_frequent_items_come_before_sessions_are_made(tmp_path):
