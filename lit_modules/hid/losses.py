@@ -119,33 +119,31 @@ class ICLoss:
     def _paper(self, compared: _Compared) -> Tensor:
         session, centroids, member, real = compared
         sigma, penalty, threshold = self._numbers()
-        similarity = session @ centroids.T
+        logits = (session / sigma) @ centroids.T
         target = _one_hot(member, len(centroids))
         noise = target.any(0) & ~target
-        positive = (similarity * target).sum(1) / target.sum(1).clamp(min=1)
-        excess = (_masked_variance(similarity, noise) - threshold).relu()
+        positive = (logits * target).sum(1) / target.sum(1).clamp(min=1)
+        excess = (sigma**2 * _masked_variance(logits, noise) - threshold).relu()
         factor = torch.log1p(penalty * excess / (1 + excess))
         known = real.any(1)
-        apart = known & noise.any(1)
-        return self._total(similarity / sigma, noise, positive / sigma, factor, known, apart)
+        return self._total(logits, noise, positive, factor, known, known & noise.any(1))
 
     def _released(self, compared: _Compared) -> Tensor:
         session, centroids, member, real = compared
         sigma, penalty, threshold = self._numbers()
         own = _mean_centroid(centroids, member, real)
-        anchors = torch.cat([session, own])
-        known, member = real.any(1).repeat(2), member.repeat(2, 1)
-        similarity = anchors @ anchors.T
-        # An item may have several intents: anchors are apart when they share none.
-        same = (member[:, None, :, None] == member[None, :, None, :]) & real.repeat(2, 1)[:, None, :, None]
-        noise = ~same.flatten(2).any(2) & known & known[:, None]
-        positive = (session * own).sum(1).repeat(2)
-        variance = _masked_variance(similarity, known[None, :].expand_as(noise))
+        anchors, known = torch.cat([session, own]), real.any(1)
+        # An item may have several intents: sessions are apart when they share none.
+        equal = (member[:, None, :, None] == member[None, :, None, :]) & real[:, None, :, None]
+        noise = (~equal.flatten(2).any(2) & known & known[:, None]).repeat(2, 2)
+        positive = (session * own).sum(1).repeat(2) / sigma
+        known = known.repeat(2)
+        variance = _variance_of_cosines(anchors, known)
         # A variance of cosines lies in [0, 1]: so filled up, anchors without an intent have neither end.
         least, greatest = variance.masked_fill(~known, 1).amin(), variance.masked_fill(~known, 0).amax()
         excess = ((variance - least) / (greatest - least + 1e-7) - threshold).relu()
         factor = torch.log1p(penalty * excess)
-        return self._total(similarity / sigma, noise, positive / sigma, factor, known, known)
+        return self._total((anchors / sigma) @ anchors.T, noise, positive, factor, known, known)
 
     def _total(
         self, logits: Tensor, noise: Tensor, positive: Tensor, factor: Tensor, known: Tensor, counted: Tensor
@@ -199,10 +197,17 @@ def _mean_centroid(centroids: Tensor, member: Tensor, real: Tensor) -> Tensor:
 
 
 def _masked_variance(values: Tensor, mask: Tensor) -> Tensor:
-    """Biased variance along the rows, 0 where there is nothing."""
+    """Biased variance along the rows of what is in the mask, 0 where there is nothing."""
     count = mask.sum(1).clamp(min=1)
     mean = (values * mask).sum(1) / count
-    return ((values - mean[:, None]).square() * mask).sum(1) / count
+    return ((values - mean[:, None]) * mask).square().sum(1) / count
+
+
+def _variance_of_cosines(anchors: Tensor, known: Tensor) -> Tensor:
+    """Biased variance (R,) of each unit row's products with all known rows: aᵀ Cov a, without a matrix of R columns."""
+    weight = known[:, None] / known.sum().clamp(min=1)
+    centred = anchors - (weight * anchors).sum(0)
+    return ((anchors @ ((weight * centred).T @ centred)) * anchors).sum(1)
 
 
 def _mean_of_last(batch: SessionBatch, table: Tensor) -> Tensor:

@@ -23,24 +23,26 @@ class _OfRanks(Metric):
     Args:
         k: length K of the lists that count.
         tail: (m + 1,) bool; only cases with such a target count. None: all cases.
+        counted: places that are counted, at least `k` of them: metrics that count alike share their counts in a
+            collection. None: `k`.
     """
 
     full_state_update = False
     higher_is_better = True
-    #: Cases by the place of their target, from 0; the last entry counts targets that are not in the list.
+    #: Cases by the place of their target, from 0; the last entry counts targets that are at none of them.
     places: Tensor
     tail: Tensor | None
 
-    def __init__(self, k: int, tail: Tensor | None = None) -> None:
+    def __init__(self, k: int, tail: Tensor | None = None, counted: int | None = None) -> None:
         super().__init__()
         require_positive(k=k)
         self.k = k
         self.register_buffer("tail", tail, persistent=False)
-        self.add_state("places", torch.zeros(k + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("places", torch.zeros((counted or k) + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, recommended: Tensor, target: Tensor) -> None:
-        """Take in lists (N, at least K) and targets (N,)."""
-        found = _first(recommended, self.k) == target[:, None]
+        """Take in lists (N, at least as long as places are counted) and targets (N,)."""
+        found = _first(recommended, len(self.places) - 1) == target[:, None]
         # The place is the number of entries before the first that is right: K where none is.
         place = (found.cumsum(1) == 0).sum(1)
         counted = torch.ones_like(place) if self.tail is None else self.tail[target].long()
@@ -48,7 +50,7 @@ class _OfRanks(Metric):
 
     def compute(self) -> Tensor:
         place = torch.arange(self.k, device=self.places.device)
-        return (self.gain(place.float()) * self.places[:-1]).sum() / self.places.sum()
+        return (self.gain(place.float()) * self.places[: self.k]).sum() / self.places.sum()
 
     def gain(self, place: Tensor) -> Tensor:
         """Of a target at `place` (K,), from 0."""
@@ -175,7 +177,7 @@ class MeanPopularity(_OfExposure):
 def ranking_metrics(catalogue: Catalogue, ks: Sequence[int]) -> MetricCollection:
     """All metrics of lists: ``hr_20``, ``mrr_20``, ``ndcg_20``, the same with ``tail_``, ``tail_share_20``, and so on.
 
-    Metrics of one K that are read off the same counts keep them once.
+    Metrics that are read off the same counts keep them once.
 
     Args:
         catalogue: its head and clicks are those of training.
@@ -191,11 +193,12 @@ def ranking_metrics(catalogue: Catalogue, ks: Sequence[int]) -> MetricCollection
     tail[0] = False
     metrics: dict[str, Metric | MetricCollection] = {}
     groups: list[list[str]] = []
+    for which, of_tail in (("", None), ("tail_", tail)):
+        kinds: dict[str, type[_OfRanks]] = {"hr": HitRate, "mrr": MRR, "ndcg": NDCG}
+        ranks = {f"{which}{name}_{k}": kind(k, of_tail, max(ks)) for k in ks for name, kind in kinds.items()}
+        metrics |= ranks
+        groups.append([*ranks])
     for k in ks:
-        for which, of_tail in (("", None), ("tail_", tail)):
-            ranks = {f"{which}hr_{k}": HitRate, f"{which}mrr_{k}": MRR, f"{which}ndcg_{k}": NDCG}
-            metrics |= {name: metric(k, of_tail) for name, metric in ranks.items()}
-            groups.append([*ranks])
         exposure = {
             f"tail_share_{k}": TailShare(k, tail),
             f"coverage_{k}": Coverage(k, m),

@@ -108,7 +108,7 @@ def test_lanczos_finds_the_eigenvectors_of_the_dense_laplacian(normalised, monke
     value, vector = np.linalg.eigh(laplacian)
     wanted = vector[:, :7] @ vector[:, :7].T  # of a subspace, whatever the signs
     assert value[7] - value[6] > 1e-3
-    for dense_below in (600, 0):
+    for dense_below in (1000, 0):
         monkeypatch.setattr("lit_modules.hid.intents._DENSE_BELOW", dense_below)
         got = smallest_eigenvectors(graph, 7, normalised, seed=1)
         np.testing.assert_allclose(got @ got.T, wanted, atol=1e-4)
