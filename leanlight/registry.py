@@ -331,6 +331,23 @@ METHODS: dict[str, MethodInfo] = {
             extra="vision",
             benchmark="leanlight.benchmarks.spike_nvpt:run",
         ),
+        MethodInfo(
+            name="hid",
+            title="HID, LOAM, TailNet, LAP-SR: session recommendation and its long tail",
+            module="lit_modules.hid.SessionRecommender",
+            smallest="hid/planted_small",
+            citation=Citation(
+                authors=("Xiao Wang", "Ke Qin", "Dongyang Zhang", "Xiurui Xie", "Shuang Liang"),
+                title="Bid Farewell to Seesaw: Towards Accurate Long-tail Session-based Recommendation via Dual "
+                "Constraints of Hybrid Intents",
+                venue="AAAI",
+                year=2026,
+                arxiv="2511.08378",
+            ),
+            commands=(
+                Command("recommend", "leanlight.cli.recommend", "recommend items for sessions, in the data's own ids"),
+            ),
+        ),
     )
 }
 

@@ -32,7 +32,12 @@ class _Step(nn.Module):
 
 
 def write_program(
-    network: nn.Module, example: Tensor, path: Path, batch_dim: int = 0, length_dim: int | None = None
+    network: nn.Module,
+    example: Tensor,
+    path: Path,
+    batch_dim: int = 0,
+    length_dim: int | None = None,
+    longest: int | None = None,
 ) -> bool:
     """Write `network` (made `portable`) as a ``torch.export`` program for one tensor; whether any batch size fits it.
 
@@ -44,10 +49,11 @@ def write_program(
         path: of the file.
         batch_dim: dimension of the items.
         length_dim: dimension of sequences of any length, at least 2 in the example, too.
+        longest: length of such a sequence at most; None for no limit.
     """
     sizes = {batch_dim: torch.export.Dim("batch", min=1)}
     if length_dim is not None:
-        sizes[length_dim] = torch.export.Dim("length", min=1)
+        sizes[length_dim] = torch.export.Dim("length", min=1, max=longest)
     with torch.no_grad():
         try:
             program, any_batch = torch.export.export(network, (example,), dynamic_shapes=(sizes,)), True

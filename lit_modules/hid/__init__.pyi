@@ -21,9 +21,13 @@ from .metrics import HitRate as HitRate
 from .metrics import MeanPopularity as MeanPopularity
 from .metrics import TailShare as TailShare
 from .metrics import ranking_metrics as ranking_metrics
+from .module import SessionRecommender as SessionRecommender
+from .network import SessionNetwork as SessionNetwork
 from .plugins import LAPSR as LAPSR
 from .plugins import LOAM as LOAM
 from .plugins import Plugin as Plugin
 from .plugins import TailNet as TailNet
+from .recommend import ItemFacts as ItemFacts
+from .recommend import Recommendation as Recommendation
 from .scoring import Scoring as Scoring
 from .scoring import top_k as top_k

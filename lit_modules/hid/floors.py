@@ -48,7 +48,7 @@ class Popularity(Floor):
     """The most clicked items of training, whatever the session. The score is the item's place by clicks."""
 
     def scores(self, items: Tensor, length: Tensor) -> Tensor:
-        return self.popularity[1:].expand(len(items), -1)
+        return self.popularity[1:].expand(items.shape[0], -1)  # of len() an export would make a constant
 
 
 class SessionPopularity(Floor):
@@ -59,7 +59,7 @@ class SessionPopularity(Floor):
 
     def scores(self, items: Tensor, length: Tensor) -> Tensor:
         above = self.popularity.max() + 1  # one click in the session outweighs any popularity
-        scores = self.popularity.repeat(len(items), 1)
+        scores = self.popularity.repeat(items.shape[0], 1)
         return scores.scatter_add_(1, items, above.expand(items.shape))[:, 1:]
 
 
@@ -99,7 +99,7 @@ class ItemKNN(Floor):
     def scores(self, items: Tensor, length: Tensor) -> Tensor:
         last = items.gather(1, length[:, None] - 1)[:, 0]
         others = self.popularity / (self.popularity.max() + 1) - 1
-        return others.repeat(len(items), 1).scatter_(1, self.neighbour[last], self.weight[last])[:, 1:]
+        return others.repeat(items.shape[0], 1).scatter_(1, self.neighbour[last], self.weight[last])[:, 1:]
 
 
 def item_cosines(sessions: Sessions, num_items: int) -> sp.csr_array:

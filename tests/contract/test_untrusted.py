@@ -34,6 +34,7 @@ COMMANDS = {
     "predict --resume": ["predict", "--resume", "RUN/predict"],
     "play": ["play", "RUN"],
     "play of a file": ["play", "RUN/checkpoints/last.ckpt"],
+    "recommend": ["recommend", "RUN", "--session=1"],
     "select": ["select", "RUN", "--rule=random", "--keep=1", "--images=pictures"],
     "export": ["export", "RUN"],
     "export of a file": ["export", "FILE"],

@@ -133,6 +133,21 @@ VARIANTS: dict[str, dict[str, Case]] = {
             )
         ),
     },
+    "hid": {
+        name: Case((f"--config=hid/planted_small__{name}",))
+        for name in (
+            "hid_released",
+            "wo_hi",
+            "loam",
+            "tailnet",
+            "lapsr",
+            "cosine",
+            "srgnn",
+            "gcegnn",
+            "gru4rec",
+            "itemknn",
+        )
+    },
 }
 
 
