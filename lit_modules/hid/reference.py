@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from leanlight.contracts import Catalogue, SessionBatch
 from lit_modules.hid.backbones import GCEGNN, SRGNN, STAMP, Backbone, GRU4Rec
+
+if TYPE_CHECKING:
+    from lit_modules.hid.module import SessionRecommender
+
+_RANKED = ("hr", "mrr", "ndcg")
 
 # -- graphs
 
@@ -73,6 +81,75 @@ def loop_neighbours(sessions: Sequence[Sequence[int]], window: int = 3, count: i
                 near.setdefault(a, Counter())[b] += 1
                 near.setdefault(b, Counter())[a] += 1
     return {a: dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:count]) for a, found in near.items()}
+
+
+# -- metrics
+
+
+def loop_metrics(
+    recommended: np.ndarray, target: np.ndarray, catalogue: Catalogue, ks: Sequence[int]
+) -> dict[str, float]:
+    """All metrics by name as `lit_modules.hid.ranking_metrics` has them, case after case.
+
+    Args:
+        recommended: (N, K) items from 1, best first.
+        target: (N,) items from 1.
+        catalogue: its head and clicks.
+        ks: lengths of the lists.
+    """
+    clicks, tail = catalogue.clicks.numpy(), np.where(~catalogue.head.numpy())[0][1:]
+    found: dict[str, float] = {}
+    for k in ks:
+        gains: dict[str, list[float]] = {f"{which}{name}_{k}": [] for which in ("", "tail_") for name in _RANKED}
+        shares, popularity, exposure = [], [], Counter[int]()
+        for row, wanted in zip(recommended, target, strict=True):
+            best = row[:k]
+            place = np.where(best == wanted)[0]
+            of_case = (1.0, 1 / (place[0] + 1), 1 / np.log2(place[0] + 2)) if len(place) else (0.0, 0.0, 0.0)
+            for which in ("", "tail_") if np.isin(wanted, tail) else ("",):
+                for name, gain in zip(_RANKED, of_case, strict=True):
+                    gains[f"{which}{name}_{k}"].append(gain)
+            shares.append(np.isin(best, tail).sum() / k)
+            popularity.append(clicks[best].mean())
+            exposure.update(best.tolist())
+        found |= {name: float(np.mean(values)) for name, values in gains.items()}
+        times = np.array(sorted(exposure.values()))
+        times = np.concatenate([np.zeros(catalogue.num_items - len(times)), times])
+        rank = np.arange(1, len(times) + 1)
+        found |= {
+            f"tail_share_{k}": float(np.mean(shares)),
+            f"coverage_{k}": len(exposure) / catalogue.num_items,
+            f"tail_coverage_{k}": float(np.isin(list(exposure), tail).sum() / len(tail)),
+            f"gini_{k}": float(((2 * rank - len(times) - 1) * times).sum() / (len(times) * times.sum())),
+            f"popularity_{k}": float(np.mean(popularity)),
+        }
+    return found
+
+
+# -- a step
+
+
+class BareSessionStep:
+    """Forward, backward and optimiser step without Lightning, on a copy of a module's network.
+
+    Args:
+        module: whose network, intents and optimiser are taken; it is left as it is.
+    """
+
+    def __init__(self, module: SessionRecommender) -> None:
+        assert module.network is not None
+        self.module, self.network = module, copy.deepcopy(module.network)
+        self.optimizer = module.make_optimizer(self.network.parameters())
+
+    def __call__(self, batch: SessionBatch) -> None:
+        """One step."""
+        session, table = self.network.encode(batch.items, batch.length)
+        loss = F.cross_entropy(self.network.scoring(session, table), batch.target - 1)
+        if self.module.icloss is not None:
+            loss = loss + self.module.epsilon * self.module.icloss(session, batch, table, self.module.intents)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 # -- networks
