@@ -347,6 +347,7 @@ METHODS: dict[str, MethodInfo] = {
             commands=(
                 Command("recommend", "leanlight.cli.recommend", "recommend items for sessions, in the data's own ids"),
             ),
+            benchmark="leanlight.benchmarks.hid:run",
         ),
     )
 }
