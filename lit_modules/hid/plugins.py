@@ -72,7 +72,7 @@ class Plugin(nn.Module):
 
 
 class LOAM(Plugin):
-    """LOAM (Yang et al., SIGIR 2023): made-up sessions from walks to rare items, and mixtures of tail sessions.
+    """LOAM (SIGIR 2023): made-up sessions from walks to rare items, and mixtures of tail sessions.
 
     Niche walks go against the direction of clicks, among the items of the batch, from some of its targets: to the least
     clicked predecessor, or to any. A walk read backwards is a session, and what it began with is its target. Tail
