@@ -201,7 +201,7 @@ Multiply = Literal["probabilities", "scores"]
 
 
 class TailNet(Plugin):
-    """TailNet's preference mechanism (Liu and Zheng, RecSys 2020): how much a session asks for the head or the tail.
+    """TailNet's preference mechanism (RecSys 2020, arXiv:2007.12329): how much a session asks for the head or the tail.
 
     Types of the clicked items (1 head, 0 tail) are added to their vectors; attention against the session's vector sums
     them up, and a sigmoid of both is R_head, of which R_tail is the rest. The backbone keeps its own session vector.
