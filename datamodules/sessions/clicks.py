@@ -32,9 +32,7 @@ class Part:
     def take(self, sessions: Array) -> Part:
         """The sessions at these positions, in this order."""
         lengths = self.lengths[sessions]
-        offsets = offsets_of(lengths)
-        place = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][sessions] - offsets[:-1], lengths)
-        return Part(self.items[place], offsets)
+        return Part(self.items[spans(self.offsets[:-1][sessions], lengths)], offsets_of(lengths))
 
     def keep(self, clicks: Array, least: int) -> tuple[Part, Array]:
         """Leave clicks out, and then sessions that have become short.
@@ -53,6 +51,12 @@ class Part:
 def offsets_of(lengths: Array) -> Array:
     """(S + 1,) int64 where sessions of these lengths begin and end."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def spans(starts: Array, lengths: Array) -> Array:
+    """Runs of whole numbers one after the other, int64: each from its start, as long as it says."""
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,6 @@ def _shorter(clicks: Part, dates: Array, rules: Thresholds) -> tuple[Part, Array
         return clicks.take(chosen), dates[chosen]
     pieces = -(-clicks.lengths // most)
     first = np.repeat(clicks.offsets[:-1], pieces)
-    number = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
+    number = spans(np.zeros_like(pieces), pieces)
     offsets = np.append(first + number * most, clicks.offsets[-1])
     return _longer(Part(clicks.items, offsets), np.repeat(dates, pieces), rules.min_session_length)

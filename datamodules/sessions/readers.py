@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.sessions.clicks import DAY, Array, ClickLog, Items
+from datamodules.sessions.clicks import DAY, Array, ClickLog, Items, offsets_of, spans
 from leanlight.contracts import MissingExtraError, UserError
 
 BLOCK = 16 * 2**20  # bytes of text that are parsed at a time
@@ -311,12 +311,10 @@ def _genres(path: Path, names: tuple[str, ...]) -> tuple[Array, tuple[str, ...]]
     of, lists = _matched(table["item_id"], names), [text.split() for text in table[column].names]
     genres = {name: number for number, name in enumerate(dict.fromkeys(chain.from_iterable(lists)))}
     count = np.array([len(one) for one in lists])
-    start = np.cumsum(count) - count
     flat = np.array([genres[name] for one in lists for name in one], np.int64)
     code = table[column].codes
     each = count[code]
-    place = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each) + np.repeat(start[code], each)
-    return _pairs(np.repeat(of, each), flat[place]), tuple(genres)
+    return _pairs(np.repeat(of, each), flat[spans(offsets_of(count)[:-1][code], each)]), tuple(genres)
 
 
 def _pairs(item: Array, category: Array) -> Array:

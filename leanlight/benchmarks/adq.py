@@ -29,6 +29,7 @@ from leanlight.benchmarks.core import (
     Target,
     interleave,
     network_step,
+    one_thread,
     peak_memory_mb,
     ratios,
     summarise,
@@ -310,23 +311,19 @@ def measure_features(measured: Measurement, quick: bool) -> None:
     measured.targets.append(Target("features/more", 5.0, text))
 
 
+@one_thread()
 def run(quick: bool = False) -> Measurement:
     """Measure on one thread of the CPU.
 
     quick: tiny sizes: figures without meaning.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     measured = Measurement(settings={"threads": 1, "features": f"synthetic, {_WIDTH} wide", "bins": _BINS})
-    try:
-        measure_bins(measured, [200, 400] if quick else [1000, 2500, 5000], rounds=2 if quick else 3)
-        measure_growth(measured, [200, 400] if quick else [1000, 2500, 5000, 10_000, 20_000, 50_000])
-        measure_kernels(measured, 200 if quick else 2000, rounds=2 if quick else 5)
-        measure_cover(measured, 200 if quick else 5000)
-        measure_rules(measured, 100 if quick else 6000)
-        measure_features(measured, quick)
-    finally:
-        torch.set_num_threads(threads)
+    measure_bins(measured, [200, 400] if quick else [1000, 2500, 5000], rounds=2 if quick else 3)
+    measure_growth(measured, [200, 400] if quick else [1000, 2500, 5000, 10_000, 20_000, 50_000])
+    measure_kernels(measured, 200 if quick else 2000, rounds=2 if quick else 5)
+    measure_cover(measured, 200 if quick else 5000)
+    measure_rules(measured, 100 if quick else 6000)
+    measure_features(measured, quick)
     return measured
 
 

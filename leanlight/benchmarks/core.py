@@ -6,11 +6,12 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,15 @@ from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
 from leanlight.results.format import MISSING, show_machine
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Better = Literal["higher", "lower"]
+
+#: For a Trainer whose steps are timed: nothing is logged, shown or kept.
+QUIET: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,26 @@ def interleave(
             if number >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside the block PyTorch computes on one thread of the CPU."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def within(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+    """Whether two tensors differ by at most `tolerance` of the largest number in the second."""
+    assert found is not None
+    assert expected is not None
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:

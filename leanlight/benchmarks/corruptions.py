@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leanlight.benchmarks.core import Measurement, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import Measurement, Target, interleave, one_thread, ratios, summarise
 from leanlight.ops.corruptions import LEVELS, NOISES, Corruption
 
 _ITEMS = 256
 _SEVERITY = 3
 
 
+@one_thread()
 def noise_speed(rounds: int) -> Measurement:
     """Images of 32 x 32 x 3 a second on one thread, of each noise, and how many times the reference's that is."""
     measured = Measurement(settings={"noise_images": _ITEMS, "noise_severity": _SEVERITY, "noise_threads": 1})
@@ -22,29 +23,24 @@ def noise_speed(rounds: int) -> Measurement:
     pixels = torch.randint(256, (_ITEMS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     image, index = pixels.float() / 255, torch.arange(_ITEMS)
     single = pixels.permute(0, 2, 3, 1).numpy()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for name in NOISES:
-            ours, reference = Corruption(name, _SEVERITY), per_image(name, _SEVERITY)
+    for name in NOISES:
+        ours, reference = Corruption(name, _SEVERITY), per_image(name, _SEVERITY)
 
-            def batch(corrupt: Corruption = ours) -> None:
-                corrupt(image, index)
+        def batch(corrupt: Corruption = ours) -> None:
+            corrupt(image, index)
 
-            def one_by_one(corrupt: Callable[[np.ndarray], np.ndarray] = reference) -> None:
-                for item in single:
-                    corrupt(item)
+        def one_by_one(corrupt: Callable[[np.ndarray], np.ndarray] = reference) -> None:
+            for item in single:
+                corrupt(item)
 
-            seconds = interleave({"batch": batch, "per_image": one_by_one}, rounds, warmup=1)
-            for kind, values in seconds.items():
-                speed = [_ITEMS / second for second in values]
-                measured.figures[f"noise/{name}_{kind}"] = summarise(speed, "images/s", "higher")
-            times = ratios(seconds["per_image"], seconds["batch"])
-            measured.figures[f"noise/{name}_times_per_image"] = summarise(times, "x", "higher")
-            text = f"{name} noise on a batch is at least twice as fast as image by image"
-            measured.targets.append(Target(f"noise/{name}_times_per_image", 2.0, text))
-    finally:
-        torch.set_num_threads(threads)
+        seconds = interleave({"batch": batch, "per_image": one_by_one}, rounds, warmup=1)
+        for kind, values in seconds.items():
+            speed = [_ITEMS / second for second in values]
+            measured.figures[f"noise/{name}_{kind}"] = summarise(speed, "images/s", "higher")
+        times = ratios(seconds["per_image"], seconds["batch"])
+        measured.figures[f"noise/{name}_times_per_image"] = summarise(times, "x", "higher")
+        text = f"{name} noise on a batch is at least twice as fast as image by image"
+        measured.targets.append(Target(f"noise/{name}_times_per_image", 2.0, text))
     return measured
 
 

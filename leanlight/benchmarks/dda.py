@@ -32,13 +32,16 @@ from datamodules.images.bank import BankDataModule
 from datamodules.noise import NoiseDataModule
 from leanlight.benchmarks.classifier import loader_pass, same_items
 from leanlight.benchmarks.core import (
+    QUIET,
     Measurement,
     PaperStep,
     Target,
     interleave,
     network_step,
+    one_thread,
     ratios,
     summarise,
+    within,
 )
 from leanlight.benchmarks.gpu.checks import Check, Found, near
 from leanlight.benchmarks.probe import StepProbe
@@ -65,9 +68,6 @@ from lit_modules.frozen import Frozen
 from lit_modules.nn import CifarResNet, ResNet18, ResNet34
 
 _CLASSES, _LATENT = 10, 256
-_QUIET: dict[str, Any] = dict.fromkeys(
-    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-)
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,13 @@ _QUICK = Sizes(
 )
 
 
+@one_thread()
 def run(quick: bool = False) -> Measurement:
     """Measure on one thread of the CPU.
 
     quick: tiny sizes: figures without meaning.
     """
     sizes = _QUICK if quick else _FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     measured = Measurement(settings={"teacher": f"CifarResNet-{sizes.depth}", "student": "CifarResNet-8"})
     measured.settings |= {"image": list(sizes.shape), "N": sizes.items, "generator_width": sizes.width}
@@ -168,15 +167,12 @@ def run(quick: bool = False) -> Measurement:
         "samples": measure_samples,
         "two processes": measure_processes,
     }
-    try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            write_images(sizes, Path(folder))
-            for name, part in parts.items():
-                with Console(stderr=True).status(f"dda: {name}"):
-                    part(sizes, Path(folder), measured)
-    finally:
-        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_images(sizes, Path(folder))
+        for name, part in parts.items():
+            with Console(stderr=True).status(f"dda: {name}"):
+                part(sizes, Path(folder), measured)
     return measured
 
 
@@ -223,20 +219,15 @@ def first_gradients(call: Callable[[], object]) -> list[Tensor]:
 def check_equality(sizes: Sizes, folder: Path, measured: Measurement) -> None:
     """Without augmentation, whose draws differ, a call of ours begins as the plain loop does."""
     found, expected = (call(sizes, sizes.teacher(), 1, None).first for call in (our_call, plain_call))
-    terms = all(_near(found[name], value, 1e-4) for name, value in expected.items())
+    terms = all(within(found[name], value, 1e-4) for name, value in expected.items())
     measured.checks["inversion: first loss and its terms are the plain loop's within 1e-4"] = terms
     # Among millions of activations rounding alone puts some on the other side of 0, and their gradients with them.
     ours, theirs = (
         first_gradients(functools.partial(call, _QUICK, _QUICK.teacher(), 1, None)) for call in (our_call, plain_call)
     )
-    same = all(_near(mine, plain, 1e-3) for mine, plain in zip(ours, theirs, strict=True))
+    same = all(within(mine, plain, 1e-3) for mine, plain in zip(ours, theirs, strict=True))
     text = f"inversion of {_QUICK.items} small images: first gradients are the plain loop's within 1e-3 of the largest"
     measured.checks[text] = same
-
-
-def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by at most `tolerance` of the largest number in the second."""
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def measure_inversion(sizes: Sizes, folder: Path, measured: Measurement) -> None:
@@ -325,7 +316,7 @@ def measure_student(sizes: Sizes, folder: Path, measured: Measurement) -> None:
     probe = StepProbe(output, "lit_modules.dda.reference:BareDistillationStep", warmup=1)
     limits: dict[str, Any] = {"max_steps": sizes.kd_steps + 2, "limit_val_batches": 0, "default_root_dir": folder}
     data = open_bank(sizes, folder, batch_size=sizes.batch, augment="flip_crop", drop_last=True)
-    pl.Trainer(accelerator="cpu", callbacks=[probe], **limits, **_QUIET).fit(module, datamodule=data)
+    pl.Trainer(accelerator="cpu", callbacks=[probe], **limits, **QUIET).fit(module, datamodule=data)
     report = json.loads(output.read_text())
     measured.figures["student/bare"] = summarise([1000 * each for each in report["bare"]], "ms a step")
     more = [100 * (cycle / bare - 1) for cycle, bare in zip(report["cycle"], report["bare"], strict=True)]
@@ -450,7 +441,7 @@ def synthesis_seconds(quick: bool, folder: str) -> dict[str, float]:
         (place / name).mkdir()
         own: dict[str, Any] = {"accelerator": "cpu", "devices": devices, "strategy": strategy, "max_epochs": 1}
         clock = _Clock(place / name / "seconds.txt")
-        trainer = pl.Trainer(callbacks=[clock], default_root_dir=place / name, **own, **_QUIET)
+        trainer = pl.Trainer(callbacks=[clock], default_root_dir=place / name, **own, **QUIET)
         trainer.fit(module, datamodule=data)
         seconds[name] = float(clock.output.read_text())
     return seconds

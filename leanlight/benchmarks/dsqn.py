@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from datamodules import GameDataModule
 from datamodules.games.atari import make_atari
 from datamodules.games.play import Exploration, TrainingGame, TrainingGames, open_memory
-from leanlight.benchmarks.core import Measurement, PaperStep, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import QUIET, Measurement, PaperStep, Target, interleave, ratios, summarise
 from leanlight.benchmarks.gpu.checks import Check, Found, near
 from leanlight.benchmarks.gpu.training import Runs, run_here
 from lit_modules.dsqn import DQN, DSQN, DeepQLearning
@@ -180,16 +180,13 @@ def measure_training(
         f"dsqn_T{steps[0]}": (spiking, 1),
         f"dsqn_T{steps[0]}_4_games": (spiking, 4),
     }
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
     for name, (make, games) in makers.items():
         watch = _Watch()
         memory: dict[str, Any] = {"replay_size": 2000, "replay_start": 200, "slack": 2000}
         data = GameDataModule(_GAME, batch, training_games=games, **memory, epsilon_start=0.1, seed=0)
         with tempfile.TemporaryDirectory() as folder:
             trainer = pl.Trainer(
-                max_steps=updates + 3, limit_val_batches=0, default_root_dir=folder, callbacks=[watch], **quiet
+                max_steps=updates + 3, limit_val_batches=0, default_root_dir=folder, callbacks=[watch], **QUIET
             )
             trainer.fit(DeepQLearning(make), datamodule=data)
         frames = [16 / s for s in watch.seconds[2:]]

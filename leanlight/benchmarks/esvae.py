@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from datamodules import ImageDataModule
 from leanlight.benchmarks.core import (
+    QUIET,
     Measurement,
     PaperStep,
     Target,
@@ -178,12 +179,9 @@ def measure_lightning(make: Callable[[Any], Any], batch_size: int, steps: int, m
     data = ImageDataModule("digits", batch_size=batch_size, image_size=size, drop_last=True, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "times.json"
-        quiet: dict[str, Any] = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
         probe = StepProbe(output, "leanlight.benchmarks.esvae:BareAutoencoderStep", warmup=1)
         limits: dict[str, Any] = {"max_steps": steps + 2, "limit_val_batches": 0, "default_root_dir": folder}
-        trainer = pl.Trainer(callbacks=[probe], **limits, **quiet)
+        trainer = pl.Trainer(callbacks=[probe], **limits, **QUIET)
         trainer.fit(ImageAutoencoder(functools.partial(make, ESVAE)), datamodule=data)
         report = json.loads(output.read_text())
     more = [100 * (cycle / bare - 1) for cycle, bare in zip(report["cycle"], report["bare"], strict=True)]

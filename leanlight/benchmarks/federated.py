@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from callbacks import FederatedRounds
 from datamodules import IID, FederatedDataModule
-from leanlight.benchmarks.core import Measurement, PaperStep, Target, network_step, ratios, summarise
+from leanlight.benchmarks.core import QUIET, Measurement, PaperStep, Target, network_step, ratios, summarise
 from leanlight.benchmarks.gpu.checks import Check
 from leanlight.benchmarks.gpu.training import Runs, two_as_one
 from lit_modules.federated import FederatedClassifier, LocalTraining, RandomClients
@@ -87,11 +87,8 @@ def simulate(
     clock = Rounds(network, epochs)
     server = FederatedRounds(RandomClients(), participants=clients, probe=0, every_n_epochs=0, seed=_SEED)
     with tempfile.TemporaryDirectory() as folder:
-        quiet: dict[str, Any] = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
         limits: dict[str, Any] = {"max_epochs": rounds, "limit_val_batches": 0, "default_root_dir": folder}
-        pl.Trainer(accelerator="cpu", callbacks=[clock, server], **limits, **quiet).fit(model, datamodule=data)
+        pl.Trainer(accelerator="cpu", callbacks=[clock, server], **limits, **QUIET).fit(model, datamodule=data)
     return model, clock
 
 

@@ -24,14 +24,17 @@ from torch import Tensor, nn
 
 from datamodules import Planted, SessionDataModule
 from leanlight.benchmarks.core import (
+    QUIET,
     Measurement,
     PaperStep,
     Target,
     interleave,
     network_step,
+    one_thread,
     peak_memory_mb,
     ratios,
     summarise,
+    within,
 )
 from leanlight.benchmarks.gpu.checks import Check, Found, near
 from leanlight.benchmarks.probe import StepProbe
@@ -116,14 +119,13 @@ _QUICK = Sizes(
 )
 
 
+@one_thread()
 def run(quick: bool = False) -> Measurement:
     """Measure on one thread of the CPU.
 
     quick: tiny sizes: figures without meaning.
     """
     sizes = _QUICK if quick else _FULL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     measured = Measurement(settings={"items": sizes.items, "d": sizes.dim, "batch": sizes.batch, "n": sizes.intents})
     measured.settings |= {"catalogues": list(sizes.catalogues), "chunk": sizes.chunk, "threads": 1}
     measured.settings |= {"cases": sizes.cases, "planted": vars(sizes.lightning)}
@@ -138,12 +140,9 @@ def run(quick: bool = False) -> Measurement:
         "clusters": measure_clusters,
         "Lightning": measure_lightning,
     }
-    try:
-        for name, part in parts.items():
-            with Console(stderr=True).status(f"hid: {name}"):
-                part(sizes, measured)
-    finally:
-        torch.set_num_threads(threads)
+    for name, part in parts.items():
+        with Console(stderr=True).status(f"hid: {name}"):
+            part(sizes, measured)
     return measured
 
 
@@ -218,6 +217,12 @@ def step_of(network: Backbone, loss: Callable[[], Tensor]) -> Callable[[], None]
     return step
 
 
+@torch.no_grad()
+def best_of(network: Backbone, batch: SessionBatch) -> Tensor:
+    """Items (N, K) of the lists that a network recommends."""
+    return top_k(Scoring()(network(batch.items, batch.length), network.item_embedding()), max(_KS))[0]
+
+
 # -- equality
 
 
@@ -230,15 +235,10 @@ def check_equality(sizes: Sizes, measured: Measurement) -> None:
         network = make().double().eval()
         expected = torch.stack([encode_one(network, clicks) for clicks in lists])
         text = f"{name}: vectors of a naive network, session by session, float64, within 1e-9 of the largest"
-        measured.checks[text] = _near(network(batch.items, batch.length), expected, 1e-9)
+        measured.checks[text] = within(network(batch.items, batch.length), expected, 1e-9)
     found = [_softmax(_QUICK, chunk, torch.double) for chunk in (None, 7)]
     text = "softmax in pieces: loss and gradients of the whole, float64, within 1e-12 of the largest"
-    measured.checks[text] = all(_near(piece, whole, 1e-12) for whole, piece in zip(*found, strict=True))
-
-
-def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by at most `tolerance` of the largest number in the second."""
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+    measured.checks[text] = all(within(piece, whole, 1e-12) for whole, piece in zip(*found, strict=True))
 
 
 # -- against loops
@@ -334,13 +334,18 @@ def measure_steps(sizes: Sizes, measured: Measurement) -> None:
         measured.figures[f"step/{name}"] = summarise([1000 * each for each in found], "ms")
 
 
-def _softmax(sizes: Sizes, chunk: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Loss over the largest catalogue, and its gradients."""
+def _softmax_inputs(sizes: Sizes, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Sessions (N, d), the largest catalogue's table (m + 1, d), and targets (N,)."""
     items = sizes.catalogues[-1]
     draws = torch.Generator().manual_seed(0)
     session = torch.randn(sizes.batch, sizes.dim, generator=draws, dtype=dtype).requires_grad_()
     table = torch.randn(items + 1, sizes.dim, generator=draws, dtype=dtype).mul_(0.1).requires_grad_()
-    target = torch.randint(1, items + 1, (sizes.batch,), generator=draws)
+    return session, table, torch.randint(1, items + 1, (sizes.batch,), generator=draws)
+
+
+def _softmax(sizes: Sizes, chunk: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Loss over the largest catalogue, and its gradients."""
+    session, table, target = _softmax_inputs(sizes, dtype)
     loss = Scoring(chunk=chunk).loss(session, table, target)
     loss.backward()
     assert session.grad is not None
@@ -350,11 +355,7 @@ def _softmax(sizes: Sizes, chunk: int | None, dtype: torch.dtype = torch.float32
 
 def measure_softmax(sizes: Sizes, measured: Measurement) -> None:
     """Loss and gradients over the largest catalogue, at once and in pieces: seconds and memory."""
-    items = sizes.catalogues[-1]
-    draws = torch.Generator().manual_seed(0)
-    session = torch.randn(sizes.batch, sizes.dim, generator=draws).requires_grad_()
-    table = torch.randn(items + 1, sizes.dim, generator=draws).mul_(0.1).requires_grad_()
-    target = torch.randint(1, items + 1, (sizes.batch,), generator=draws)
+    session, table, target = _softmax_inputs(sizes)
 
     def loss(chunk: int | None) -> None:
         session.grad = table.grad = None
@@ -365,7 +366,7 @@ def measure_softmax(sizes: Sizes, measured: Measurement) -> None:
     for name, found in seconds.items():
         measured.figures[f"softmax/{name}"] = summarise([1000 * each for each in found], "ms")
     measured.figures["softmax/pieces_over_whole"] = summarise(ratios(seconds["pieces"], seconds["whole"]), "x")
-    text = f"softmax over {items:,} items in pieces takes at most 1.4 times as long"
+    text = f"softmax over {sizes.catalogues[-1]:,} items in pieces takes at most 1.4 times as long"
     measured.targets.append(Target("softmax/pieces_over_whole", 1.4, text))
 
 
@@ -375,11 +376,7 @@ def measure_catalogues(sizes: Sizes, measured: Measurement) -> None:
         batch = batch_of(sizes.batch, items)
         network = STAMP(items, sizes.dim)
         train = step_of(network, functools.partial(loss_of, network, batch, ICLoss(), intents_of(items, sizes.intents)))
-
-        def score(network: Backbone = network, batch: SessionBatch = batch) -> None:
-            with torch.no_grad():
-                top_k(Scoring()(network(batch.items, batch.length), network.item_embedding()), max(_KS))
-
+        score = functools.partial(best_of, network, batch)
         seconds = interleave({"training": train, "scoring": score}, max(sizes.rounds // 2, 2), warmup=1)
         for name, found in seconds.items():
             speed = [sizes.batch / each for each in found]
@@ -423,12 +420,9 @@ def _peak_in_this_process(name: str, items: str, size: str) -> float:
         network, batch = STAMP(int(items), sizes.dim), batch_of(sizes.batch, int(items))
         intents = intents_of(int(items), sizes.intents)
         step = step_of(network, functools.partial(loss_of, network, batch, ICLoss(), intents))
+        work = step if name == "training" else functools.partial(best_of, network, batch)
         for _ in range(2):
-            if name == "training":
-                step()
-            else:
-                with torch.no_grad():
-                    top_k(Scoring()(network(batch.items, batch.length), network.item_embedding()), max(_KS))
+            work()
     return peak_memory_mb()
 
 
@@ -453,9 +447,6 @@ def measure_clusters(sizes: Sizes, measured: Measurement) -> None:
 def measure_lightning(sizes: Sizes, measured: Measurement) -> None:
     """What a step takes more under Lightning than in a plain loop over a copy of the network."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
     data = SessionDataModule("planted", planted=sizes.lightning, batch_size=sizes.batch, seed=0)
     torch.manual_seed(0)
     backbone = functools.partial(STAMP, dim=sizes.dim)
@@ -465,7 +456,7 @@ def measure_lightning(sizes: Sizes, measured: Measurement) -> None:
         output = Path(folder) / "times.json"
         probe = StepProbe(output, "lit_modules.hid.reference:BareSessionStep", warmup=1)
         limits: dict[str, Any] = {"max_steps": sizes.steps + 2, "limit_val_batches": 0, "default_root_dir": folder}
-        pl.Trainer(accelerator="cpu", callbacks=[probe], **limits, **quiet).fit(module, datamodule=data)
+        pl.Trainer(accelerator="cpu", callbacks=[probe], **limits, **QUIET).fit(module, datamodule=data)
         report = json.loads(output.read_text())
     measured.settings["items_under_lightning"] = data.meta.num_items
     more = [100 * (cycle / bare - 1) for cycle, bare in zip(report["cycle"], report["bare"], strict=True)]

@@ -26,14 +26,17 @@ from torch import Tensor, nn
 
 from datamodules import ImageDataModule
 from leanlight.benchmarks.core import (
+    QUIET,
     Measurement,
     PaperStep,
     Target,
     interleave,
     network_step,
+    one_thread,
     peak_memory_mb,
     ratios,
     summarise,
+    within,
 )
 from leanlight.benchmarks.corruptions import noise_speed
 from leanlight.benchmarks.gpu.checks import Check, Found, near
@@ -100,14 +103,13 @@ _TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_head
 _QUICK = Shapes("vit_tiny_patch16_224", _TINY, batch=8, length=4, last=2)
 
 
+@one_thread()
 def run(quick: bool = False) -> Measurement:
     """Measure on one thread of the CPU.
 
     quick: tiny sizes: figures without meaning.
     """
     shapes, rounds = (_QUICK, 2) if quick else (_SMALL, 10)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     settings = {"network": shapes.name, "options": shapes.options, "image": list(shapes.image)}
     measured = Measurement(settings=settings | {"prompts": shapes.length, "threads": 1})
     parts: dict[str, Callable[[], None]] = {
@@ -120,12 +122,9 @@ def run(quick: bool = False) -> Measurement:
         "Lightning": lambda: measure_lightning(shapes, measured, 3 if quick else 12),
         "noise": lambda: measure_noise(measured, rounds),
     }
-    try:
-        for name, part in parts.items():
-            with Console(stderr=True).status(f"spike_nvpt: {name}"):
-                part()
-    finally:
-        torch.set_num_threads(threads)
+    for name, part in parts.items():
+        with Console(stderr=True).status(f"spike_nvpt: {name}"):
+            part()
     return measured
 
 
@@ -150,11 +149,11 @@ def check_equality(shapes: Shapes, measured: Measurement) -> None:
     for logits in (ours, theirs):
         F.cross_entropy(logits, label).backward()
     text = "deep prompts: gradients of the plain loop within 1e-6 of the largest (prompts are float32)"
-    measured.checks[text] = _near(network.prompts.latents.grad, plain.prompts.grad, 1e-6)
+    measured.checks[text] = within(network.prompts.latents.grad, plain.prompts.grad, 1e-6)
     for time_steps in (1, 4, 16):
         found, expected = spiking_gradients(time_steps)
         text = f"T = {time_steps}: rates and their gradients are those of spikingjelly's neuron, float64, within 1e-12"
-        measured.checks[text] = all(_near(*pair, 1e-12) for pair in zip(found, expected, strict=True))
+        measured.checks[text] = all(within(*pair, 1e-12) for pair in zip(found, expected, strict=True))
 
 
 def spiking_gradients(time_steps: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -172,13 +171,6 @@ def spiking_gradients(time_steps: int) -> tuple[list[Tensor], list[Tensor]]:
         assert current.grad is not None
         sides.append([rate.detach(), current.grad])
     return sides[0], sides[1]
-
-
-def _near(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
-    """Whether two tensors differ by at most `tolerance` of the largest number in the second."""
-    assert found is not None
-    assert expected is not None
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 # -- steps
@@ -345,9 +337,6 @@ class _Epochs(pl.Callback):
 def _fit(shapes: Shapes, tuning: Tuning, callback: pl.Callback, store: bool = True, **limits: Any) -> TunedClassifier:
     """Fit on digits at the size of the network; no checkpoints, no logs."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
     size = shapes.options["img_size"]
     data = ImageDataModule("digits", batch_size=shapes.batch, image_size=size, drop_last=True, seed=0)
     network = functools.partial(TimmNet, shapes.name, in_channels=1, num_classes=None, options=shapes.options)
@@ -356,7 +345,7 @@ def _fit(shapes: Shapes, tuning: Tuning, callback: pl.Callback, store: bool = Tr
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         own: dict[str, Any] = {"accelerator": "cpu", "limit_val_batches": 0, "default_root_dir": folder}
-        pl.Trainer(callbacks=[callback], **own, **limits, **quiet).fit(module, datamodule=data)
+        pl.Trainer(callbacks=[callback], **own, **limits, **QUIET).fit(module, datamodule=data)
     return module
 
 
@@ -374,7 +363,7 @@ def measure_probe(shapes: Shapes, measured: Measurement, epochs: int) -> None:
         Target("probe/speedup", 20.0, "a linear probe's epoch at least 20 times as fast on stored features")
     )
     text = f"stored features: the weights that recomputing gives after {epochs} epochs, within 1e-5 of the largest"
-    measured.checks[text] = _near(heads["stored"], heads["recomputed"], 1e-5)
+    measured.checks[text] = within(heads["stored"], heads["recomputed"], 1e-5)
 
 
 # -- under Lightning

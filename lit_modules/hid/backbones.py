@@ -13,7 +13,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._higher_order_ops import scan
 
 from leanlight.contracts import Catalogue, Sessions, UserError
 from lit_modules.hid.graphs import edge_types, global_neighbours, session_graph
@@ -126,6 +125,8 @@ def _scanned(gru: nn.GRU, clicks: Tensor) -> Tensor:
 
     An exported `nn.GRU` is unrolled over the clicks of the example it is exported with, so it takes no other length.
     """
+    from torch._higher_order_ops import scan  # not public in PyTorch yet: nothing but the export shall hang on it
+
     for layer in gru.all_weights:
         w_in, w_state, b_in, b_state = (weight.detach() for weight in layer)
 
