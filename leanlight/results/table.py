@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,6 +113,7 @@ class Cell:
             values[name] = value
         entry: Entry = {"seed": self.seed, "run": counted["_folder"], "config_hash": self.identity}
         entry |= {key: counted.get(key) for key in _COPIED}
+        entry["data"] = _without_folders(entry["data"])
         entry |= {
             "stale": stale,
             "metrics": values,
@@ -238,6 +240,13 @@ def build_document(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, Any]:
         "profile": asdict(spec.profile) if spec.profile else None,
         "curves": [asdict(curve) for curve in spec.curves],
     }
+
+
+def _without_folders(data: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A data set's description whose source names file and folder, not where on this machine the folder lies."""
+    if data is None:
+        return None
+    return {**data, "source": re.sub(r"(?<!\S)/(?:[^/\s]+/)*(?=[^/\s]+/[^/\s]+)", "", data.get("source") or "")}
 
 
 def _row(spec: TableSpec, row: Row, cells: Sequence[Cell], machine: Mapping[str, Any]) -> dict[str, Any]:

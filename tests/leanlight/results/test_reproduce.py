@@ -67,6 +67,24 @@ def test_what_is_published_names_neither_host_nor_user_nor_folder(suite: Any) ->
     assert str(suite.folder) not in text
 
 
+@pytest.mark.parametrize(
+    ("source", "published"),
+    [
+        ("/home/ann/data/digits/digits.npz (25 of 50 train)", "digits/digits.npz (25 of 50 train)"),
+        ("/data/digits", "data/digits"),
+        ("packaged subset (3,200 of 60,000 train / half)", "packaged subset (3,200 of 60,000 train / half)"),
+        ("data/digits", "data/digits"),
+    ],
+)
+def test_published_data_are_named_by_their_folder_alone(
+    suite: Any, rewrite: Rewrite, source: str, published: str
+) -> None:
+    suite.reproduced()
+    rewrite(_run_dir("good", 2), data={"name": "digits", "source": source})
+    assert main(["two.yaml"]) == 0
+    assert {data["source"] for data in _row(_document(), "good")["data"] if data} >= {published}
+
+
 def test_a_second_time_runs_nothing_and_changes_nothing(suite: Any) -> None:
     suite.reproduced()
     before = RESULT.read_bytes()
