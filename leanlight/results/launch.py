@@ -37,9 +37,10 @@ def usable_cores() -> int:
 def environment(jobs: int = 1, device: str | None = None) -> dict[str, str]:
     """Environment of one of `jobs` processes side by side: its share of the cores, its GPU.
 
-    A number of threads that was set before stands: by the user, or by `reproduce` for the pipelines it starts.
+    A number of threads that was set before stands: by the user, or by `reproduce` for its pipelines. A library
+    without one gets that of ``OMP_NUM_THREADS``: with more threads than OpenMP has, MKL's spin while they wait.
     """
-    threads = str(max(1, usable_cores() // jobs))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // jobs))
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     return {**limits, **os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
 

@@ -20,7 +20,7 @@ import yaml
 
 from leanlight.cli.reproduce import main
 from leanlight.contracts import UserError
-from leanlight.results.launch import Job, run_jobs
+from leanlight.results.launch import Job, environment, run_jobs
 from leanlight.results.state import clear
 
 RESULT = Path("runs/results/classifier/two.json")
@@ -277,6 +277,19 @@ def test_jobs_share_cores_and_devices(suite: Any, monkeypatch: pytest.MonkeyPatc
     commands = suite.commands()
     assert {command["threads"] for command in commands} == {"4"}
     assert {command["gpu"] for command in commands} == {"3", "5"}
+
+
+@pytest.mark.parametrize(("mkl", "expected"), [(None, "3"), ("2", "2")])
+def test_every_library_of_a_job_has_the_threads_that_openmp_was_given(
+    monkeypatch: pytest.MonkeyPatch, mkl: str | None, expected: str
+) -> None:
+    monkeypatch.setattr("leanlight.results.launch.usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    if mkl is not None:
+        monkeypatch.setenv("MKL_NUM_THREADS", mkl)
+    assert environment(jobs=2)["OMP_NUM_THREADS"] == "3"
+    assert environment(jobs=2)["MKL_NUM_THREADS"] == expected
 
 
 @pytest.mark.parametrize(
