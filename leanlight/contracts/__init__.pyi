@@ -7,6 +7,18 @@ from .batch import Batch as Batch
 from .batch import on_host as on_host
 from .batch import to_device as to_device
 from .compiled import uncompiled as uncompiled
+from .emotion import (
+    EmotionData as EmotionData,
+)
+from .emotion import (
+    EmotionMeta as EmotionMeta,
+)
+from .emotion import (
+    Modality as Modality,
+)
+from .emotion import (
+    MultimodalBatch as MultimodalBatch,
+)
 from .errors import DivergedError as DivergedError
 from .errors import MissingExtraError as MissingExtraError
 from .errors import UserError as UserError
