@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import Catalogue, Sessions, UserError
 from lit_modules.hid.graphs import edge_types, global_neighbours, session_graph
-from lit_modules.nn.checks import require_positive
+from lit_modules.nn.checks import require_positive, require_share
 
 
 class Backbone(nn.Module):
@@ -71,12 +71,6 @@ class Backbone(nn.Module):
         self.embedding.weight[0] = 0
 
 
-def _require_share(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{name}: expected a number in [0, 1), got {value}")
-
-
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """Of values (N, L, d) those at positions (N, K): (N, K, d)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
@@ -108,7 +102,7 @@ class GRU4Rec(Backbone):
     ) -> None:
         super().__init__(num_items, dim, embedding_std)
         require_positive(layers=layers)
-        _require_share(dropout=dropout)
+        require_share(dropout=dropout)
         self.dropout = nn.Dropout(dropout)
         self.gru = nn.GRU(dim, dim, layers, batch_first=True)
         self.reset_parameters()
@@ -266,7 +260,7 @@ class GCEGNN(Backbone):
     ) -> None:
         super().__init__(num_items, dim, embedding_std)
         require_positive(hops=hops, neighbours=neighbours, window=window, positions=positions)
-        _require_share(dropout_gcn=dropout_gcn, dropout_local=dropout_local, dropout_global=dropout_global)
+        require_share(dropout_gcn=dropout_gcn, dropout_local=dropout_local, dropout_global=dropout_global)
         self.window, self.max_length = window, positions
         self.register_buffer("neighbour", torch.zeros(num_items + 1, neighbours, dtype=torch.int64))
         self.register_buffer("weight", torch.zeros(num_items + 1, neighbours))

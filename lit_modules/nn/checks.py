@@ -18,6 +18,13 @@ def require_positive(**sizes: int) -> None:
             raise UserError(f"{name}: expected an integer of at least 1, got {value}")
 
 
+def require_share(**shares: float) -> None:
+    """Raise UserError naming the first of `shares` that is not in [0, 1)."""
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name}: expected a number in [0, 1), got {value}")
+
+
 def pooled_size(image_size: int, halvings: int) -> int:
     """Side length of an `image_size` map after `halvings` poolings by 2; UserError when nothing is left."""
     size = image_size >> halvings

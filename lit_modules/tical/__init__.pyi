@@ -1,4 +1,12 @@
 from .anchors import AnchorLists as AnchorLists
 from .assessment import Assessment as Assessment
 from .assessment import ConsistencyAssessment as ConsistencyAssessment
+from .encoders import Answer as Answer
+from .encoders import Encoders as Encoders
+from .encoders import Encoding as Encoding
+from .encoders import LearnsLabels as LearnsLabels
 from .hyperbolic import Geometry as Geometry
+from .stages import SoftStages as SoftStages
+from .stages import StagedAnswer as StagedAnswer
+from .stages import ThreeStages as ThreeStages
+from .stages import mix as mix
