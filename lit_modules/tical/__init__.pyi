@@ -1,6 +1,14 @@
 from .anchors import AnchorLists as AnchorLists
 from .assessment import Assessment as Assessment
 from .assessment import ConsistencyAssessment as ConsistencyAssessment
+from .baselines import MISA as MISA
+from .baselines import AttentionFusion as AttentionFusion
+from .baselines import LateFusion as LateFusion
+from .baselines import LowRankFusion as LowRankFusion
+from .baselines import MulT as MulT
+from .baselines import SelfMM as SelfMM
+from .baselines import TensorFusion as TensorFusion
+from .baselines import Unimodal as Unimodal
 from .encoders import Answer as Answer
 from .encoders import Encoders as Encoders
 from .encoders import Encoding as Encoding

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from leanlight.contracts import UserError
 from leanlight.contracts.emotion import Modality
 from lit_modules.nn.checks import require_positive
+from lit_modules.tical.assessment import Assessment
 from lit_modules.tical.encoders import Answer, Block, Encoded, Encoders, Encoding, Head, presence
 
 
@@ -186,25 +186,6 @@ def _mean_of_present(values: Tensor, there: Tensor) -> Tensor:
     return (values * weight).sum(1) / weight.sum(1)
 
 
-class Reliability(Protocol):
-    """What `SoftStages` goes by: see `Assessment`."""
-
-    @property
-    def typicality(self) -> Mapping[str, Tensor]:
-        """By modality, (N,) in [0, 1]."""
-        ...
-
-    @property
-    def consistency(self) -> Tensor:
-        """(N,) in [0, 1]."""
-        ...
-
-    @property
-    def probabilities(self) -> Mapping[str, Tensor]:
-        """By modality, (N, C) of its pseudo label."""
-        ...
-
-
 class SoftStages(nn.Module):
     """Fusion with two gates: modalities weigh as much as they are reliable, and conflicts are judged apart.
 
@@ -248,12 +229,12 @@ class SoftStages(nn.Module):
         features: Mapping[str, Tensor],
         length: Mapping[str, Tensor],
         present: Mapping[str, Tensor],
-        assessment: Reliability | None = None,
+        assessment: Assessment | None = None,
     ) -> Answer:
         """Answer a batch; arguments as in `MultimodalBatch`. Without assessment all is typical and agrees."""
         return self.conclude(self.encoders(features, length, present), present, assessment)
 
-    def conclude(self, encoded: Encoded, present: Mapping[str, Tensor], assessment: Reliability | None) -> Answer:
+    def conclude(self, encoded: Encoded, present: Mapping[str, Tensor], assessment: Assessment | None) -> Answer:
         """Answer clips whose encoded vectors, ``encoders(...).hidden``, have been assessed.
 
         Args:
@@ -277,7 +258,7 @@ class SoftStages(nn.Module):
         names = self.encoders.modalities
         return Answer(self.output(fused), encoded.hidden, dict(zip(names, unimodal.unbind(), strict=True)), fused)
 
-    def _reliability(self, assessment: Reliability, there: Tensor) -> Tensor:
+    def _reliability(self, assessment: Assessment, there: Tensor) -> Tensor:
         """(N, M) positive: τ_m r_m + 0.001, r_m over the other modalities that are there; 1 where there is none."""
         names = self.encoders.modalities
         q = torch.stack([assessment.probabilities[name] for name in names], 1)
