@@ -17,6 +17,10 @@ from .clients.partition import (
 from .clients.partition import (
     Shards as Shards,
 )
+from .emotion.catalog import EMOTIONS as EMOTIONS
+from .emotion.catalog import EmotionSetInfo as EmotionSetInfo
+from .emotion.module import EmotionDataModule as EmotionDataModule
+from .emotion.planted import PlantedConflicts as PlantedConflicts
 from .games.module import GameDataModule as GameDataModule
 from .images.bank import BankDataModule as BankDataModule
 from .images.catalog import CATALOG as CATALOG

@@ -12,6 +12,7 @@ import io
 import lzma
 import os
 import pickle
+import re
 import warnings
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -143,42 +144,94 @@ def read_packed_subset(path: Path, sha256: str) -> tuple[Part, Part]:
     return part("train"), part("test")
 
 
-class _ByteArray:
-    """Stands for numpy's array while a CIFAR batch is unpickled: accepts unsigned bytes only, executes nothing."""
+class _PlainType:
+    """Stands for `numpy.dtype` in a pickle: whole and broken numbers, flags, strings, and lists of what is admitted."""
 
-    array: npt.NDArray[np.uint8]
+    def __init__(self, name: str, *_: Any) -> None:
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU][0-9]{1,6}|O8", str(name)):
+            raise pickle.UnpicklingError(f"arrays of type {name!s:.20!r} are not admitted")
+        self.dtype = np.dtype(str(name))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order; a type with fields or of arrays is refused."""
+        if any(part is not None for part in state[2:5]) or state[1] not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError("arrays of compound types are not admitted")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+    def array(self, content: Any, shape: Any, order: Literal["C", "F"] = "C") -> npt.NDArray[Any]:
+        """The array with this content; of objects, whose content is a list, each is taken as it is."""
+        if self.dtype.hasobject:
+            if not isinstance(content, list):
+                raise pickle.UnpicklingError("an array of objects needs a list")
+            objects = np.empty(len(content), object)
+            for position, value in enumerate(content):
+                objects[position] = value
+            return objects.reshape(shape, order=order)
+        raw = content.encode("latin1") if isinstance(content, str) else content
+        return np.frombuffer(raw, self.dtype).reshape(shape, order=order)
+
+
+class _PlainArray:
+    """Stands for numpy's array while a pickle is loaded: executes nothing."""
+
+    array: npt.NDArray[Any]
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
-        if not isinstance(dtype, _ByteType) or fortran or not isinstance(content, (str, bytes)):
-            raise pickle.UnpicklingError("only arrays of unsigned bytes are admitted")
-        raw = content.encode("latin1") if isinstance(content, str) else content
-        self.array = np.frombuffer(raw, np.uint8).reshape(shape)
+        self.array = _plain_type(dtype).array(content, shape, "F" if fortran else "C")
 
 
-class _ByteType:
-    """Stands for ``numpy.dtype('u1')``."""
-
-    def __init__(self, name: str, *_: Any) -> None:
-        if name != "u1":
-            raise pickle.UnpicklingError(f"arrays of type {name!r} are not admitted")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Nothing to keep: a byte has no byte order."""
+def _plain_type(dtype: Any) -> _PlainType:
+    if not isinstance(dtype, _PlainType):
+        raise pickle.UnpicklingError("only arrays of plain types are admitted")
+    return dtype
 
 
-def _byte_array(*_: Any) -> _ByteArray:
-    return _ByteArray()
+def _new_array(*_: Any) -> _PlainArray:
+    return _PlainArray()
+
+
+def _array_of_buffer(content: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> _PlainArray:
+    """What protocol 5 calls instead."""
+    made = _PlainArray()
+    made.array = _plain_type(dtype).array(bytes(content), shape, order)
+    return made
+
+
+def _number(dtype: Any, content: Any) -> Any:
+    """A number or string of numpy, as Python's own."""
+    return _plain_type(dtype).array(content, ()).item()
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes as Python 3 writes them for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the encoding {encoding!s:.20!r} is not admitted")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """No bytes, as Python 3 writes them for Python 2."""
+    return b""
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Admits lists, tuples, dicts, numbers, strings and arrays of unsigned bytes, refuses every other name."""
+    """Admits lists, tuples, dicts, numbers, strings and numpy's arrays of these, refuses every other name."""
 
     _admitted: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): _byte_array,
-        ("numpy._core.multiarray", "_reconstruct"): _byte_array,
-        ("numpy", "ndarray"): _ByteArray,
-        ("numpy", "dtype"): _ByteType,
+        ("numpy", "ndarray"): _PlainArray,
+        ("numpy", "dtype"): _PlainType,
+        ("_codecs", "encode"): _latin1,
+        ("__builtin__", "bytes"): _no_bytes,
+        **{
+            (f"numpy.{core}.{module}", name): stand_in
+            for core in ("core", "_core")
+            for module, name, stand_in in (
+                ("multiarray", "_reconstruct", _new_array),
+                ("multiarray", "scalar", _number),
+                ("numeric", "_frombuffer", _array_of_buffer),
+            )
+        },
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -189,25 +242,31 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted") from None
 
 
-def unpickle(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+def unpickle(path: Path, kind: type | tuple[type, ...] = dict, content: bytes | None = None) -> Any:
     """Load an untrusted pickle through `RestrictedUnpickler`; UserError when it is refused.
 
     Args:
         path: of the file.
         kind: what it must hold: a dictionary, whose arrays come as numpy arrays, or one of other kinds.
+        content: the file's bytes, if they were read already.
     """
     try:
-        with open(path, "rb") as file:
-            content = RestrictedUnpickler(file, encoding="latin1").load()
+        with open(path, "rb") if content is None else io.BytesIO(content) as file:
+            loaded = _without_stand_ins(RestrictedUnpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle may raise anything, from MemoryError to UnicodeDecodeError
         raise UserError(f"{path} was refused: {type(error).__name__} {error}") from error
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if type(content) not in kinds:
+    if type(loaded) not in kinds:
         expected = " or ".join("dictionary" if one is dict else one.__name__ for one in kinds)
-        raise UserError(f"{path} was refused: expected a {expected}, got {type(content).__name__}")
-    if isinstance(content, dict):
-        return {str(k): v.array if isinstance(v, _ByteArray) else v for k, v in content.items()}
-    return content
+        raise UserError(f"{path} was refused: expected a {expected}, got {type(loaded).__name__}")
+    return loaded
+
+
+def _without_stand_ins(value: Any) -> Any:
+    """The arrays themselves, in dictionaries at any depth."""
+    if isinstance(value, dict):
+        return {str(k): _without_stand_ins(v) for k, v in value.items()}
+    return value.array if isinstance(value, _PlainArray) else value
 
 
 def read_cifar_batches(paths: Iterable[Path], label_key: str, num_classes: int) -> Part:

@@ -6,13 +6,16 @@ import argparse
 import os
 from pathlib import Path
 
+from datamodules.emotion.catalog import EMOTIONS, EmotionSetInfo
 from datamodules.images.catalog import CATALOG, DatasetInfo
 from datamodules.sessions.catalog import SESSIONS, SessionSetInfo
 from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError, nearest
 
-Info = DatasetInfo | SessionSetInfo
+Info = DatasetInfo | SessionSetInfo | EmotionSetInfo
 KNOWN: dict[str, Info] = {**CATALOG, **SESSIONS}
+# Where sessions have a set of the same name, too, the one of clips is told by its kind.
+KNOWN |= {f"emotion_{name}" if name in KNOWN else name: info for name, info in EMOTIONS.items()}
 
 # Sets of many small picture files: `prepare` decodes them once into an npz that loads in seconds.
 PICTURE_SETS = {"tiny_imagenet": "tiny_imagenet", "celeba": "celeba_64"}
@@ -29,8 +32,8 @@ def list_data(argv: list[str]) -> int:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True)
     table.add_column("what it is, and how to get it")
-    for info in KNOWN.values():
-        table.add_row(info.name, f"{info.title}\n{info.facts}, licence: {info.licence}\n[dim]{escape(info.get)}[/dim]")
+    for name, info in KNOWN.items():
+        table.add_row(name, f"{info.title}\n{info.facts}, licence: {info.licence}\n[dim]{escape(info.get)}[/dim]")
     console = Console(highlight=False)
     console.print(table)
     console.print("Looked for in the folder LEANLIGHT_DATA, else ./data. Items of images: train + test.")
@@ -59,8 +62,11 @@ def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, Info]
 def prepare(argv: list[str]) -> int:
     """Find or download a data set and say where it is."""
     arguments, info = _arguments("prepare", argv)
-    ready = _prepare_sessions if isinstance(info, SessionSetInfo) else _prepare_images
-    print(f"{info.name}: ready, {ready(info.name, arguments)}")
+    if isinstance(info, EmotionSetInfo):
+        ready = _prepare_clips
+    else:
+        ready = _prepare_sessions if isinstance(info, SessionSetInfo) else _prepare_images
+    print(f"{arguments.name}: ready, {ready(info.name, arguments)}")
     return 0
 
 
@@ -86,10 +92,20 @@ def _prepare_sessions(name: str, arguments: argparse.Namespace) -> str:
     return f"{len(raw.train):,} train and {len(raw.test):,} test sessions from {raw.source}"
 
 
+def _prepare_clips(name: str, arguments: argparse.Namespace) -> str:
+    from datamodules.emotion import sources
+
+    clips = sources.load(name, arguments.root, arguments.path, download=True)
+    return f"{len(clips):,} clips from {clips.source}"
+
+
 def check(argv: list[str]) -> int:
     """Load a data set without downloading and print what it holds."""
     arguments, info = _arguments("check", argv)
-    facts = _check_sessions if isinstance(info, SessionSetInfo) else _check_images
+    if isinstance(info, EmotionSetInfo):
+        facts = _check_clips
+    else:
+        facts = _check_sessions if isinstance(info, SessionSetInfo) else _check_images
     for label, value in facts(info.name, arguments).items():
         print(f"{label:<12} {value}")
     return 0
@@ -134,6 +150,34 @@ def _check_sessions(name: str, arguments: argparse.Namespace) -> dict[str, str]:
         "cases": _counts(meta.counts),
         "fingerprint": meta.fingerprint,
     }
+
+
+def _check_clips(name: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """What `EmotionDataModule` makes of the set with its defaults."""
+    from datamodules.emotion.module import EmotionDataModule
+
+    data = EmotionDataModule(name, arguments.root, arguments.path, download=False)
+    data.setup()
+    meta = data.meta
+    lacking = {m: int((~has).sum()) for m, has in data.present.items()}
+    modalities = {
+        m: f"{one.width} wide" + (f", {one.longest} steps at most" if one.longest else "") + _lacked(lacking[m])
+        for m, one in meta.modalities.items()
+    }
+    conflicts = "not known" if data.conflict is None else f"{int(data.conflict.sum()):,} clips of all parts"
+    shown = ", ".join(f"{c} {n:,}" for c, n in zip(meta.classes, meta.class_counts, strict=True))
+    return {
+        "source": meta.source,
+        **modalities,
+        "clips": _counts(meta.counts),
+        "classes": f"{len(meta.classes)}, in training: {shown}" if meta.classes else "no labels",
+        "conflicts": conflicts,
+        "fingerprint": meta.fingerprint,
+    }
+
+
+def _lacked(clips: int) -> str:
+    return f", {clips:,} clips lack it" if clips else ""
 
 
 COMMANDS = {"list": list_data, "prepare": prepare, "check": check}

@@ -1,5 +1,6 @@
 """Readers: what is right is read as an independent reading gives it, what is wrong is named."""
 
+import codecs
 import gzip
 import io
 import os
@@ -145,10 +146,12 @@ class Malicious:
         Malicious(eval, "open({marker!r}, 'w')"),
         Malicious(getattr, "", "format"),
         np.array([object], dtype=object),
-        np.zeros(3, np.float64),
-        np.array(["text"]),
+        Malicious(codecs.encode, "x", "rot13"),
+        np.zeros(3, [("a", "i4")]),
+        np.zeros(3, np.complex64),
+        np.array(["2026-11-27"], "M8[D]"),
     ],
-    ids=["os.system", "eval", "getattr", "object array", "float array", "string array"],
+    ids=["os.system", "eval", "getattr", "object array", "codec", "compound array", "complex array", "date array"],
 )
 def test_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path, payload: object) -> None:
     marker, path = tmp_path / "marker", tmp_path / "data_batch_1"
@@ -158,6 +161,41 @@ def test_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path, payload: o
     with pytest.raises(UserError, match=str(path)):
         formats.unpickle(path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_arrays_of_a_pickle_are_those_of_pickle_itself(tmp_path: Path, protocol: int) -> None:
+    generator = np.random.default_rng(0)
+    part = {
+        "broken": generator.normal(size=(3, 4, 2)).astype(np.float32),
+        "by columns": np.asfortranarray(generator.normal(size=(3, 5))),
+        "big-endian": np.arange(6, dtype=">i2"),
+        "strings": np.array(["a$_$1", "ümlaut"]),
+        "bytes": np.array([b"ab", b"c"]),
+        "objects": np.array(["a", "longer", 3], object),
+        "flags": np.array([True, False]),
+        "number": np.float32(0.1),
+        "list": [np.int64(3), np.str_("b"), b"raw"],
+        "none": np.zeros((0, 7), np.float16),
+    }
+    path = tmp_path / "plain.pkl"
+    path.write_bytes(pickle.dumps({"train": {"deep": part}}, protocol))
+    found, expected = formats.unpickle(path)["train"]["deep"], pickle.loads(path.read_bytes())["train"]["deep"]
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value), name
+        if isinstance(value, np.ndarray):
+            assert found[name].dtype.newbyteorder("=") == value.dtype.newbyteorder("=")
+    assert [type(one) for one in found["list"]] == [int, str, bytes]
+
+
+def test_a_pickle_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict = {}
+    content["self"] = content
+    path = tmp_path / "round.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="RecursionError"):
+        formats.unpickle(path)
 
 
 def test_damaged_pickles_are_refused_without_another_error(tmp_path: Path) -> None:

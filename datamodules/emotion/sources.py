@@ -1,0 +1,98 @@
+"""Where each set of clips is looked for, and what is read from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.emotion import readers
+from datamodules.emotion.catalog import EmotionSetInfo, describe
+from datamodules.emotion.clips import Clips
+from datamodules.emotion.planted import PlantedConflicts
+from leanlight.contracts import UserError
+
+
+def load(
+    name: str,
+    root: Path | str,
+    path: Path | str | None = None,
+    planted: PlantedConflicts | None = None,
+    download: bool = False,
+    folders: Mapping[str, str] | None = None,
+    text: Path | str | None = None,
+) -> Clips:
+    """Find the set `name` and read it; UserError when nothing is found, naming every place, or a file is damaged.
+
+    Args:
+        name: of the catalogue.
+        root: folder of data sets.
+        path: of the user's own data, or of a published set in place of those in the catalogue.
+        planted: how ``planted`` is made.
+        download: whether MNIST, for ``planted``, may be downloaded.
+        folders: of ``mertools``: folder of the features by modality.
+        text: file of vectors that replace the set's own text.
+    """
+    info = describe(name)
+    root = Path(root).expanduser()
+    if name == "planted":
+        clips = (planted or PlantedConflicts()).make(root, download)
+    else:
+        place = _place(info, root, Path(path).expanduser() if path is not None else None)
+        if name == "mertools":
+            clips = readers.read_mertools(place, folders)
+        else:
+            read = {"mosi": readers.read_mosi, "npz": readers.read_arrays, "safetensors": readers.read_arrays}
+            clips = read.get(name, readers.read_pickle)(place)
+    return clips if text is None else with_text(clips, Path(text).expanduser())
+
+
+def _place(info: EmotionSetInfo, root: Path, given: Path | None) -> Path:
+    """Where the files of a set are."""
+    if info.by_path and (given is None or not given.exists()):
+        raise UserError(
+            f"path: expected the place of {info.name} data, got {str(given) if given else None!r}; {info.get}"
+        )
+    tried = [given] if given is not None else [root / file for file in info.files]
+    for place in tried:
+        if place.exists():
+            return place
+    raise UserError(f"{info.title} was not found; tried: {'; '.join(map(str, tried))}; to get it: {info.get}")
+
+
+def with_text(clips: Clips, path: Path) -> Clips:
+    """Clips whose text is replaced by the vectors of a file, matched by name.
+
+    Args:
+        clips: of any set.
+        path: npz or safetensors with ``id`` and one modality, ``text``.
+    """
+    if not path.is_file():
+        raise UserError(f"text: expected a file of text vectors, got {path}")
+    other = readers.read_arrays(path)
+    if list(other.features) != ["text"]:
+        raise UserError(f"text: expected the modality text alone in {path}, got {', '.join(other.features)}")
+    place = {name: row for row, name in enumerate(other.names)}
+    if missing := [name for name in clips.names if name not in place]:
+        raise UserError(f"text: clip {missing[0]!r} of {clips.source} is not in {path}")
+    other = other.take(np.array([place[name] for name in clips.names], np.int64))
+
+    def swapped(kind: str) -> Any:
+        rest = {name: value for name, value in getattr(clips, kind).items() if name != "text"}
+        return dict(getattr(other, kind)) | rest
+
+    return replace(
+        clips,
+        features=swapped("features"),
+        length=swapped("length"),
+        present=swapped("present"),
+        extractors=swapped("extractors"),
+        refused={
+            scheme: {name: why for name, why in reasons.items() if name != "text"}
+            for scheme, reasons in clips.refused.items()
+        },
+        source=f"{clips.source} with text from {path}",
+    )
