@@ -86,7 +86,7 @@ class PlantedConflicts:
             unimodal={name: labels[picture[:, strip]] for strip, name in enumerate(STRIPS)},
             conflict=(labels[picture] != own[:, None]).any(axis=1),
             splits={"official": parts},
-            source=f"made from {raw.source}",
+            source=f"pictures of {raw.source}",
         )
 
     def _chosen(self, available: int) -> dict[str, Array]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from datamodules import CATALOG, SESSIONS
+from datamodules import CATALOG, EMOTIONS, SESSIONS
 from datamodules.images import formats
 from leanlight.cli import data
 from leanlight.contracts import UserError
@@ -17,7 +18,7 @@ def test_list_names_every_set_without_importing_torch() -> None:
     code = "import sys; from leanlight.cli.data import main; main(['list']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in (*CATALOG, *SESSIONS):
+    for name in (*CATALOG, *SESSIONS, *EMOTIONS, "emotion_planted", "emotion_npz"):
         assert name in done.stdout
 
 
@@ -58,6 +59,29 @@ def test_prepare_of_sessions_says_where_they_are(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == "planted: ready, 3,000 train and 500 test sessions from made\n"
 
 
+def test_check_of_clips_prints_modalities_classes_and_conflicts(capsys: pytest.CaptureFixture[str]) -> None:
+    from datamodules import EmotionDataModule
+
+    assert data.main(["check", "emotion_planted"]) == 0
+    printed = capsys.readouterr().out
+    module = EmotionDataModule("planted")
+    module.setup()
+    splits = [split for split in (module.train_split, module.val_split, module.test_split) if split is not None]
+    batches = [split.batch(torch.arange(len(split))) for split in splits]
+    conflicts = sum(int(batch.conflict.sum()) for batch in batches if batch.conflict is not None)
+    zeros = int((batches[0].label == 0).sum())
+    for expected in (
+        "24 wide",
+        "900 train, 200 val, 697 test",
+        f"10, in training: 0 {zeros},",
+        f"{conflicts:,} clips of all parts",
+        module.meta.fingerprint,
+    ):
+        assert expected in printed
+    assert data.main(["prepare", "emotion_planted"]) == 0
+    assert capsys.readouterr().out == "emotion_planted: ready, 1,797 clips from pictures of scikit-learn\n"
+
+
 def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, labels = np.zeros((40, 28, 28), np.uint8), np.arange(40) % 10
     part = formats.as_part(images, labels, "test", 10)
@@ -76,6 +100,7 @@ def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             ["check", "tmall", "--root", "nowhere"],
             "tried: nowhere/sessions/tmall.npz; nowhere/tmall; .*user_log_format1",
         ),
+        (["check", "mosi", "--root", "nowhere"], "tried: nowhere/cmu_mosi/mosi_utterances.npz; to get it: put"),
         (["check", "pickles", "--path", "nowhere"], "path: expected the place of pickles data, got 'nowhere'"),
         (["prepare", "celeba", "--root", "nowhere"], "nowhere/celeba/img_align_celeba"),
     ],
