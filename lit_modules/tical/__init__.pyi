@@ -17,7 +17,6 @@ from .hyperbolic import Geometry as Geometry
 from .losses import SoftLoss as SoftLoss
 from .losses import hyp_cpcc as hyp_cpcc
 from .losses import staged_loss as staged_loss
-from .losses import tree_loss as tree_loss
 from .metrics import UAR as UAR
 from .metrics import WAR as WAR
 from .metrics import AccuracyByTercile as AccuracyByTercile

@@ -7,9 +7,9 @@ finding clips consistent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -255,28 +255,26 @@ class ConsistencyAssessment:
         middle = (one + other) / 2
         entropies = [torch.special.entr(each).sum(-1) for each in (middle, one, other)]
         divergence = entropies[0] - (entropies[1] + entropies[2]) / 2
-        return (1 - divergence / torch.log(torch.tensor(2.0))).clamp(0, 1)
+        return (1 - divergence / math.log(2)).clamp(0, 1)
 
     def _consistency(self, typicality: Tensor, pseudo: Tensor, agreement: Tensor, known: Tensor) -> Tensor:
         """κ (N,) of τ_m (N, M), y*_m (N, M), a_mn (N, M, M) and what is known (N, M) of each."""
         unknown = _UNKNOWN[self.reading]
         if not self.consistency:
             return torch.full_like(typicality[:, 0], unknown)
-        one, other = (list(side) for side in zip(*combinations(range(typicality.shape[1]), 2), strict=True))
+        count = typicality.shape[1]
+        pair = torch.ones(count, count, dtype=torch.bool, device=known.device).triu(1)
         if self.reading == "soft":
-            weight = typicality[:, one] * typicality[:, other]
-            total = weight.sum(1)
-            return torch.where(total > 0, (weight * agreement[:, one, other]).sum(1) / total, unknown)
-        pair = known[:, one] & known[:, other]
+            weight = typicality[:, :, None] * typicality[:, None] * pair
+            total = weight.sum((1, 2))
+            return torch.where(total > 0, (weight * agreement).sum((1, 2)) / total, unknown)
+        pair = pair & known[:, :, None] & known[:, None]
+        pairs = pair.sum((1, 2)).clamp(min=1)
         if self.disagreement in (None, "pairs"):
-            apart, pairs = 1 - agreement[:, one, other], pair.sum(1).clamp(min=1)
-            disagreement = (apart * pair).sum(1) / pairs
+            disagreement = ((1 - agreement) * pair).sum((1, 2)) / pairs
         else:
-            levels = ((pseudo[:, one] - pseudo[:, other]).abs() * pair).sum(1)
-            if self.disagreement == "levels":
-                disagreement = levels / self.density
-            else:
-                disagreement = (levels / pair.sum(1).clamp(min=1)) ** self.density
+            levels = ((pseudo[:, :, None] - pseudo[:, None]).abs() * pair).sum((1, 2))
+            disagreement = levels / self.density if self.disagreement == "levels" else (levels / pairs) ** self.density
         likely = torch.where(known, typicality, 1).prod(1) ** self.temperature
         return torch.where(known.any(1), likely * (-self.scale * disagreement).exp(), unknown)
 

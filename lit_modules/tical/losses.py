@@ -73,11 +73,6 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (weight * values).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).eps)
 
 
-def tree_loss(points: Mapping[str, Tensor], label: Mapping[str, Tensor], tree: LabelTree, geometry: Geometry) -> Tensor:
-    """Σ_m `hyp_cpcc`, arguments by modality."""
-    return torch.stack([hyp_cpcc(each, label[name], tree, geometry) for name, each in points.items()]).sum()
-
-
 def hyp_cpcc(points: Tensor, label: Tensor, tree: LabelTree, geometry: Geometry) -> Tensor:
     """1 - ρ of tree distances and distances of the batch's means, over pairs of nodes, inner ones and the root too.
 
