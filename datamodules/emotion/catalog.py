@@ -124,6 +124,17 @@ _ALL = [
         get="--data.path FILE.safetensors",
         by_path=True,
     ),
+    EmotionSetInfo(
+        name="emotion_folder",
+        title="Your own clips: PATH with NAME.txt, NAME.wav, frames NAME/*.jpg, and labels.csv (id; label or score)",
+        facts="text, audio, video, as far as there are encoders; classes or scores",
+        licence="yours",
+        origin="your folder",
+        size_mb=0,
+        get="leanlight data prepare emotion_folder --path PATH --encoder text=DIR --encoder audio=DIR …; "
+        "DIR: an encoder of transformers. Frames of a film: ffmpeg -i NAME.mp4 NAME/%04d.jpg",
+        by_path=True,
+    ),
 ]
 
 EMOTIONS: dict[str, EmotionSetInfo] = {info.name: info for info in _ALL}

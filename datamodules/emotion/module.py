@@ -70,7 +70,7 @@ class EmotionDataModule(pl.LightningDataModule):
     Args:
         dataset: name in ``leanlight data list``.
         root: folder of data sets; default the environment variable ``LEANLIGHT_DATA``, else ``data``.
-        path: of ``pickle``, ``mertools``, ``npz``, ``safetensors``; or of a published set's file.
+        path: of ``pickle``, ``mertools``, ``npz``, ``safetensors``, ``emotion_folder``; or of a published set's file.
         batch_size: training clips a step and process.
         eval_batch_size: clips a step and process elsewhere; default four times `batch_size`.
         modalities: which ones are used, in this order; None: all.
@@ -335,8 +335,8 @@ class EmotionDataModule(pl.LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Scale these clips as those of the checkpoint were; UserError when other extractors made their features."""
         for name, theirs in state["extractors"].items():
-            ours = self.meta.extractors.get(name)
-            if name in self.features and ours is not None and ours != theirs:
+            ours = self.meta.extractors.get(name, "unknown")
+            if name in self.features and ours != theirs:
                 raise UserError(
                     f"path: the {name} features of {self.meta.source} come from another extractor ({ours[:12]}) than "
                     f"those the model was trained on ({theirs[:12]}); prepare the clips with that one"

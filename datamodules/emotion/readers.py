@@ -18,6 +18,8 @@ from datamodules.images import formats
 from leanlight.contracts import UserError, nearest
 
 PARTS = ("train", "val", "test")
+FEATURES = "features.safetensors"  # in a folder of clips, what was extracted from them
+LABELS = "labels.csv"
 _MMSA_PARTS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 _MMSA = {"text": "text", "audio": "audio", "video": "vision"}  # our name of a modality, and theirs
 _MMSA_SCORES = {"text": "T", "audio": "A", "video": "V"}
@@ -409,6 +411,17 @@ def with_table(clips: Clips, path: Path) -> Clips:
     return replace(clips, label=np.array([number[word] for word in words], np.int64), classes=classes)
 
 
+def read_folder(folder: Path) -> Clips:
+    """A folder of clips: the features that were extracted, with the table of labels where there is one."""
+    if not (folder / FEATURES).is_file():
+        raise UserError(
+            f"path: {folder} has no {FEATURES}; make it by: leanlight data prepare emotion_folder --path {folder} "
+            "--encoder text=DIR --encoder audio=DIR --encoder video=DIR"
+        )
+    clips = read_arrays(folder / FEATURES)
+    return with_table(clips, folder / LABELS) if (folder / LABELS).is_file() else clips
+
+
 # ---- MOSI as one vector a clip ----
 
 _SEEN = (
@@ -438,3 +451,11 @@ def read_mosi(path: Path) -> Clips:
         speaker=np.array([name.rsplit("_", 1)[0] for name in names.tolist()]),
         refused={"official": {"text": _SEEN, "video": _SEEN}},
     )
+
+
+def mosi_transcripts(path: Path) -> dict[str, str]:
+    """What is said in each clip of ``mosi_utterances.npz``, by name."""
+    arrays = formats.read_arrays(path)
+    if missing := [name for name in ("id", "text") if name not in arrays]:
+        raise UserError(f"{path} lacks the array {missing[0]!r}; it has {_shown(arrays)}")
+    return dict(zip(_texts(arrays["id"]).tolist(), _texts(arrays["text"]).tolist(), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,25 @@ def load(
     if name == "planted":
         clips = (planted or PlantedConflicts()).make(root, download)
     else:
-        place = _place(info, root, Path(path).expanduser() if path is not None else None)
-        if name == "mertools":
-            clips = readers.read_mertools(place, folders)
-        else:
-            read = {"mosi": readers.read_mosi, "npz": readers.read_arrays, "safetensors": readers.read_arrays}
-            clips = read.get(name, readers.read_pickle)(place)
+        place = place_of(info, root, path)
+        clips = readers.read_mertools(place, folders) if name == "mertools" else _READERS[name](place)
     return clips if text is None else with_text(clips, Path(text).expanduser())
 
 
-def _place(info: EmotionSetInfo, root: Path, given: Path | None) -> Path:
-    """Where the files of a set are."""
+_READERS: dict[str, Callable[[Path], Clips]] = {
+    "mosi": readers.read_mosi,
+    "mosei": readers.read_pickle,
+    "sims": readers.read_pickle,
+    "pickle": readers.read_pickle,
+    "npz": readers.read_arrays,
+    "safetensors": readers.read_arrays,
+    "emotion_folder": readers.read_folder,
+}
+
+
+def place_of(info: EmotionSetInfo, root: Path | str, path: Path | str | None = None) -> Path:
+    """Where the files of a set are; UserError with every place tried. Arguments as for `load`."""
+    root, given = Path(root).expanduser(), None if path is None else Path(path).expanduser()
     if info.by_path and (given is None or not given.exists()):
         raise UserError(
             f"path: expected the place of {info.name} data, got {str(given) if given else None!r}; {info.get}"

@@ -52,11 +52,29 @@ def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, Info]
         parser.add_argument(
             "--variant", default="auto", choices=["auto", "full", "subset"], help="of images (default: %(default)s)"
         )
+    else:
+        _add_encoders(parser)
     arguments = parser.parse_args(argv)
     name = arguments.name
     if name not in KNOWN:
         raise UserError(f"data set {name!r} is unknown{nearest(name, KNOWN)}; `leanlight data list` lists them")
     return arguments, KNOWN[name]
+
+
+def _add_encoders(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("features of clips (emotion_folder; of mosi its text)")
+    group.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="MODALITY=DIR",
+        help="text, audio or video, and a folder with an encoder of transformers; once a modality",
+    )
+    group.add_argument("--steps", action="store_true", help="a vector a token, step or frame instead of their mean")
+    group.add_argument("--frames", type=int, default=16, help="of a clip at most (default: %(default)s)")
+    group.add_argument("--seconds", type=float, default=30.0, help="of sound at most (default: %(default)s)")
+    group.add_argument("--device", default="cpu", help="where encoders run (default: %(default)s)")
+    group.add_argument("--output", metavar="FILE", help="safetensors (default: in PATH; of mosi: text.safetensors)")
 
 
 def prepare(argv: list[str]) -> int:
@@ -93,10 +111,25 @@ def _prepare_sessions(name: str, arguments: argparse.Namespace) -> str:
 
 
 def _prepare_clips(name: str, arguments: argparse.Namespace) -> str:
-    from datamodules.emotion import sources
+    from datamodules.emotion import extract, readers, sources
 
-    clips = sources.load(name, arguments.root, arguments.path, download=True)
-    return f"{len(clips):,} clips from {clips.source}"
+    if arguments.encoder or name == "emotion_folder":
+        settings = extract.Extraction(arguments.steps, arguments.frames, arguments.seconds)
+        place = sources.place_of(EMOTIONS[name], arguments.root, arguments.path)
+        encoders = {}
+        for pair in arguments.encoder:
+            modality, _, where = pair.partition("=")
+            encoders[modality] = extract.Encoder(modality, Path(where).expanduser(), settings, arguments.device)
+        if name == "emotion_folder":
+            clips, output = extract.find_clips(place), place / readers.FEATURES
+        elif name == "mosi" and set(encoders) == {"text"}:
+            clips = [extract.Clip(*pair) for pair in readers.mosi_transcripts(place).items()]
+            output = place.parent / "text.safetensors"
+        else:
+            raise UserError(f"encoder: expected none with {name}; it is for emotion_folder, and for the text of mosi")
+        return extract.prepare(clips, Path(arguments.output or output), encoders, settings.steps)
+    found = sources.load(name, arguments.root, arguments.path, download=True)
+    return f"{len(found):,} clips from {found.source}"
 
 
 def check(argv: list[str]) -> int:
