@@ -156,9 +156,19 @@ class Attention(nn.Module):
         first = torch.arange(source.shape[1], device=source.device) == 0
         seen = seen | (~seen.any(-1, keepdim=True) & first)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, seen[:, None], dropout)
+        if self.training and self.dropout and query.device.type == "cpu":
+            mixed = _dropped_attention(q, k, v, seen[:, None], self.dropout)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, seen[:, None], dropout)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def _dropped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout: float) -> Tensor:
+    """Attention with dropout, of which PyTorch has no fused form on a CPU; its plain one takes half as long again."""
+    bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+    weight = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+    return F.dropout(weight.softmax(-1), dropout) @ v
 
 
 class Block(nn.Module):

@@ -1,7 +1,7 @@
 """Fusion in three stages: early perception, correlation integration, advanced cognition (docs/methods/tical.md).
 
 `ThreeStages` follows what is published of TiCAL, `SoftStages` is a design of this suite with gates. What the stages are
-made of is ours in both: heads on vectors side by side, a transformer whose queries are modalities, a branch a modality.
+made of is ours in both: heads on vectors side by side, attention whose queries are modalities, a branch a modality.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from leanlight.contracts import UserError
 from leanlight.contracts.emotion import Modality
 from lit_modules.nn.checks import require_positive
 from lit_modules.tical.assessment import Assessment
-from lit_modules.tical.encoders import Answer, Block, Encoded, Encoders, Encoding, Head, presence
+from lit_modules.tical.encoders import Answer, Attention, Encoded, Encoders, Encoding, Head, presence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +81,23 @@ class Branches(nn.Module):
 
 
 class Integration(nn.Module):
-    """Cross-attention: each modality, as one token, looks at the steps of the others.
+    """Cross-attention: each modality, as one token, looks at the steps of the others, and what it sees is added.
+
+    No hidden layer follows: the heads behind it have theirs, and it would cost as much as all the attention.
 
     Args:
         modalities: M.
         encoding: d, heads and dropout.
-        layers: of the transformer.
+        layers: of attention, one after another.
     """
 
     def __init__(self, modalities: int, encoding: Encoding, layers: int) -> None:
         super().__init__()
         self.place = nn.Parameter(torch.empty(modalities, encoding.dim).normal_(std=0.02))
-        self.blocks = nn.ModuleList(Block(encoding.dim, encoding.heads, encoding.dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(encoding.dim)
+        dim, heads, dropout = encoding.dim, encoding.heads, encoding.dropout
+        self.attention = nn.ModuleList(Attention(dim, heads, dropout) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(dim)
         self.register_buffer("others", ~torch.eye(modalities, dtype=torch.bool), persistent=False)
 
     def forward(self, encoded: Encoded) -> Tensor:
@@ -105,8 +109,8 @@ class Integration(nn.Module):
         stand = torch.cat([_first(m) & o[:, None] for m, o in zip(encoded.mask.values(), others, strict=True)], 1)
         mask = mask | (~mask.any(2, keepdim=True) & stand)
         x = encoded.stacked() + self.place
-        for block in self.blocks:
-            x = block(x, mask, source)
+        for attention, norm in zip(self.attention, self.norms, strict=True):
+            x = x + self.dropout(attention(norm(x), norm(source), mask))
         return self.norm(x)
 
 
@@ -146,7 +150,7 @@ class ThreeStages(nn.Module):
             self.integration = Integration(count, encoding, layers)
             self.middle = Head(count * dim, dim, num_outputs, dropout)
         if stages > 2:
-            self.deepen = Branches(count, 2 * dim, dim)
+            self.deepen, self.context = Branches(count, dim, dim), nn.Linear(dim, dim, bias=False)
             self.late = Branches(count, dim, num_outputs)
 
     def forward(
@@ -175,9 +179,8 @@ class ThreeStages(nn.Module):
         )
 
     def _branches(self, fused: Tensor, together: Tensor) -> Tensor:
-        """(M, N, C): each modality (N, M, d) beside what was fused (N, d)."""
-        own = together.transpose(0, 1)
-        return self.late(self.deepen(torch.cat((fused.expand_as(own), own), 2)).relu())
+        """(M, N, C): a hidden layer of each modality (N, M, d) and of what was fused (N, d), and an output."""
+        return self.late((self.deepen(together.transpose(0, 1)) + self.context(fused)).relu())
 
 
 def _mean_of_present(values: Tensor, there: Tensor) -> Tensor:

@@ -44,6 +44,20 @@ def test_attention_is_that_of_pytorch():
     torch.testing.assert_close(ours(query, source, each), expected, rtol=1e-12, atol=1e-13)
 
 
+def test_attention_with_dropout_is_that_without_it_but_for_what_is_dropped():
+    source, mask = padded()
+    mask[2] = False
+    ours = Attention(8, 2, dropout=1e-12).double()
+    assert ours.training
+    torch.testing.assert_close(ours(source, source, mask), ours.eval()(source, source, mask), rtol=1e-10, atol=1e-11)
+    ours.dropout = 0.5
+    value = ours(source, source, mask)
+    torch.manual_seed(0)
+    mean = torch.stack([ours.train()(source, source, mask) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, value, rtol=0.0, atol=0.1)
+    assert not torch.equal(ours(source, source, mask), value)
+
+
 def test_who_may_see_nothing_sees_the_first_step():
     source, mask = padded()
     ours = Attention(8, 2).double()

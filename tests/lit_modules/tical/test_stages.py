@@ -33,20 +33,18 @@ def test_a_modality_looks_at_the_steps_of_the_others_and_not_at_its_own(modaliti
     network = built(modalities=modalities)
     encoded = network.encoders(*clips(modalities))
     together = network.integration(encoded)
-    block, place = network.integration.blocks[0], network.integration.place
+    ours, norm, place = network.integration.attention[0], network.integration.norms[0], network.integration.place
     theirs = nn.MultiheadAttention(8, 2, batch_first=True).double()
     theirs.load_state_dict(
-        {"in_proj_weight": block.attention.read.weight, "in_proj_bias": block.attention.read.bias,
-         "out_proj.weight": block.attention.out.weight, "out_proj.bias": block.attention.out.bias}
+        {"in_proj_weight": ours.read.weight, "in_proj_bias": ours.read.bias,
+         "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias}
     )  # fmt: skip
     for m, name in enumerate(modalities):
         others = [n for n in modalities if n != name]
         x = (encoded.hidden[name] + place[m])[:, None]
         source = torch.cat([encoded.steps[n] + place[list(modalities).index(n)] for n in others], 1)
         mask = torch.cat([encoded.mask[n] for n in others], 1)
-        read = block.norm_attention(source)
-        x = x + theirs(block.norm_attention(x), read, read, key_padding_mask=~mask)[0]
-        x = x + block.contract(block.expand(block.norm_hidden(x)).relu())
+        x = x + theirs(norm(x), norm(source), norm(source), key_padding_mask=~mask)[0]
         torch.testing.assert_close(together[:, m], network.integration.norm(x)[:, 0], rtol=1e-10, atol=1e-12)
 
 
@@ -61,8 +59,8 @@ def test_each_stage_is_read_from_what_the_paper_says():
     torch.testing.assert_close(answer.middle, network.middle.rest(fused))
     assert torch.equal(answer.fused, fused)
     for m, name in enumerate(MODALITIES):
-        seen = torch.cat((fused, together[:, m]), 1)
-        hidden = (seen @ network.deepen.weight[m] + network.deepen.bias[m]).relu()
+        own = together[:, m] @ network.deepen.weight[m] + network.deepen.bias[m]
+        hidden = (own + fused @ network.context.weight.T).relu()
         branch = hidden @ network.late.weight[m] + network.late.bias[m]
         torch.testing.assert_close(answer.advanced[name], branch)
     torch.testing.assert_close(answer.late, torch.stack(list(answer.advanced.values())).mean(0))
