@@ -12,6 +12,7 @@ from torch import Tensor
 from leanlight.contracts import UserError
 from leanlight.contracts.sessions import SessionBatch
 from lit_modules.hid.intents import Intents
+from lit_modules.nn.processes import everyone
 
 Form = Literal["paper", "released"]
 Constraint = Literal["both", "longtail", "accuracy"]
@@ -105,16 +106,8 @@ class ICLoss:
         return _Compared(F.normalize(session, dim=1), F.normalize(centroids, dim=1), member, member < count)
 
     def _everyone(self, rows: Tensor) -> Tensor:
-        """`rows` of all processes where that is asked for; a gradient finds its way back to each process' own."""
-        if not (self.gather and torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return rows
-        from torch.distributed.nn.functional import all_gather
-
-        if rows.is_floating_point():
-            return torch.cat(all_gather(rows))
-        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        """`rows` of all processes where that is asked for."""
+        return everyone(rows) if self.gather else rows
 
     def _paper(self, compared: _Compared) -> Tensor:
         session, centroids, member, real = compared
