@@ -255,6 +255,8 @@ def _draw_scatter(axes: Axes, item: Scatter) -> None:
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
         axes.scatter(x, y, s=10, c=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
     axes.set(xlabel=item.xlabel, ylabel=item.ylabel)
+    if item.equal:
+        axes.set_aspect("equal")
     if len(item.series) > 1:
         axes.legend(fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +55,27 @@ def write_program(
     sizes = {batch_dim: torch.export.Dim("batch", min=1)}
     if length_dim is not None:
         sizes[length_dim] = torch.export.Dim("length", min=1, max=longest)
+    return write_exported(network, (example,), (sizes,), path)
+
+
+def write_exported(network: nn.Module, arguments: tuple[Any, ...], sizes: Any, path: Path) -> bool:
+    """The same for any arguments.
+
+    Args:
+        network: to write.
+        arguments: of a call: tensors and mappings of them.
+        sizes: which of their dimensions are open, as ``dynamic_shapes`` of `torch.export.export`.
+        path: of the file.
+    """
     with torch.no_grad():
         try:
-            program, any_batch = torch.export.export(network, (example,), dynamic_shapes=(sizes,)), True
+            program, any_size = torch.export.export(network, arguments, dynamic_shapes=sizes), True
         except (torch._dynamo.exc.UserError, RuntimeError, ValueError):
-            program, any_batch = torch.export.export(network, (example,)), False
+            program, any_size = torch.export.export(network, arguments), False
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     atomic_write(path, buffer.getvalue())
-    return any_batch
+    return any_size
 
 
 def write_weights(network: nn.Module, path: Path, leave_out: Collection[str] = ()) -> None:

@@ -54,11 +54,12 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points of a plane: each series is (P, 2), columns x and y."""
+    """Points of a plane: each series is (P, 2), columns x and y. equal: whether both axes have one scale."""
 
     series: Mapping[str, Tensor]
     xlabel: str
     ylabel: str
+    equal: bool = False
 
 
 @dataclass(frozen=True)
