@@ -286,7 +286,7 @@ class Session:
         trainer, module, limit = self.trainer, self.cli.model, self.trainer.limit_predict_batches
         if not isinstance(module, CollectsPredictions) or trainer.interrupted or type(limit) is int or limit < 1:
             return
-        folder = self.run_dir / "artifacts" / "bank"
+        folder = self.run_dir / "artifacts" / getattr(module, "collected_in", "bank")
         folder.mkdir(parents=True, exist_ok=True)
         told = module.collect(partial(read_predictions, self.run_dir), folder)
         numbers = {f"predict/{name}": float(value) for name, value in told.items()}

@@ -349,6 +349,28 @@ METHODS: dict[str, MethodInfo] = {
             ),
             benchmark="leanlight.benchmarks.hid:run",
         ),
+        MethodInfo(
+            name="tical",
+            title="TiCAL, MulT, MISA, Self-MM: emotion recognition from text, voice and face that disagree",
+            module="lit_modules.tical.EmotionRecognition",
+            smallest="tical/planted_small",
+            citation=Citation(
+                authors=(
+                    "Wen Yin",
+                    "Siyu Zhan",
+                    "Cencen Liu",
+                    "Xin Hu",
+                    "Guiduo Duan",
+                    "Xiurui Xie",
+                    "Yuan-Fang Li",
+                    "Tao He",
+                ),
+                title="TiCAL: Typicality-Based Consistency-Aware Learning for Multimodal Emotion Recognition",
+                venue="AAAI",
+                year=2026,
+                arxiv="2511.15085",
+            ),
+        ),
     )
 }
 

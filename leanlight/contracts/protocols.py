@@ -144,7 +144,10 @@ class CompilesNetworks(Protocol):
 
 @runtime_checkable
 class CollectsPredictions(Protocol):
-    """A module that makes one artefact of all that it predicted."""
+    """A module that makes one artefact of all that it predicted, in the folder ``bank`` or the one it names itself.
+
+    Its attribute ``collected_in``, where it has one, is that folder's name among the run's artefacts.
+    """
 
     def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> Mapping[str, float]:
         """Write it; called on one process, after the last prediction.

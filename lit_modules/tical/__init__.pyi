@@ -28,6 +28,10 @@ from .metrics import SentimentAccuracy as SentimentAccuracy
 from .metrics import SentimentF1 as SentimentF1
 from .metrics import WeightedF1 as WeightedF1
 from .metrics import emotion_metrics as emotion_metrics
+from .module import EmotionRecognition as EmotionRecognition
+from .network import EmotionNetwork as EmotionNetwork
+from .network import Facts as Facts
+from .network import Verdict as Verdict
 from .stages import SoftStages as SoftStages
 from .stages import StagedAnswer as StagedAnswer
 from .stages import ThreeStages as ThreeStages

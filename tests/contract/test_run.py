@@ -127,8 +127,8 @@ programs = list(folder.glob("*.pt2"))
 for path in programs:
     program = torch.export.load(path)
     example = program.example_inputs[0]
-    out = program.module()(*example)
-    print("LOADED", path.name, tuple(out.shape), bool(torch.isfinite(out).all()))
+    outputs = torch.utils._pytree.tree_leaves(program.module()(*example))
+    print("LOADED", path.name, len(outputs), all(bool(torch.isfinite(out).all()) for out in outputs))
 from safetensors.torch import load_file
 for path in folder.glob("*.safetensors"):
     print("WEIGHTS", len(load_file(path)))

@@ -41,6 +41,7 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "at_bptt": _model(evaluation__networks="2", evaluation__epochs="[2,4]"),
     "dsqn": _model(input_noise="[0.1]", weight_noise="[0.1]")
     + _data(replay_start=40, eval_episodes=4, test_episodes=4),
+    "tical": _model(assessment__warmup_epochs="1", assessment__theta="0.2", assessment__length="64"),
 }
 
 # Variants by method, beside its smallest config. A new method needs none.
