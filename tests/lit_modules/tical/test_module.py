@@ -136,21 +136,17 @@ def test_a_checkpoint_rebuilds_the_network_and_its_anchors_without_data(tmp_path
 
 
 def test_an_interrupted_fit_goes_on_with_full_lists(tmp_path):
-    whole, _ = fit(tmp_path, trainer=make_trainer(tmp_path, max_epochs=3))
-    _, trainer = fit(tmp_path, trainer=make_trainer(tmp_path, max_epochs=2))
+    still = partial(ThreeStages, encoding=Encoding(dim=8, dropout=0.0, layers=1, heads=2))  # draws nothing in a step
+    whole, _ = fit(tmp_path, still, trainer=make_trainer(tmp_path, max_epochs=3))
+    _, trainer = fit(tmp_path, still, trainer=make_trainer(tmp_path, max_epochs=2))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    state = torch.get_rng_state()
     pl.seed_everything(99)
-    other = make()
-    torch.set_rng_state(state)
-    assert other.network is None
-    goes_on = make_trainer(tmp_path, max_epochs=3)
-    goes_on.fit(other, make_data(seed=3), ckpt_path=tmp_path / "half.ckpt")
+    other = make(still)
+    make_trainer(tmp_path, max_epochs=3).fit(other, make_data(seed=3), ckpt_path=tmp_path / "half.ckpt")
     assert other.network.lists.written.min() > 20
     assert other.history["epoch"] == [1, 2, 3]
     for name, value in whole.state_dict().items():
-        if "lists.clip" in name:  # dropout of the third epoch differs, the clips' order does not
-            assert value.shape == other.state_dict()[name].shape
+        assert torch.equal(value, other.state_dict()[name]), name
 
 
 def test_a_clip_is_told_the_same_alone_and_among_others(tmp_path):
