@@ -19,7 +19,7 @@ from torch import Tensor
 from leanlight.contracts import UserError
 from lit_modules.nn.checks import require_positive
 from lit_modules.tical.anchors import AnchorLists, range_of
-from lit_modules.tical.hyperbolic import Geometry
+from lit_modules.tical.hyperbolic import Geometry, without_autocast
 
 Reading = Literal["paper", "soft"]
 Typicality = Literal["range", "margin", "prototype", "radius", "off"]
@@ -249,7 +249,7 @@ class ConsistencyAssessment:
     def _agreement(self, probability: Tensor) -> Tensor:
         """a_mn, (N, M, M) of q_m (N, M, C)."""
         if self.disagreement != "jensen_shannon":
-            with torch.autocast(probability.device.type, enabled=False):
+            with without_autocast(probability.device.type):
                 return probability @ probability.mT
         one, other = probability[:, :, None], probability[:, None]
         middle = (one + other) / 2

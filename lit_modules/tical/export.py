@@ -23,7 +23,7 @@ def export_emotions(network: EmotionNetwork, directory: Path) -> list[Path]:
 
     ``torch.export.load("network.pt2").module()(features, length, present)`` gives what `EmotionNetwork.forward` gives,
     for any number of clips and steps; its arguments are mappings by modality. ``network.safetensors`` has the state,
-    anchors too. ``clips.csv`` has the names of the clips among the anchors by their number. ``card.json`` describes
+    anchors too where clips are assessed. ``clips.csv`` has the names of the clips among the anchors by their number. ``card.json`` describes
     everything and has lines that recognise a clip.
 
     Args:
@@ -33,7 +33,9 @@ def export_emotions(network: EmotionNetwork, directory: Path) -> list[Path]:
     exported = Scaled(copy.deepcopy(network).cpu().eval())
     arguments = example(network.facts, 3)
     any_size = write_exported(exported, arguments, _sizes(arguments), directory / "network.pt2")
-    write_weights(exported.network, directory / "network.safetensors")
+    state = exported.network.state_dict()  # before clips are assessed, lists hold nothing that one could use
+    unused = [] if network.assessing else [name for name in state if name.startswith("lists.")]
+    write_weights(exported.network, directory / "network.safetensors", unused)
     names = ["network.pt2", "network.safetensors"]
     if network.assessing:
         atomic_write(directory / "clips.csv", _clips(exported.network))

@@ -25,6 +25,14 @@ _FARTHEST = 15.0  # √c times the length of a tangent vector: beyond, tanh is 1
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """No autocast inside the block. Where there is none anyway nothing is entered: exported programs would keep it.
+
+    device: kind of the device.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def _precisely(method: _F) -> _F:
     """Take tensors in float32 at least, and no autocast."""
 
@@ -32,8 +40,7 @@ def _precisely(method: _F) -> _F:
     def precise(self: Geometry, *given: Tensor) -> Any:
         device = given[0].device.type
         lifted = (each.float() if each.dtype in (torch.float16, torch.bfloat16) else each for each in given)
-        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-        with off:
+        with without_autocast(device):
             return method(self, *lifted)
 
     return cast(_F, precise)

@@ -14,6 +14,7 @@ from lit_modules.nn.checks import device_of, first_line
 from lit_modules.tical.anchors import AnchorLists
 from lit_modules.tical.assessment import Assessment, ConsistencyAssessment
 from lit_modules.tical.encoders import Answer
+from lit_modules.tical.hyperbolic import without_autocast
 from lit_modules.tical.stages import StagedAnswer, mix
 
 _GAIN = 0.1  # of projections at first: their points lie near the origin, where distances are well conditioned
@@ -184,7 +185,7 @@ class EmotionNetwork(nn.Module):
             return {}
         points = {}
         for name, projection in zip(self.facts.modalities, self.projections, strict=True):
-            with torch.autocast(hidden[name].device.type, enabled=False):
+            with without_autocast(hidden[name].device.type):
                 points[name] = self.assessment.geometry.points(projection(hidden[name].float()))
         return points
 
