@@ -23,8 +23,8 @@ def export_emotions(network: EmotionNetwork, directory: Path) -> list[Path]:
 
     ``torch.export.load("network.pt2").module()(features, length, present)`` gives what `EmotionNetwork.forward` gives,
     for any number of clips and steps; its arguments are mappings by modality. ``network.safetensors`` has the state,
-    anchors too where clips are assessed. ``clips.csv`` has the names of the clips among the anchors by their number. ``card.json`` describes
-    everything and has lines that recognise a clip.
+    anchors too where clips are assessed. ``clips.csv`` has the names of the clips among the anchors by their number.
+    ``card.json`` describes everything and has lines that recognise a clip.
 
     Args:
         network: trained; it stays where it is.
