@@ -124,8 +124,7 @@ def _use(network: EmotionNetwork) -> list[str]:
         'network = torch.export.load("network.pt2").module()',
         f"features = {{{features}}}",
         f"length = {{{length}}}",
-        "present = {name: torch.ones(1, dtype=torch.bool) for name in features}",
-        "found = network(features, length, present)",
+        "found = network(features, length, {name: torch.ones(1, dtype=torch.bool) for name in features})",
     ]
     if network.num_outputs == 1:
         lines.append('print("score", float(found["score"][0]))')
