@@ -42,14 +42,22 @@ class _OfClasses(_OfConfusion):
 
 
 class WAR(_OfClasses):
-    """Share of clips whose class is right: weighted average recall, accuracy."""
+    """Share of clips whose class is right: weighted average recall, accuracy.
+
+    Args:
+        num_classes: C.
+    """
 
     def compute(self) -> Tensor:
         return _accuracy(self.confusion)
 
 
 class UAR(_OfClasses):
-    """Unweighted average recall: mean over the classes that occur of the share that is found."""
+    """Unweighted average recall: mean over the classes that occur of the share that is found.
+
+    Args:
+        num_classes: C.
+    """
 
     def compute(self) -> Tensor:
         clips = self.confusion.sum(1)
@@ -57,7 +65,11 @@ class UAR(_OfClasses):
 
 
 class WeightedF1(_OfClasses):
-    """F1 of each class, its mean weighted by how often the class occurs."""
+    """F1 of each class, its mean weighted by how often the class occurs.
+
+    Args:
+        num_classes: C.
+    """
 
     def compute(self) -> Tensor:
         return _weighted_f1(self.confusion)
