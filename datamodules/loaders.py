@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlight.contracts import Batch, UserError, derived_seed, run_seed
+from leanlight.contracts import Batch, Split, UserError, derived_seed, run_seed
 
 B = TypeVar("B", bound=Batch)
 # From blocks of positions to batches: at once from memory, or through worker processes.
@@ -258,3 +258,44 @@ class EvalLoader(Generic[B]):
 
     def __iter__(self) -> Iterator[B]:
         return iter(self._fetch(self._blocks))
+
+
+class PartLoaders(Generic[B]):
+    """Loaders of a DataModule whose parts lie in memory; it sets the attributes, and ``train_dataloader`` is its own.
+
+    Attributes: ``train_split``, ``val_split``, ``test_split``, each with a length and ``batches(blocks)``;
+    ``eval_batch_size``; ``predict_split``, the part that `predict` goes through.
+    """
+
+    train_split: Any
+    val_split: Any
+    test_split: Any
+    eval_batch_size: int
+    predict_split: Split
+    _predicted: Tensor | None = None
+
+    def _eval_loader(self, split: Any, done: Tensor | None = None) -> EvalLoader[B]:
+        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world(), done)
+
+    def val_dataloader(self) -> EvalLoader[B] | list[Any]:
+        """Held-out items; no loader when there are none."""
+        return self._eval_loader(self.val_split) if self.val_split is not None else []
+
+    def test_dataloader(self) -> EvalLoader[B]:
+        """The test part."""
+        return self._eval_loader(self.test_split)
+
+    def predict_dataloader(self) -> EvalLoader[B]:
+        """The part `predict_split`, without the items of `skip_predicted`."""
+        return self._eval_loader(self._part(self.predict_split), self._predicted)
+
+    def _part(self, name: Split) -> Any:
+        """The part called `name`; UserError when there is none."""
+        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[name]
+        if split is None:
+            raise UserError("predict_split: val, but there is no validation data; raise val_fraction")
+        return split
+
+    def skip_predicted(self, index: Tensor) -> None:
+        """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""
+        self._predicted = index

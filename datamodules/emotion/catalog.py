@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leanlight.contracts.errors import UserError, nearest
+from datamodules.catalog import entry
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,4 @@ EMOTIONS: dict[str, EmotionSetInfo] = {info.name: info for info in _ALL}
 
 def describe(name: str) -> EmotionSetInfo:
     """The entry called `name`; UserError with the nearest name if there is none."""
-    if name not in EMOTIONS:
-        raise UserError(
-            f"dataset: expected one of {', '.join(EMOTIONS)}, got {name!r}{nearest(name, EMOTIONS)}; "
-            "`leanlight data list` lists them"
-        )
-    return EMOTIONS[name]
+    return entry(name, EMOTIONS)

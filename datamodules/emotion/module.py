@@ -18,7 +18,7 @@ from datamodules.emotion.catalog import EmotionSetInfo, describe
 from datamodules.emotion.clips import Array, Clips, checked, graded, with_conflicts
 from datamodules.emotion.planted import PlantedConflicts
 from datamodules.images.splits import stratified_split
-from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
+from datamodules.loaders import PartLoaders, TrainLoader, train_loader
 from leanlight.contracts import EmotionMeta, Modality, MultimodalBatch, Split, UserError, nearest
 
 PARTS: tuple[Split, ...] = get_args(Split)
@@ -60,7 +60,7 @@ class EmotionSplit:
         return map(self.batch, blocks)
 
 
-class EmotionDataModule(pl.LightningDataModule):
+class EmotionDataModule(PartLoaders[MultimodalBatch], pl.LightningDataModule):
     """Clips with features in several modalities. Satisfies `leanlight.contracts.EmotionData`.
 
     Batches are `MultimodalBatch`. Scores become classes too. Clips that nobody has labelled are all in the test part,
@@ -145,7 +145,6 @@ class EmotionDataModule(pl.LightningDataModule):
         self.levels = tuple(info.levels if levels is None else levels)
         self.level_names = info.level_names if levels is None else ()
         self._clips: Clips | None = None
-        self._predicted: Tensor | None = None
 
     def ensure_available(self) -> None:
         """Find and check the data; UserError with every place tried. Starts no run."""
@@ -356,27 +355,11 @@ class EmotionDataModule(pl.LightningDataModule):
             raise UserError(f"path: the clips of {self.meta.source} have no labels, so that nothing can be trained")
         return train_loader(self, len(split), split.batches, self.batch_size, self.seed, self.drop_last)
 
-    def _eval_loader(self, split: EmotionSplit, done: Tensor | None = None) -> EvalLoader[MultimodalBatch]:
-        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world(), done)
-
-    def val_dataloader(self) -> EvalLoader[MultimodalBatch] | list[Any]:
-        """Held-out clips; no loader when there are none."""
-        return self._eval_loader(self.val_split) if self.val_split is not None else []
-
-    def test_dataloader(self) -> EvalLoader[MultimodalBatch]:
-        """The test part."""
-        return self._eval_loader(self.test_split)
-
-    def predict_dataloader(self) -> EvalLoader[MultimodalBatch]:
-        """The part `predict_split`, without the clips of `skip_predicted`."""
-        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[self.predict_split]
+    def _part(self, name: Split) -> EmotionSplit:
+        split: EmotionSplit | None = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[name]
         if split is None:
-            raise UserError(f"predict_split: {self.predict_split}, but that part has no clip")
-        return self._eval_loader(split, self._predicted)
-
-    def skip_predicted(self, index: Tensor) -> None:
-        """Leave the clips at these positions of `predict_split`, (N,) int64, out of predict loaders."""
-        self._predicted = index
+            raise UserError(f"predict_split: {name}, but that part has no clip")
+        return split
 
 
 def _check(given: dict[str, Any]) -> EmotionSetInfo:

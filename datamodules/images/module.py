@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,7 +19,7 @@ from datamodules.images import sources
 from datamodules.images.catalog import CATALOG, describe
 from datamodules.images.sources import Raw, Variant
 from datamodules.images.splits import find_classes, stratified_split
-from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
+from datamodules.loaders import PartLoaders, TrainLoader, rank_and_world, train_loader
 from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, Split, UserError, nearest
 from leanlight.ops.augment import AUGMENTATIONS
 from leanlight.ops.corruptions import Corruption
@@ -46,7 +46,7 @@ def _members(labels: np.ndarray, classes: Sequence[int] | None) -> np.ndarray | 
     return None if classes is None else np.flatnonzero(np.isin(labels, classes))
 
 
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(PartLoaders[ImageBatch], pl.LightningDataModule):
     """An image set of the catalogue, held in memory.
 
     Batches are `ImageBatch`: uint8 until they are on the device, there float32 in [0, 1], in training also augmented.
@@ -147,7 +147,6 @@ class ImageDataModule(pl.LightningDataModule):
         self._own_val = False
         self._numbers: dict[str, Tensor] = {}
         self._raw: Raw | None = None
-        self._predicted: Tensor | None = None
 
     @property
     def step_shape(self) -> tuple[int, ...]:
@@ -257,34 +256,9 @@ class ImageDataModule(pl.LightningDataModule):
             self, len(split), split.batches, self.batch_size, self.seed, self.drop_last, self.epoch_batches
         )
 
-    def _eval_loader(self, split: ImageSplit, done: Tensor | None = None) -> EvalLoader[ImageBatch]:
-        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world(), done)
-
-    def val_dataloader(self) -> EvalLoader[ImageBatch] | list[Any]:
-        """Held-out validation items; no loader when there are none."""
-        return self._eval_loader(self.val_split) if self.val_split is not None else []
-
-    def test_dataloader(self) -> EvalLoader[ImageBatch]:
-        """The test part."""
-        return self._eval_loader(self.test_split)
-
-    def predict_dataloader(self) -> EvalLoader[ImageBatch]:
-        """The part `predict_split`, without the items of `skip_predicted`."""
-        return self._eval_loader(self._part(self.predict_split), self._predicted)
-
-    def _part(self, name: Split) -> ImageSplit:
-        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[name]
-        if split is None:
-            raise UserError("predict_split: val, but there is no validation data; raise val_fraction")
-        return split
-
     def origin(self, split: Split) -> Tensor:
         """(N,) int64 position of each item of a part in the source's own train, validation or test part."""
         return self._part(split).origin
-
-    def skip_predicted(self, index: Tensor) -> None:
-        """Leave the items at these positions of `predict_split`, (N,) int64, out of predict loaders."""
-        self._predicted = index
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Scale to [0, 1] on the device, with the noise of `train_corruption`; augment in training."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leanlight.contracts.errors import UserError, nearest
+from datamodules.catalog import entry
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,4 @@ SESSIONS: dict[str, SessionSetInfo] = {info.name: info for info in _ALL}
 
 def describe(name: str) -> SessionSetInfo:
     """The entry called `name`; UserError with the nearest name if there is none."""
-    if name not in SESSIONS:
-        raise UserError(
-            f"dataset: expected one of {', '.join(SESSIONS)}, got {name!r}{nearest(name, SESSIONS)}; "
-            "`leanlight data list` lists them"
-        )
-    return SESSIONS[name]
+    return entry(name, SESSIONS)

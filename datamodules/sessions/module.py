@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
+from datamodules.loaders import PartLoaders, TrainLoader, train_loader
 from datamodules.sessions import sources
 from datamodules.sessions.catalog import describe
 from datamodules.sessions.clicks import Array, Items, Part, Raw, Thresholds
@@ -61,7 +61,7 @@ class SessionSplit:
         return map(self.batch, blocks)
 
 
-class SessionDataModule(pl.LightningDataModule):
+class SessionDataModule(PartLoaders[SessionBatch], pl.LightningDataModule):
     """Sessions of clicks on items with categories, split by time. Satisfies `leanlight.contracts.SessionData`.
 
     Batches are `SessionBatch`. The sessions of training are sampled, then some are held out for validation. Items are
@@ -160,7 +160,6 @@ class SessionDataModule(pl.LightningDataModule):
         self.head_share, self.head_rule, self.without_category = head_share, head_rule, without_category
         self.split_seed, self.seed, self.drop_last, self.predict_split = split_seed, seed, drop_last, predict_split
         self._raw: Raw | None = None
-        self._predicted: Tensor | None = None
 
     def ensure_available(self) -> None:
         """Find and check the data; UserError with every place tried. Starts no run."""
@@ -301,28 +300,6 @@ class SessionDataModule(pl.LightningDataModule):
         """Shuffled batches of train, stateful; in the order of time when Lightning overfits a few batches."""
         split = self.train_split
         return train_loader(self, len(split), split.batches, self.batch_size, self.seed, self.drop_last)
-
-    def _eval_loader(self, split: SessionSplit, done: Tensor | None = None) -> EvalLoader[SessionBatch]:
-        return EvalLoader(len(split), self.eval_batch_size, split.batches, *rank_and_world(), done)
-
-    def val_dataloader(self) -> EvalLoader[SessionBatch] | list[Any]:
-        """Held-out cases; no loader when there are none."""
-        return self._eval_loader(self.val_split) if self.val_split is not None else []
-
-    def test_dataloader(self) -> EvalLoader[SessionBatch]:
-        """The test part."""
-        return self._eval_loader(self.test_split)
-
-    def predict_dataloader(self) -> EvalLoader[SessionBatch]:
-        """The part `predict_split`, without the cases of `skip_predicted`."""
-        split = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[self.predict_split]
-        if split is None:
-            raise UserError("predict_split: val, but there is no validation data; raise val_fraction")
-        return self._eval_loader(split, self._predicted)
-
-    def skip_predicted(self, index: Tensor) -> None:
-        """Leave the cases at these positions of `predict_split`, (N,) int64, out of predict loaders."""
-        self._predicted = index
 
 
 def _numbering(train: Part, items: Items) -> tuple[Array, tuple[str, ...]]:

@@ -80,11 +80,8 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
 def prepare(argv: list[str]) -> int:
     """Find or download a data set and say where it is."""
     arguments, info = _arguments("prepare", argv)
-    if isinstance(info, EmotionSetInfo):
-        ready = _prepare_clips
-    else:
-        ready = _prepare_sessions if isinstance(info, SessionSetInfo) else _prepare_images
-    print(f"{arguments.name}: ready, {ready(info.name, arguments)}")
+    ready = {DatasetInfo: _prepare_images, SessionSetInfo: _prepare_sessions, EmotionSetInfo: _prepare_clips}
+    print(f"{arguments.name}: ready, {ready[type(info)](info.name, arguments)}")
     return 0
 
 
@@ -135,11 +132,8 @@ def _prepare_clips(name: str, arguments: argparse.Namespace) -> str:
 def check(argv: list[str]) -> int:
     """Load a data set without downloading and print what it holds."""
     arguments, info = _arguments("check", argv)
-    if isinstance(info, EmotionSetInfo):
-        facts = _check_clips
-    else:
-        facts = _check_sessions if isinstance(info, SessionSetInfo) else _check_images
-    for label, value in facts(info.name, arguments).items():
+    facts = {DatasetInfo: _check_images, SessionSetInfo: _check_sessions, EmotionSetInfo: _check_clips}
+    for label, value in facts[type(info)](info.name, arguments).items():
         print(f"{label:<12} {value}")
     return 0
 
