@@ -1,8 +1,9 @@
-"""Logging of training steps that neither waits for a device nor, where nothing is written, for other processes."""
+"""Logging of steps: of training without waits for a device or needless ones for other processes; of evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -34,6 +35,19 @@ def log_step(
         assert isinstance(mean, Tensor)
         values = dict(zip(values, mean, strict=True))
     module.log_dict(on_host(values), on_step=True, on_epoch=False, batch_size=batch_size)
+
+
+def log_evaluation(module: LightningModule, values: Mapping[str, Any], items: int) -> None:
+    """Log what a batch of evaluation gave, for a mean over the items of all batches and processes.
+
+    Args:
+        module: in its `validation_step` or `test_step`.
+        values: by name; scalar means over the batch's items, or metrics of torchmetrics.
+        items: of the batch.
+    """
+    # Lightning divides by the mean of the processes' numbers of items, and rounds it down where these are integers.
+    size: Any = float(items)
+    module.log_dict(dict(values), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
 
 def _is_written(module: LightningModule) -> bool:

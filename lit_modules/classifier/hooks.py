@@ -27,6 +27,7 @@ from lit_modules.classifier.export import export_network
 from lit_modules.nn.checks import check_classifier, follow_classes
 from lit_modules.nn.features import logits_and_features
 from lit_modules.optim import configure
+from lit_modules.step_log import log_evaluation
 
 
 class EvaluatedClassifier(LightningModule):
@@ -46,7 +47,7 @@ class EvaluatedClassifier(LightningModule):
     def evaluate(self, batch: ImageBatch, split: Split) -> None:
         """Measure and log a batch of validation or test data."""
         values = self.evaluation.update(split, batch.image, self(batch.image), batch.label)
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+        log_evaluation(self, values, len(batch))
 
     def on_validation_epoch_start(self) -> None:
         self.evaluation.start("val")

@@ -54,7 +54,7 @@ from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import blank_output, require_positive
 from lit_modules.nn.features import require_features
 from lit_modules.optim import configure
-from lit_modules.step_log import log_step
+from lit_modules.step_log import log_evaluation, log_step
 
 _TERMS = ("distillation", "cross_entropy", "features", "rotations")  # of the student's loss
 _SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -474,7 +474,7 @@ class DataFreeDistillation(ClassifierHooks):
         else:
             values = dict(self.evaluation.update(split, batch.image, logits, batch.label))
             values["test/agreement"] = (logits.argmax(1) == answer).float().mean()
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+        log_evaluation(self, values, len(batch))
 
     # ---- what callbacks and commands ask ----
 

@@ -41,7 +41,7 @@ from lit_modules.hparams import save_hparams
 from lit_modules.nn import pooled_features
 from lit_modules.nn.checks import blank_output, first_line, require_positive
 from lit_modules.optim import Interval, configure
-from lit_modules.step_log import log_step
+from lit_modules.step_log import log_evaluation, log_step
 
 _SMALL: dict[str, Any] = {
     "block_out_channels": [32, 64],
@@ -248,7 +248,7 @@ class TinyDiffusion(LightningModule):
 
     def _evaluate(self, batch: ImageBatch, batch_idx: int, split: Split) -> None:
         loss = self._loss(self.average, batch, derived_seed(self.eval_seed, split), 0.0)
-        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+        log_evaluation(self, {f"{split}/loss": loss}, len(batch))
         if batch_idx == 0:
             self._shown = batch.image[: self.samples]
 

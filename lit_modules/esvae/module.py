@@ -40,7 +40,7 @@ from lit_modules.esvae.networks import ESVAE, Autoencoder, Code, to_signed, to_u
 from lit_modules.esvae.pictures import pairs, pictures
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
-from lit_modules.step_log import log_step
+from lit_modules.step_log import log_evaluation, log_step
 
 _PIPELINE = "leanlight run esvae/pipelines/fashion_mnist_small trains one first"
 
@@ -187,7 +187,7 @@ class ImageAutoencoder(LightningModule):
         with isolated_rng(self.eval_seed + batch_idx):
             code, rebuilt, mse = self._reconstruct(batch)
         values = {f"{split}/mse": mse, f"{split}/divergence": code.divergence}
-        self.log_dict(values, sync_dist=True, batch_size=len(batch))
+        log_evaluation(self, values, len(batch))
         if batch_idx == 0:
             self._shown = pairs(batch.image, rebuilt)
 

@@ -40,7 +40,7 @@ from lit_modules.hid.scoring import Scoring, top_k
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import require_positive
 from lit_modules.optim import configure
-from lit_modules.step_log import log_step
+from lit_modules.step_log import log_evaluation, log_step
 
 
 class SessionRecommender(LightningModule):
@@ -241,7 +241,7 @@ class SessionRecommender(LightningModule):
         self.evaluation.update(split, recommended, batch.length, batch.target)
         if self.network.trains:
             loss = F.cross_entropy(scores, batch.target - 1)
-            self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+            log_evaluation(self, {f"{split}/loss": loss}, len(batch))
 
     def on_validation_epoch_start(self) -> None:
         self.evaluation.start("val")

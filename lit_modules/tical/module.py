@@ -35,7 +35,7 @@ from lit_modules.history import History
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.processes import everyone
 from lit_modules.optim import configure
-from lit_modules.step_log import log_step
+from lit_modules.step_log import log_evaluation, log_step
 from lit_modules.tical import pictures
 from lit_modules.tical.anchors import AnchorLists
 from lit_modules.tical.assessment import ConsistencyAssessment
@@ -362,7 +362,7 @@ class EmotionRecognition(LightningModule):
         values = {f"{split}/loss": loss}
         if verdict.assessed is not None:
             values[f"{split}/consistency"] = verdict.assessed.consistency.mean()
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch))
+        log_evaluation(self, values, len(batch))
 
     def on_validation_epoch_start(self) -> None:
         self.evaluation.start("val")
