@@ -183,6 +183,39 @@ from .rng import (
     run_seed as run_seed,
 )
 from .robustness import UnderNoise as UnderNoise
+from .safety import (
+    HARM_CATEGORIES as HARM_CATEGORIES,
+)
+from .safety import (
+    SAFETY_FIELDS as SAFETY_FIELDS,
+)
+from .safety import (
+    Judge as Judge,
+)
+from .safety import (
+    Picture as Picture,
+)
+from .safety import (
+    SafetyData as SafetyData,
+)
+from .safety import (
+    SafetyMeta as SafetyMeta,
+)
+from .safety import (
+    SafetySample as SafetySample,
+)
+from .safety import (
+    SampleEncoder as SampleEncoder,
+)
+from .safety import (
+    TokenBatch as TokenBatch,
+)
+from .safety import (
+    UnreadablePictureError as UnreadablePictureError,
+)
+from .safety import (
+    Verdict as Verdict,
+)
 from .sessions import (
     Catalogue as Catalogue,
 )
