@@ -1,3 +1,11 @@
+from .metrics import Agreement as Agreement
+from .metrics import Figure as Figure
+from .metrics import Judgements as Judgements
+from .metrics import SafetyMetrics as SafetyMetrics
+from .metrics import choose_threshold as choose_threshold
+from .metrics import decided as decided
+from .metrics import fleiss_kappa as fleiss_kappa
+from .metrics import summary as summary
 from .parsing import answer_values as answer_values
 from .parsing import parse as parse
 from .prompt import (
@@ -10,3 +18,6 @@ from .prompt import (
     JUDGMENT_KEYS as JUDGMENT_KEYS,
 )
 from .prompt import Prompt as Prompt
+from .taxonomy import category as category
+from .taxonomy import mentioned as mentioned
+from .taxonomy import translated as translated
