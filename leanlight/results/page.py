@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from leanlight.registry import methods
@@ -47,16 +47,25 @@ class TableView:
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)  # row name → pictures
 
 
-def render_page(tables: Sequence[TableView]) -> str:
-    """The whole page. All text is escaped."""
+def template(name: str) -> Template:
+    """A template of this folder, which escapes all text."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.get_template(name)
+
+
+def style(*names: str) -> Markup:
+    """Style sheets of this folder, one after the other: the package's own files, which must not be escaped."""
+    return Markup("".join((_HERE / name).read_text() for name in names))
+
+
+def render_page(tables: Sequence[TableView]) -> str:
+    """The whole page. All text is escaped."""
     views = [_table(view, f"table-{position}") for position, view in enumerate(tables)]
     dates = [str(view.document["date"]) for view in tables if view.document["date"]]
-    return environment.get_template("report.html.j2").render(
-        # The style sheet is the package's own file, not user text: it must not be escaped.
-        css=Markup((_HERE / "report.css").read_text()),
+    return template("report.html.j2").render(
+        css=style("report.css"),
         tables=views,
         methods=_methods(views),
         newest=max(dates, default=MISSING),

@@ -1,0 +1,237 @@
+"""`leanlight audit`: let judges say what of models' answers is harmful, and write a page about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leanlight.cli.arguments import Parser
+from leanlight.contracts.errors import MissingExtraError, UserError, nearest
+from leanlight.results.audit_judges import NAMES, MakeJudge, judge_maker, without_keys
+
+if TYPE_CHECKING:
+    from leanlight.contracts.safety import Judge, SafetySample
+    from leanlight.results.audit import Verdicts
+    from leanlight.results.audit_summary import Panel
+
+
+def main(argv: list[str]) -> int:
+    """Judge, summarise, and say where the page is; 1 where a share of harm is above its limit."""
+    args = _arguments(argv)
+    makers = [judge_maker(name) for name in args.judge]
+
+    from datamodules.safety.readers import read_samples
+
+    samples = read_samples(args.data, args.format, args.columns, args.images)[: args.limit]
+    if not samples:
+        raise UserError(f"--data: {args.data} has no sample")
+    output = args.output or Path("runs/audit") / args.data.stem
+    with _locked(output):
+        try:
+            return _audit(args, samples, makers, output)
+        except KeyboardInterrupt:
+            print("the verdicts so far are kept; the same command goes on from there", file=sys.stderr)
+            raise
+        except OSError as error:
+            raise UserError(f"--output: cannot write {error.filename or output} ({error.strerror})") from error
+
+
+def _parser() -> Parser:
+    judges = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
+    parser = Parser(prog="leanlight audit", description=__doc__, epilog=f"Judges. {judges}.")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL, CSV or parquet, or a folder")
+    parser.add_argument("--judge", action="append", required=True, metavar="NAME", help="as below; may be repeated")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder that names of pictures start from")
+    parser.add_argument("--format", default="auto", help="layout of the data (default: %(default)s)")
+    parser.add_argument("--columns", **several, metavar="OURS=THEIRS", help="names of columns: instruction=question")
+    parser.add_argument("--limit", type=int, metavar="N", help="judge the first N samples alone")
+    parser.add_argument("--threshold", **several, metavar="FIELD=P", help="harmful from this score on: response=0.7")
+    parser.add_argument(
+        "--fail-above",
+        **several,
+        metavar="SHARE",
+        help="exit with code 1 where more answers than this share are harmful or without a verdict, by the judges' "
+        "vote; FIELD=SHARE for another part than the answer",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: runs/audit/NAME_OF_DATA)")
+    parser.add_argument("--estimate", action="store_true", help="say what it would take; judges a handful alone")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples at a time (default: as each judge likes)")
+    return parser
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    args = _parser().parse_args(argv)
+    for name in ("limit", "batch"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name}: expected at least 1, got {value}")
+    for name in args.judge:
+        if args.judge.count(name) > 1:
+            raise UserError(f"--judge: {without_keys(name)} is named twice")
+    args.columns = _pairs(args.columns, "--columns") or None
+    args.threshold = _numbers(args.threshold, "--threshold", "a number in (0, 1)", lambda x: 0 < x < 1)
+    limits = [text if "=" in text else f"response={text}" for text in args.fail_above]
+    args.fail_above = _numbers(limits, "--fail-above", "a share in [0, 1)", lambda x: 0 <= x < 1)
+    return args
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{option}: expected NAME=VALUE, got {text!r}")
+        pairs[name] = value
+    return pairs
+
+
+def _numbers(texts: Sequence[str], option: str, expected: str, fits: Callable[[float], bool]) -> dict[str, float]:
+    """``field=number``, each checked."""
+    from leanlight.contracts.safety import SAFETY_FIELDS  # loads torch
+
+    numbers = {}
+    for name, text in _pairs(texts, option).items():
+        if name not in SAFETY_FIELDS:
+            raise UserError(
+                f"{option}: expected one of {', '.join(SAFETY_FIELDS)}, got {name!r}{nearest(name, SAFETY_FIELDS)}"
+            )
+        try:
+            numbers[name] = float(text)
+        except ValueError:
+            raise UserError(f"{option} {name}: expected {expected}, got {text!r}") from None
+        if not fits(numbers[name]):
+            raise UserError(f"{option} {name}: expected {expected}, got {text}")
+    return numbers
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep two audits from writing one folder."""
+    from leanlight.results.state import RunLock
+
+    try:
+        lock = RunLock(output, "audit")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {output} ({error.strerror})") from error
+    try:
+        if not lock.acquire(wait=False):
+            raise UserError(f"--output: another audit is writing {output}; wait for it, or name another folder")
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn("{task.description}", markup=False), rich.BarColumn(), rich.MofNCompleteColumn())
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    console = Console(stderr=True)
+    with rich.Progress(*columns, *times, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _audit(args: argparse.Namespace, samples: Sequence[SafetySample], makers: list[MakeJudge], output: Path) -> int:
+    from leanlight.results.audit import Verdicts, sample_key
+
+    keys: list[str] = []
+    troubles: dict[int, str] = {}  # row → what is wrong with its picture
+    with _bar("looking at samples", len(samples)) as advance:
+        for row, sample in enumerate(samples):
+            key, trouble = sample_key(sample)
+            keys.append(key)
+            troubles |= {row: trouble} if trouble else {}
+            advance(1)
+    verdicts = Verdicts(output / "verdicts.jsonl", keys)
+    if args.estimate:
+        _estimate(args, samples, makers, verdicts)
+        return 0
+    return _finish(args, _panel(args, samples, makers, verdicts), verdicts, troubles, output)
+
+
+def _estimate(
+    args: argparse.Namespace, samples: Sequence[SafetySample], makers: list[MakeJudge], verdicts: Verdicts
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from leanlight.results.audit import estimate
+    from leanlight.results.format import show_seconds
+
+    table = Table("judge", "samples left", "tokens", "time")
+    for make in makers:
+        found = estimate(make(samples), samples, verdicts, args.batch)
+        tokens = "not known" if found.tokens is None else f"about {found.tokens:,}"
+        table.add_row(found.judge, f"{found.pending:,}", tokens, f"about {show_seconds(found.seconds)}")
+    print(f"{len(samples):,} samples, {verdicts.distinct:,} different ones; a few were judged, and are kept")
+    Console(highlight=False, markup=False).print(table)
+
+
+def _panel(
+    args: argparse.Namespace, samples: Sequence[SafetySample], makers: list[MakeJudge], verdicts: Verdicts
+) -> Panel:
+    """Ask every judge for what is missing, one after the other, so that one model at a time is in memory."""
+    from leanlight.results.audit import JudgeFacts, ask
+    from leanlight.results.audit_summary import Panel
+
+    judges: list[JudgeFacts] = []
+    columns = []
+    for source, make in zip(map(without_keys, args.judge), makers, strict=True):
+        judge: Judge = make(samples)
+        rows = verdicts.pending(judge)
+        with _bar(judge.name, len(rows)) as advance:
+            ask(judge, samples, verdicts, rows, args.batch, advance)
+        if any(judge.fingerprint == other.fingerprint for other in judges):
+            raise UserError(f"--judge: {source} is the same judge as another one")
+        taken = any(judge.name == other.name for other in judges)
+        name = f"{judge.name} ({judge.fingerprint[:6]})" if taken else judge.name
+        judges.append(JudgeFacts(name, source, judge.fields, judge.fingerprint))
+        columns.append(verdicts.of(judge.name, judge.fingerprint))
+    return Panel(samples, judges, columns, args.threshold)
+
+
+def _finish(args: argparse.Namespace, panel: Panel, verdicts: Verdicts, troubles: dict[int, str], output: Path) -> int:
+    """Write what was found; the exit code."""
+    from leanlight.contracts.files import atomic_write
+    from leanlight.results.audit_page import write_page
+    from leanlight.results.audit_summary import describe, gate, summarise, write_parquet
+
+    summary = describe(args.data.name, args.limit, verdicts, panel) | summarise(panel)
+    summary["gate"] = gate(summary, args.fail_above)
+    atomic_write(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    try:
+        write_parquet(output / "verdicts.parquet", panel, verdicts)
+    except MissingExtraError as error:
+        print(f"no verdicts.parquet: {error}", file=sys.stderr)
+    write_page(output / "report.html", panel, verdicts, summary, troubles)
+    _say(summary)
+    print(output / "report.html")
+    return 0 if all(one["passed"] for one in summary["gate"].values()) else 1
+
+
+def _say(summary: dict[str, Any]) -> None:
+    """Shares of harm by judge, and what is above its limit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from leanlight.contracts.safety import SAFETY_FIELDS
+    from leanlight.results.format import MISSING
+
+    table = Table("harmful", *SAFETY_FIELDS, "failures")
+    for judge in summary["judges"]:
+        shares = [judge["figures"].get(f"{field}_harmful_share") for field in SAFETY_FIELDS]
+        cells = [f"{share['value']:.1%}" if share else MISSING for share in shares]
+        table.add_row(judge["name"], *cells, f"{judge['failures']:,}")
+    Console(highlight=False, markup=False).print(table)
+    for field, one in summary["gate"].items():
+        missing = f", {one['missing']:,} without a verdict" if one["missing"] else ""
+        verdict = "within" if one["passed"] else "above"
+        print(f"{field}: {one['harmful']:,} of {summary['items']:,} harmful{missing}: {verdict} {one['limit']:.1%}")
