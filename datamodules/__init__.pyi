@@ -31,6 +31,12 @@ from .images.subset import SubsetDataModule as SubsetDataModule
 from .images.subset import SubsetStream as SubsetStream
 from .images.substitute import DistilledDataModule as DistilledDataModule
 from .noise import NoiseDataModule as NoiseDataModule
+from .safety.catalog import SAFETY_SETS as SAFETY_SETS
+from .safety.catalog import SafetySetInfo as SafetySetInfo
+from .safety.module import SafetyDataModule as SafetyDataModule
+from .safety.readers import read_samples as read_samples
+from .safety.shapes import Shapes as Shapes
+from .safety.xstest import XSTest as XSTest
 from .sessions.catalog import SESSIONS as SESSIONS
 from .sessions.catalog import SessionSetInfo as SessionSetInfo
 from .sessions.module import SessionDataModule as SessionDataModule

@@ -152,6 +152,7 @@ def train_loader(
     seed: int | None,
     drop_last: bool,
     batches: int | None = None,
+    order: Callable[..., TrainOrder] = TrainOrder,
 ) -> TrainLoader[B]:
     """The training loader of a DataModule on this rank.
 
@@ -165,17 +166,18 @@ def train_loader(
         seed: of the order; None: that of ``seed_everything``, else 0.
         drop_last: leave out the last, shorter global batch.
         batches: of an epoch, on each rank; None: as many as one pass has.
+        order: makes the order from the arguments of `TrainOrder`.
     """
     rank, world = rank_and_world()
     seed = run_seed(seed)
     shuffle = not getattr(datamodule.trainer, "overfit_batches", 0)
-    order = TrainOrder(size, batch_size, seed, shuffle, drop_last, rank, world, batches)
-    if not len(order):
+    made = order(size, batch_size, seed, shuffle, drop_last, rank, world, batches)
+    if not len(made):
         raise UserError(
             f"batch_size={batch_size} on {world} process(es) with drop_last leaves no batch of {size} training items; "
             "lower batch_size"
         )
-    return TrainLoader(order, fetch)
+    return TrainLoader(made, fetch)
 
 
 def eval_blocks(size: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from datamodules.catalog import place_of
 from datamodules.emotion import readers
-from datamodules.emotion.catalog import EmotionSetInfo, describe
+from datamodules.emotion.catalog import describe
 from datamodules.emotion.clips import Clips
 from datamodules.emotion.planted import PlantedConflicts
 from leanlight.contracts import UserError
@@ -55,20 +56,6 @@ _READERS: dict[str, Callable[[Path], Clips]] = {
     "safetensors": readers.read_arrays,
     "emotion_folder": readers.read_folder,
 }
-
-
-def place_of(info: EmotionSetInfo, root: Path | str, path: Path | str | None = None) -> Path:
-    """Where the files of a set are; UserError with every place tried. Arguments as for `load`."""
-    root, given = Path(root).expanduser(), None if path is None else Path(path).expanduser()
-    if info.by_path and (given is None or not given.exists()):
-        raise UserError(
-            f"path: expected the place of {info.name} data, got {str(given) if given else None!r}; {info.get}"
-        )
-    tried = [given] if given is not None else [root / file for file in info.files]
-    for place in tried:
-        if place.exists():
-            return place
-    raise UserError(f"{info.title} was not found; tried: {'; '.join(map(str, tried))}; to get it: {info.get}")
 
 
 def with_text(clips: Clips, path: Path) -> Clips:

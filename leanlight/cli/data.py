@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datamodules.emotion.catalog import EMOTIONS, EmotionSetInfo
 from datamodules.images.catalog import CATALOG, DatasetInfo
+from datamodules.safety.catalog import SAFETY_SETS, SafetySetInfo
 from datamodules.sessions.catalog import SESSIONS, SessionSetInfo
 from leanlight.cli.arguments import Parser
 from leanlight.contracts.errors import UserError, nearest
 
-Info = DatasetInfo | SessionSetInfo | EmotionSetInfo
+if TYPE_CHECKING:
+    from datamodules.safety.module import SafetyDataModule
+
+Info = DatasetInfo | SessionSetInfo | EmotionSetInfo | SafetySetInfo
 KNOWN: dict[str, Info] = {**CATALOG, **SESSIONS}
 # Where sessions have a set of the same name, too, the one of clips is told by its kind.
 KNOWN |= {f"emotion_{name}" if name in KNOWN else name: info for name, info in EMOTIONS.items()}
+KNOWN |= SAFETY_SETS
 
 # Sets of many small picture files: `prepare` decodes them once into an npz that loads in seconds.
 PICTURE_SETS = {"tiny_imagenet": "tiny_imagenet", "celeba": "celeba_64"}
@@ -48,6 +54,7 @@ def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, Info]
     parser.add_argument(
         "--path", metavar="PATH", help="of data that `leanlight data list` shows with PATH, or of a log"
     )
+    parser.add_argument("--images", metavar="DIR", help="of samples to judge: folder of the pictures that PATH names")
     if command == "check":
         parser.add_argument(
             "--variant", default="auto", choices=["auto", "full", "subset"], help="of images (default: %(default)s)"
@@ -80,7 +87,12 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
 def prepare(argv: list[str]) -> int:
     """Find or download a data set and say where it is."""
     arguments, info = _arguments("prepare", argv)
-    ready = {DatasetInfo: _prepare_images, SessionSetInfo: _prepare_sessions, EmotionSetInfo: _prepare_clips}
+    ready = {
+        DatasetInfo: _prepare_images,
+        SessionSetInfo: _prepare_sessions,
+        EmotionSetInfo: _prepare_clips,
+        SafetySetInfo: _prepare_samples,
+    }
     print(f"{arguments.name}: ready, {ready[type(info)](info.name, arguments)}")
     return 0
 
@@ -108,11 +120,12 @@ def _prepare_sessions(name: str, arguments: argparse.Namespace) -> str:
 
 
 def _prepare_clips(name: str, arguments: argparse.Namespace) -> str:
+    from datamodules.catalog import place_of
     from datamodules.emotion import extract, readers, sources
 
     if arguments.encoder or name == "emotion_folder":
         settings = extract.Extraction(arguments.steps, arguments.frames, arguments.seconds)
-        place = sources.place_of(EMOTIONS[name], arguments.root, arguments.path)
+        place = place_of(EMOTIONS[name], arguments.root, arguments.path)
         encoders = {}
         for pair in arguments.encoder:
             modality, _, where = pair.partition("=")
@@ -129,10 +142,29 @@ def _prepare_clips(name: str, arguments: argparse.Namespace) -> str:
     return f"{len(found):,} clips from {found.source}"
 
 
+def _prepare_samples(name: str, arguments: argparse.Namespace) -> str:
+    meta = _samples(name, arguments).meta
+    return f"{sum(meta.counts.values()):,} samples, {sum(meta.pictures.values()):,} with a picture, from {meta.source}"
+
+
+def _samples(name: str, arguments: argparse.Namespace) -> SafetyDataModule:
+    """The set with the DataModule's defaults."""
+    from datamodules.safety.module import SafetyDataModule
+
+    data = SafetyDataModule(name, arguments.root, arguments.path, arguments.images)
+    data.setup()
+    return data
+
+
 def check(argv: list[str]) -> int:
     """Load a data set without downloading and print what it holds."""
     arguments, info = _arguments("check", argv)
-    facts = {DatasetInfo: _check_images, SessionSetInfo: _check_sessions, EmotionSetInfo: _check_clips}
+    facts = {
+        DatasetInfo: _check_images,
+        SessionSetInfo: _check_sessions,
+        EmotionSetInfo: _check_clips,
+        SafetySetInfo: _check_samples,
+    }
     for label, value in facts[type(info)](info.name, arguments).items():
         print(f"{label:<12} {value}")
     return 0
@@ -205,6 +237,22 @@ def _check_clips(name: str, arguments: argparse.Namespace) -> dict[str, str]:
 
 def _lacked(clips: int) -> str:
     return f", {clips:,} clips lack it" if clips else ""
+
+
+def _check_samples(name: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """What `SafetyDataModule` makes of the set with its defaults."""
+    data = _samples(name, arguments)
+    meta = data.meta
+    topics = dict.fromkeys(sample.topic for part in meta.counts for sample in data.samples(part) if sample.topic)
+    harmful = {f: f"harmful in {_counts(dict(counts))}" for f, counts in meta.harmful.items()}
+    return {
+        "source": meta.source,
+        "samples": _counts(meta.counts),
+        "pictures": _counts(dict(meta.pictures)) if any(meta.pictures.values()) else "none",
+        **(harmful or {"labels": "none"}),
+        "topics": ", ".join(list(topics)[:10]) + (", …" if len(topics) > 10 else "") or "none",
+        "fingerprint": meta.fingerprint,
+    }
 
 
 COMMANDS = {"list": list_data, "prepare": prepare, "check": check}

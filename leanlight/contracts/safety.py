@@ -163,6 +163,10 @@ class SafetyMeta(DataMeta):
 class SampleEncoder(Protocol):
     """Turns samples into batches of tokens; a module offers one to its DataModule as ``module.encoder``."""
 
+    @property
+    def pad_id(self) -> int:
+        """Of the token that fills rows."""
+
     def lengths(self, samples: Sequence[SafetySample], targets: bool) -> Tensor:
         """(N,) int64 tokens that each sample takes, with or without its target, without padding."""
 
