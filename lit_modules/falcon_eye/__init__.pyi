@@ -1,3 +1,10 @@
+from .guards import OutputsJudge as OutputsJudge
+from .http_judge import HttpJudge as HttpJudge
+from .judges import FeatureJudge as FeatureJudge
+from .judges import KeywordJudge as KeywordJudge
+from .judges import MajorityJudge as MajorityJudge
+from .judges import SentenceFeatures as SentenceFeatures
+from .judges import refused as refused
 from .metrics import Agreement as Agreement
 from .metrics import Figure as Figure
 from .metrics import Judgements as Judgements
