@@ -44,7 +44,7 @@ def write_page(
     fields = [f for f in SAFETY_FIELDS if any(f in judge.fields for judge in panel.judges)]
     split = panel.disagreements()
     with verdicts.reading() as read:
-        cards = _Cards(panel, fields, read)
+        cards = _Cards(panel, fields, read, PAGE_BYTES)
         disputed, others = cards.take(split, SHOWN), cards.take(_others(panel), SHOWN)
         failures = _failures(panel, read)
     text = template("audit.html.j2").render(
@@ -161,7 +161,7 @@ class _Cards:
     panel: Panel
     fields: Sequence[str]
     read: Callable[[int], Verdict]
-    room: int = PAGE_BYTES
+    room: int  # bytes of cards that fit in
 
     def take(self, rows: Iterable[int], most: int) -> list[Markup]:
         """Cards of the first rows."""
@@ -169,7 +169,7 @@ class _Cards:
         page = template("audit_card.html.j2")
         for row in [*rows][:most]:
             card = Markup(page.render(card=self._card(int(row)), fields=self.fields))  # its texts are escaped
-            self.room -= len(card)
+            self.room -= len(whole(card).encode())
             if self.room < 0:
                 break
             cards.append(card)
