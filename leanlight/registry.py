@@ -370,6 +370,7 @@ METHODS: dict[str, MethodInfo] = {
                 year=2026,
                 arxiv="2511.15085",
             ),
+            benchmark="leanlight.benchmarks.tical:run",
         ),
     )
 }

@@ -226,6 +226,34 @@ def test_a_folder_of_clips_is_trained_on_and_another_one_scaled_alike_or_refused
         foreign.load_state_dict(state)
 
 
+@pytest.mark.slow
+def test_a_folder_of_clips_becomes_a_model_and_a_table_of_another_folder(tmp_path, encoders, leanlight):
+    own, new = tmp_path / "own", clips(tmp_path / "new")
+    for number in range(40):
+        picture(own / f"clip{number:02d}.png", number)
+        (own / f"clip{number:02d}.txt").write_text("good film" if number % 2 else "bad film a")
+    with open(own / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("id", "label"), *((f"clip{n:02d}", ("sad", "happy")[n % 2]) for n in range(40))])
+    pairs = [f"--encoder={name}={encoders[name]}" for name in ("text", "video")]
+    for folder in (own, new):
+        leanlight("data", "prepare", "emotion_folder", "--path", folder, *pairs, check=True)
+    options = ["--model.init_args.assessment.warmup_epochs=1", "--model.init_args.optimizer=Adam"]
+    rate = "--model.init_args.optimizer.init_args.lr=0.01"
+    limits = ["--trainer.max_epochs=12", "--run.id=one"]
+    config = ["--config", "tical/emotion_folder", f"--data.init_args.path={own}"]
+    leanlight("fit", *config, *options, rate, *limits, check=True)
+    run_folder = tmp_path / "runs" / "tical" / "emotion_folder" / "one"
+    leanlight("predict", "--from", run_folder, f"--data.init_args.path={new}", check=True)
+    (table,) = tmp_path.glob("runs/tical/emotion_folder/*/artifacts/predictions/clips.csv")
+    rows = {row["clip"]: row for row in csv.DictReader(table.read_text().splitlines())}
+    assert tuple(rows) == NAMES
+    assert rows["a"]["class"] == "happy"  # "a good film"
+    assert rows["deep/c"]["class"] == "sad"
+    assert (rows["a"]["text_says"], rows["b"]["text_says"]) == ("happy", "")  # b says nothing
+    assert rows["a"]["text_anchor"].startswith("clip")
+    assert all(0 <= float(row["consistency"]) <= 1 for row in rows.values())
+
+
 def test_transcripts_of_mosi_become_vectors_that_replace_its_own(tmp_path, encoders, capsys):
     (tmp_path / "cmu_mosi").mkdir()
     names = np.array([f"v{row // 4}_{row}" for row in range(20)])
