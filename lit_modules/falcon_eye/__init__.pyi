@@ -1,3 +1,9 @@
+from .backbone import Backbone as Backbone
+from .backbone import PretrainedVLM as PretrainedVLM
+from .backbone import TinyVLM as TinyVLM
+from .backbone import VLMSource as VLMSource
+from .encoding import SafetyEncoder as SafetyEncoder
+from .encoding import harm_scores as harm_scores
 from .guards import OutputsJudge as OutputsJudge
 from .http_judge import HttpJudge as HttpJudge
 from .judges import FeatureJudge as FeatureJudge
