@@ -359,12 +359,10 @@ def _tokenizer_json(tokenizer: Any) -> str:
 
 
 def _trained_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
-    """JSON of byte-level pairs as Qwen has them; few texts give fewer tokens than asked for."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """JSON of Qwen's tokenizer, trained anew; few texts give fewer tokens than asked for."""
+    from tokenizers import pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _transformers().Qwen2Tokenizer().backend_tokenizer  # empty, but parts text into words as Qwen does
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=_SPECIAL_TOKENS,

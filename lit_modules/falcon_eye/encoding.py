@@ -99,6 +99,11 @@ class SafetyEncoder:
         self._patch_counts: dict[str, int] = {}
         self._read_layout()
 
+    @property
+    def pad_id(self) -> int:
+        """Of the token that fills rows."""
+        return self.backbone.pad_id
+
     def lengths(self, samples: Sequence[SafetySample], targets: bool) -> Tensor:
         """(N,) int64 tokens that each sample takes, with or without its answer, without padding.
 
@@ -182,7 +187,7 @@ class SafetyEncoder:
         ids = pad_sequence(
             [torch.tensor(row.ids) for row in rows],
             batch_first=True,
-            padding_value=self.backbone.pad_id,
+            padding_value=self.pad_id,
             padding_side=side,
         )
         length = torch.tensor([len(row.ids) for row in rows])[:, None]

@@ -269,7 +269,8 @@ def test_nothing_is_cut_where_all_fits(backbone, encoder):
 
 def test_a_sample_that_cannot_fit_is_refused_with_both_numbers(backbone, encoder):
     bare = labelled(0, instruction="", response="")
-    least = int(encoder.lengths([bare], False)) - 2  # the two spaces before nothing
+    spaces = [len(backbone.tokenizer(text)["input_ids"]) for text in (" \n", "\n")]
+    least = int(encoder.lengths([bare], False)) - 2 * (spaces[0] - spaces[1])
     assert len(one(SafetyEncoder(backbone, max_length=least), MANY[0])) == least
     with pytest.raises(UserError, match=f"max_length: sample 's0' takes at least {least} tokens .* got {least - 1}"):
         one(SafetyEncoder(backbone, max_length=least - 1), MANY[0])
@@ -371,7 +372,9 @@ def test_scores_are_read_where_the_answer_judges(backbone, encoder):
                 for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
                     inputs[name] = inputs[name][:, :end]
                 share = backbone.model(**inputs).logits[0, -1].softmax(-1)
-            first = [tokens.encode(f'"{word}')[1] for word in (harmful, benign)]
+            first = [tokens.encode(f': "{word}')[2] for word in (harmful, benign)]
+            assert encoder.label_ids[place].tolist() == first
+            assert first[0] != first[1]
             torch.testing.assert_close(scores[row, place], share[first[0]] / share[first].sum(), rtol=1e-4, atol=1e-6)
     assert len(SAFETY_FIELDS) == encoder.label_ids.shape[0] == 3
 
