@@ -1,5 +1,7 @@
 """`leanlight data`."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import CATALOG, EMOTIONS, SESSIONS
+from datamodules import CATALOG, EMOTIONS, SAFETY_SETS, SESSIONS
 from datamodules.images import formats
 from leanlight.cli import data
 from leanlight.contracts import UserError
@@ -18,7 +20,7 @@ def test_list_names_every_set_without_importing_torch() -> None:
     code = "import sys; from leanlight.cli.data import main; main(['list']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in (*CATALOG, *SESSIONS, *EMOTIONS, "emotion_planted", "emotion_npz"):
+    for name in (*CATALOG, *SESSIONS, *EMOTIONS, *SAFETY_SETS, "emotion_planted", "emotion_npz"):
         assert name in done.stdout
 
 
@@ -82,6 +84,27 @@ def test_check_of_clips_prints_modalities_classes_and_conflicts(capsys: pytest.C
     assert capsys.readouterr().out == "emotion_planted: ready, 1,797 clips from pictures of scikit-learn\n"
 
 
+def test_check_of_samples_prints_sizes_labels_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    pictures = [None, "a.png"] * 50
+    rows = [
+        {"prompt": f"{n}", "answer": "a", "image": image, "response_label": n // 2 % 2}
+        for n, image in enumerate(pictures)
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    place = ["jsonl", "--path", str(tmp_path / "own.jsonl"), "--images", str(tmp_path)]
+    assert data.main(["prepare", *place]) == 0
+    assert capsys.readouterr().out == f"jsonl: ready, 100 samples, 50 with a picture, from {tmp_path / 'own.jsonl'}\n"
+    assert data.main(["check", *place]) == 0
+    printed = capsys.readouterr().out
+    counts = re.search(r"response +harmful in (\d+) train, (\d+) val, (\d+) test", printed)
+    assert counts is not None
+    assert sum(map(int, counts.groups())) == 50
+    assert "instruction" not in printed
+
+
 def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, labels = np.zeros((40, 28, 28), np.uint8), np.arange(40) % 10
     part = formats.as_part(images, labels, "test", 10)
@@ -102,6 +125,8 @@ def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ),
         (["check", "mosi", "--root", "nowhere"], "tried: nowhere/cmu_mosi/mosi_utterances.npz; to get it: put"),
         (["check", "pickles", "--path", "nowhere"], "path: expected the place of pickles data, got 'nowhere'"),
+        (["check", "falcon", "--root", "nowhere"], "tried: nowhere/falcon; nowhere/Falcon; to get it: put"),
+        (["check", "csv", "--path", "nowhere.csv"], "path: expected the place of csv data, got 'nowhere.csv'"),
         (["prepare", "celeba", "--root", "nowhere"], "nowhere/celeba/img_align_celeba"),
     ],
 )
