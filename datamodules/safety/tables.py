@@ -52,8 +52,11 @@ class Row:
             return ""
         if not isinstance(value, str):
             raise self.fault(column, "text")
-        # Halves of surrogate pairs, which JSON can hold, are no text that can be written anywhere.
-        return value.encode("utf-8", "replace").decode()
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # halves of surrogate pairs, which JSON can hold, cannot be written anywhere
+            return value.encode("utf-8", "replace").decode()
+        return value
 
     def label(self, column: str) -> bool | None:
         """Whether a column says harmful; None where it is empty."""
@@ -99,10 +102,12 @@ class Row:
                 raise self.fault(column, "a data URI in base64") from error
         if "://" in value:
             raise self.fault(column, "a file (pictures are not fetched)")
-        path = Path(os.path.abspath(images / value))
-        if not path.is_relative_to(os.path.abspath(images)):
+        # As text: tables are long, and paths as objects take most of the time of reading one.
+        root = os.path.abspath(images)
+        path = os.path.normpath(os.path.join(root, value))
+        if not path.startswith(os.path.join(root, "")):
             raise self.fault(column, f"a file below {images}, the folder that `images` names")
-        return FilePicture(path, value)
+        return FilePicture(Path(path), value)
 
 
 def read_table(path: Path) -> list[Row]:
