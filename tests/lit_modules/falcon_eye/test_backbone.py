@@ -159,6 +159,38 @@ def test_a_qwen2_vl_loads_through_the_same_door(backbone, tmp_path):
     assert logits(loaded).isfinite().all()
 
 
+def test_a_qwen3_vl_with_patches_of_another_size_does_too(backbone, tmp_path):
+    import transformers
+
+    config, old = backbone.model.config, backbone.processor
+    text = {
+        "vocab_size": len(backbone.tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+        "patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 256,
+    }  # fmt: skip
+    ids = {
+        name: getattr(config, name)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
+    transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    ).save_pretrained(tmp_path)
+    transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(patch_size=16),
+        old.tokenizer,
+        transformers.Qwen3VLVideoProcessor(),
+        old.chat_template,
+    ).save_pretrained(tmp_path)
+    loaded = PretrainedVLM(str(tmp_path)).build()
+    batch = SafetyEncoder(loaded).encode([labelled(0), labelled(1, image=None)], torch.arange(2), targets=False)
+    assert [tuple(patches.shape) for patches in batch.pixel_values] == [(16, 1536), (0, 1536)]
+    assert logits(loaded).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("files", "named"),
     [
