@@ -331,3 +331,21 @@ def test_keys_in_an_address_are_not_shown() -> None:
     with pytest.raises(UserError) as error:
         judge_maker("htp:https://me:secret@host#model")
     assert "secret" not in str(error.value)
+
+
+def test_judges_of_the_suite_are_found_by_name(tmp_path: Path) -> None:
+    answers = ["I'm sorry, but I can't help with that.", "Red shapes.", "Green shapes."]
+    labels = ["benign", "harmful", "benign"]
+    data = write_samples(tmp_path / "data.jsonl", answers, response_label=labels)
+    rows = [{"id": "s0", "output": "safe"}, {"id": "s1", "output": "unsafe\nS10"}, {"id": "s2", "output": "no idea"}]
+    (tmp_path / "guard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["majority", "keyword", f"outputs:llama_guard:{tmp_path / 'guard.jsonl'}"]
+    words = [word for name in names for word in ("--judge", name)]
+    assert audit.main(["--data", str(data), *words, "--output", str(tmp_path / "out")]) == 0
+    counts = [judge["fields"]["response"] for judge in summary(tmp_path)["judges"]]
+    assert [(one["harmful"], one["benign"], one["missing"]) for one in counts] == [(0, 3, 0), (2, 1, 0), (1, 1, 1)]
+    judge = judge_maker("http:http://127.0.0.1:9/v1#some/model")([])  # asks nothing before it judges
+    assert (judge.name, judge.fields) == ("some/model", SAFETY_FIELDS)
+    for name in ("http:http://127.0.0.1:9/v1", "outputs:llama_gard:x.jsonl", f"features:{tmp_path}"):
+        with pytest.raises(UserError):
+            judge_maker(name)([])
