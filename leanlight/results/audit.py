@@ -194,7 +194,9 @@ class Verdicts:
         return len(self._row)
 
     def _column(self, name: str, fingerprint: str) -> Column:
-        return self._columns.setdefault((name, fingerprint), Column(len(self.keys)))
+        if (name, fingerprint) not in self._columns:
+            self._columns[name, fingerprint] = Column(len(self.keys))
+        return self._columns[name, fingerprint]
 
     def pending(self, judge: Judge) -> list[int]:
         """First row of each sample that the judge has not judged; one on which it failed is asked again."""
