@@ -20,7 +20,7 @@ from leanlight.contracts import HARM_CATEGORIES, SafetySample, UserError, Verdic
 
 Criterion = Literal["balanced_accuracy", "f1"]
 
-_LARGEST = 1 << 22  # weights of samples in replicates that are held at a time
+_LARGEST = 1 << 20  # weights of samples in replicates that are held at a time
 
 
 @dataclass(frozen=True)
