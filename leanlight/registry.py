@@ -372,6 +372,21 @@ METHODS: dict[str, MethodInfo] = {
             ),
             benchmark="leanlight.benchmarks.tical:run",
         ),
+        MethodInfo(
+            name="falcon_eye",
+            title="FalconEye, other judges of safety, and audits: which answers to people and pictures do harm",
+            module="lit_modules.falcon_eye.SafetyJudge",
+            smallest="falcon_eye/shapes_small",
+            citation=Citation(
+                authors=("Qi Xue", "Minrui Jiang", "Runjia Zhang", "Xiurui Xie", "Pei Ke", "Guisong Liu"),
+                title="Falcon: A Cross-Modal Evaluation Dataset for Comprehensive Safety Perception",
+                arxiv="2509.23783",
+            ),
+            extra="safety",
+            commands=(
+                Command("audit", "leanlight.cli.audit", "let judges say which answers do harm: verdicts and a page"),
+            ),
+        ),
     )
 }
 

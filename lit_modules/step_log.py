@@ -37,13 +37,13 @@ def log_step(
     module.log_dict(on_host(values), on_step=True, on_epoch=False, batch_size=batch_size)
 
 
-def log_evaluation(module: LightningModule, values: Mapping[str, Any], items: int) -> None:
+def log_evaluation(module: LightningModule, values: Mapping[str, Any], items: float) -> None:
     """Log what a batch of evaluation gave, for a mean over the items of all batches and processes.
 
     Args:
         module: in its `validation_step` or `test_step`.
         values: by name; scalar means over the batch's items, or metrics of torchmetrics.
-        items: of the batch.
+        items: of the batch; or what else its means are over, such as tokens by their weights.
     """
     # Lightning divides by the mean of the processes' numbers of items, and rounds it down where these are integers.
     size: Any = float(items)

@@ -1,11 +1,20 @@
+from .answering import Asking as Asking
 from .backbone import Backbone as Backbone
 from .backbone import PretrainedVLM as PretrainedVLM
 from .backbone import TinyVLM as TinyVLM
 from .backbone import VLMSource as VLMSource
 from .encoding import SafetyEncoder as SafetyEncoder
 from .encoding import harm_scores as harm_scores
+from .evaluation import SafetyEvaluation as SafetyEvaluation
 from .guards import OutputsJudge as OutputsJudge
 from .http_judge import HttpJudge as HttpJudge
+from .judge_evaluation import JudgeEvaluation as JudgeEvaluation
+from .judge_sources import FrozenFeatures as FrozenFeatures
+from .judge_sources import JudgeSource as JudgeSource
+from .judge_sources import Keyword as Keyword
+from .judge_sources import Majority as Majority
+from .judge_sources import Model as Model
+from .judge_sources import WrittenOutputs as WrittenOutputs
 from .judges import FeatureJudge as FeatureJudge
 from .judges import KeywordJudge as KeywordJudge
 from .judges import MajorityJudge as MajorityJudge
@@ -19,18 +28,17 @@ from .metrics import choose_threshold as choose_threshold
 from .metrics import decided as decided
 from .metrics import fleiss_kappa as fleiss_kappa
 from .metrics import summary as summary
+from .module import SafetyJudge as SafetyJudge
 from .parsing import answer_values as answer_values
 from .parsing import parse as parse
-from .prompt import (
-    CATEGORY_KEY as CATEGORY_KEY,
-)
-from .prompt import (
-    EXPLANATION_KEY as EXPLANATION_KEY,
-)
-from .prompt import (
-    JUDGMENT_KEYS as JUDGMENT_KEYS,
-)
+from .prompt import CATEGORY_KEY as CATEGORY_KEY
+from .prompt import EXPLANATION_KEY as EXPLANATION_KEY
+from .prompt import JUDGMENT_KEYS as JUDGMENT_KEYS
 from .prompt import Prompt as Prompt
 from .taxonomy import category as category
 from .taxonomy import mentioned as mentioned
 from .taxonomy import translated as translated
+from .tuning import FullTuning as FullTuning
+from .tuning import LoRATuning as LoRATuning
+from .tuning import Tuning as Tuning
+from .vlm_judge import VLMJudge as VLMJudge

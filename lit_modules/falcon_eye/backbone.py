@@ -113,7 +113,7 @@ class PretrainedVLM(VLMSource):
         transformers = _transformers()
         folder = self._folder()
         try:
-            with isolated_rng(), _Quiet():
+            with isolated_rng(), Quiet():
                 processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
                 _check_processor(processor, str(self.path))
                 model, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -277,8 +277,8 @@ def _transformers() -> Any:
     return transformers
 
 
-class _Quiet:
-    """Keeps transformers from printing while it loads; what matters becomes an error."""
+class Quiet:
+    """Keeps transformers from printing while it loads and saves; what matters becomes an error."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

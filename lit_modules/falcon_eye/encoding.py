@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,7 @@ class SafetyEncoder:
         max_pixels: area to which larger ones are shrunk; the authors' gives at most 165 tokens a picture.
         answer_eos: what ends an answer in training: ``im_end``, the token that ends the model's turns; ``pad``, the one
             that fills rows, as the authors have it; or ``both``, one after the other.
+        fields: of `SAFETY_FIELDS`, in their order, those that are judged: the lines that answers have in training.
 
     Raises:
         UserError: sizes that make no sense, or a processor or chat template of a layout that is not supported.
@@ -78,6 +79,7 @@ class SafetyEncoder:
         min_pixels: int = 56 * 56,
         max_pixels: int = 360 * 360,
         answer_eos: AnswerEnd = "im_end",
+        fields: Sequence[str] = SAFETY_FIELDS,
     ) -> None:
         require_positive(max_length=max_length, min_pixels=min_pixels)
         if max_pixels < min_pixels:
@@ -88,8 +90,9 @@ class SafetyEncoder:
                 f"answer_eos: expected one of {', '.join(valid)}, got {answer_eos}{nearest(answer_eos, valid)}"
             )
         self.backbone, self.prompt, self.max_length = backbone, prompt or Prompt(), max_length
+        self.fields = tuple(fields)
         ends = {"im_end": [backbone.end_id], "pad": [backbone.pad_id], "both": [backbone.end_id, backbone.pad_id]}
-        self._end_ids = ends[answer_eos]
+        self._answer_eos, self._end_ids = answer_eos, ends[answer_eos]
         #: Tokens at which generation stops, whichever of them a model was trained with.
         self.stop_ids = list(dict.fromkeys(ends["both"]))
         self._pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -103,6 +106,23 @@ class SafetyEncoder:
     def pad_id(self) -> int:
         """Of the token that fills rows."""
         return self.backbone.pad_id
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with beside backbone and prompt, by argument."""
+        fixed = {"max_length": self.max_length, "answer_eos": self._answer_eos, "fields": list(self.fields)}
+        return {**self._pixels, **fixed}
+
+    def question(self) -> str:
+        """The whole turn of a sample with a picture as text, with ``{instruction}`` and ``{response}`` in their places.
+
+        For users of other programs. Put texts there only where no text can hold special tokens.
+        """
+        rendered = self._rendered(SafetySample("", "", "", image=_AnyPicture()))
+        return re.sub(_mark("([a-z]+)"), lambda found: self._filling(found[1]), rendered)
+
+    def _filling(self, field: str) -> str:
+        return self.prompt.system if field == "system" else f" {{{field}}}{END_OF_TEXT}"
 
     def lengths(self, samples: Sequence[SafetySample], targets: bool) -> Tensor:
         """(N,) int64 tokens that each sample takes, with or without its answer, without padding.
@@ -145,7 +165,7 @@ class SafetyEncoder:
             index: (N,) int64, their positions in the split.
 
         Returns:
-            The batch, without labels, and (N, 3) int64, by field of `SAFETY_FIELDS`, the position in a row whose logits
+            The batch, without labels, and (N, F) int64, by field that is judged, the position in a row whose logits
             predict the judgement. `harm_scores` turns them into scores.
 
         Raises:
@@ -160,7 +180,7 @@ class SafetyEncoder:
 
     @property
     def label_ids(self) -> Tensor:
-        """(3, 2) int64, by field the first token in which the words Harmful and Benign differ."""
+        """(F, 2) int64, by field the first token in which the words Harmful and Benign differ."""
         return torch.tensor(self._judgements[2])
 
     def batch_inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -370,8 +390,8 @@ class SafetyEncoder:
     @cached_property
     def _judgements(self) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """The beginning of an answer up to its last judgement, the places of all, and what may stand there."""
-        benign = dict.fromkeys(SAFETY_FIELDS, False)
-        variants = [benign, *({**benign, field: True} for field in SAFETY_FIELDS)]
+        benign = dict.fromkeys(self.fields, False)
+        variants = [benign, *({**benign, field: True} for field in self.fields)]
         base, *others = self._text.ids([self.prompt.judgements(labels) for labels in variants])
         places = [
             next(place for place, (ours, theirs) in enumerate(zip(base, other, strict=False)) if ours != theirs)
@@ -420,6 +440,15 @@ class _PlainTokenizer:
         """Of each text its tokens; one call for all."""
         encoded = self._tokenizer.encode_batch([as_utf8(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+
+class _AnyPicture:
+    """Stands for a picture where only its being there matters."""
+
+    name, sha256 = "picture", ""
+
+    def pixels(self) -> Tensor:
+        return torch.zeros(3, 56, 56, dtype=torch.uint8)
 
 
 def _mark(field: str) -> str:

@@ -47,13 +47,13 @@ def test_methods_data_and_callbacks_meet_only_in_the_contracts(package):
                 assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
-# Its stages are modules of their own.
-GLUE_OF_DDA = ("synthesis.py", "tiny_diffusion.py", "augmentation.py")
+# Stages and other modules of their own.
+GLUE = ("synthesis.py", "tiny_diffusion.py", "augmentation.py", "judge_evaluation.py")
 
 
 def test_pure_files_of_a_method_import_neither_lightning_nor_wandb():
     for path in files("lit_modules"):
-        if path.name in ("module.py", "hooks.py", "hparams.py", "step_log.py", *GLUE_OF_DDA):
+        if path.name in ("module.py", "hooks.py", "hparams.py", "step_log.py", *GLUE):
             continue
         for name in imported(path):
             assert name.split(".")[0] not in ("lightning", "pytorch_lightning", "wandb"), f"{path}: {name}"

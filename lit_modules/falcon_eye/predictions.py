@@ -1,0 +1,54 @@
+"""Verdicts on the predicted samples as one file: a line of JSON a sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from leanlight.contracts import Verdict, atomic_path
+
+_WORDS = {True: "harmful", False: "benign", None: ""}
+
+
+def as_outputs(verdicts: Sequence[Verdict], fields: Sequence[str]) -> dict[str, list[str]]:
+    """Verdicts as fields of a prediction, of text: what each judges, its categories, its reason, what it wrote."""
+    found = {name: [_WORDS[verdict.labels.get(name)] for verdict in verdicts] for name in fields}
+    found["categories"] = ["; ".join(verdict.categories) for verdict in verdicts]
+    found |= {name: [getattr(verdict, name) for verdict in verdicts] for name in ("explanation", "text", "failure")}
+    return found
+
+
+def write_verdicts(pieces: Iterator[Mapping[str, Any]], fields: Sequence[str], path: Path) -> dict[str, float]:
+    """Write predictions as JSON lines, and say how many there are and how much is harmful.
+
+    A line holds ``sample``, and by field ``FIELD``: ``harmful``, ``benign`` or empty where the judge does not say, and
+    ``p_FIELD``, P(harmful); ``categories``, ``explanation``, ``text``, and ``failure`` where there is no verdict.
+
+    Args:
+        pieces: of the predictions, in the order of the lines.
+        fields: that are judged.
+        path: of the file.
+
+    Returns:
+        ``verdicts``, and by field ``FIELD_harmful_share``.
+    """
+    verdicts, harmful = 0, dict.fromkeys(fields, 0)
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as file:
+        for piece in pieces:
+            columns = {name: _column(values) for name, values in piece.items() if name != "index"}
+            for row in zip(*columns.values(), strict=True):
+                file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+            verdicts += len(piece["index"])
+            for name in fields:
+                harmful[name] += sum(word == "harmful" for word in piece[name])
+    shares = {f"{name}_harmful_share": count / verdicts for name, count in harmful.items()} if verdicts else {}
+    return {"verdicts": verdicts, **shares}
+
+
+def _column(values: Any) -> list[Any]:
+    if isinstance(values, (tuple, list)):
+        return list(values)
+    # NaN is no JSON.
+    return [round(value, 6) if value == value else None for value in values.tolist()]

@@ -1,0 +1,36 @@
+"""Two gloo processes with half the batch each train one judge, whatever their answers' lengths, and measure alike."""
+
+import pytest
+import torch
+from short_fit import fit
+
+SHAPES = {"train": 64, "val": 13, "test": 11}
+TINY = {"hidden": 32, "intermediate": 32, "layers": 1, "heads": 2, "kv_heads": 1, "vision_layers": 1, "vocab_size": 500}
+SMALL = [f"--data.init_args.shapes.{name}={value}" for name, value in SHAPES.items()]
+SMALL += [f"--model.init_args.backbone.init_args.{name}={value}" for name, value in TINY.items()]
+SMALL += ["--model.init_args.max_new_tokens=4", "--data.init_args.eval_batch_size=4"]
+VARIANTS = {
+    "full": [],
+    "weighted words": ["--model.init_args.field_loss_weight=5.0"],
+    "text only": ["--config", "falcon_eye/shapes_small__text_only"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "full" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
+def test_two_processes_equal_one(tmp_path, name):
+    variant = VARIANTS[name]
+    config = variant if "--config" in variant else ["--config", "falcon_eye/shapes_small", *variant]
+    options = [*config, *SMALL]
+    one, one_metrics = fit(tmp_path / "one", *options, "--data.init_args.batch_size=16", "--trainer.devices=1")
+    two, two_metrics = fit(
+        tmp_path / "two", *options, "--config=trainer/ddp", "--data.init_args.batch_size=8", "--trainer.devices=2"
+    )
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    measured = [key for key in one_metrics if key.startswith(("val/", "test/"))]
+    assert {"val/loss", "val/response_auroc", "test/balanced_accuracy"} <= set(measured)
+    for key in measured:
+        assert two_metrics[key] == pytest.approx(one_metrics[key], rel=1e-3, abs=1e-4), key
