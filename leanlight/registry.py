@@ -386,6 +386,7 @@ METHODS: dict[str, MethodInfo] = {
             commands=(
                 Command("audit", "leanlight.cli.audit", "let judges say which answers do harm: verdicts and a page"),
             ),
+            benchmark="leanlight.benchmarks.falcon_eye:run",
         ),
     )
 }
