@@ -203,13 +203,11 @@ class SafetyEncoder:
         patches, grid = self._pictures(samples)
         placeholders = (grid.prod(1) // self._merged).tolist()
         rows = list(self._rows(samples, placeholders, answers))
-        side = "right" if targets else "left"
-        ids = pad_sequence(
-            [torch.tensor(row.ids) for row in rows],
-            batch_first=True,
-            padding_value=self.pad_id,
-            padding_side=side,
-        )
+        # Padding on the left is padding on the right of rows from their end. PyTorch's own way has no decomposition,
+        # and so fails where operations are counted.
+        ends = [torch.tensor(row.ids if targets else row.ids[::-1]) for row in rows]
+        ids = pad_sequence(ends, batch_first=True, padding_value=self.pad_id)
+        ids = ids if targets else ids.flip(1)
         length = torch.tensor([len(row.ids) for row in rows])[:, None]
         position = torch.arange(ids.shape[1]) - (0 if targets else ids.shape[1] - length)
         real = (position >= 0) & (position < length)

@@ -23,6 +23,13 @@ SHORTER = {
     "sfedca": {"model.init_args.network.init_args.time_steps": 2},
     "sfedhifi": {"model.init_args.network.init_args.time_steps": 2},
     "at_bptt": {"model.init_args.evaluation.init_args.epochs": [2]},
+    "falcon_eye": {
+        "model.init_args.backbone.init_args.layers": 1,
+        "model.init_args.max_new_tokens": 3,
+        "model.init_args.optimizer.class_path": "torch.optim.SGD",
+        "data.init_args.shapes": {"train": 32, "val": 8, "test": 8},
+        "energy.batches": 1,
+    },
 }
 
 

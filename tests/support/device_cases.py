@@ -41,6 +41,11 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "at_bptt": _model(evaluation__networks="2", evaluation__epochs="[2,4]"),
     "dsqn": _model(input_noise="[0.1]", weight_noise="[0.1]")
     + _data(replay_start=40, eval_episodes=4, test_episodes=4),
+    "falcon_eye": (
+        *_model(max_new_tokens="4", backbone__init_args__layers="1", backbone__init_args__vision_layers="1"),
+        *("--data.init_args.shapes.train=96", "--data.init_args.shapes.val=16", "--data.init_args.shapes.test=16"),
+        "--data.init_args.eval_batch_size=8",
+    ),
     "tical": _model(assessment__warmup_epochs="1", assessment__theta="0.2", assessment__length="64"),
 }
 
