@@ -38,7 +38,7 @@ from leanlight.benchmarks.core import (
     within,
 )
 from leanlight.benchmarks.probe import StepProbe
-from leanlight.contracts import SAFETY_FIELDS, SafetySample, TokenBatch, Verdict
+from leanlight.contracts import SAFETY_FIELDS, SafetySample, Verdict
 from leanlight.results.audit import HARMFUL, JudgeFacts, Verdicts, ask, sample_key
 from leanlight.results.audit_page import write_page
 from leanlight.results.audit_summary import Panel, describe, gate
@@ -279,31 +279,20 @@ def measure_padding(sizes: Sizes, measured: Measurement) -> None:
         path = Path(folder) / "mixed.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in mixed_samples(sizes.mixed)))
         for name, window in (("like_lengths", 100), ("shuffled", 0)):
-            options: dict[str, Any] = {
-                "batch_size": sizes.batch,
-                "val_fraction": 0.0,
-                "length_window": window,
-                "seed": 0,
-            }
-            data = SafetyDataModule("jsonl", path=path, **options)
+            data = SafetyDataModule(
+                "jsonl", path=path, batch_size=sizes.batch, val_fraction=0.0, length_window=window, seed=0
+            )
             data.encoder = encoder_of(backbone_of(data))
             batches = list(data.train_dataloader())
-            real, all_of = (sum(int(part(batch)) for batch in batches) for part in (_real, _places))
-            measured.figures[f"padding/{name}"] = summarise([100 * (1 - real / all_of)], "% of tokens")
+            real = sum(int(batch.attention_mask.sum()) for batch in batches)
+            share = 1 - real / sum(batch.input_ids.numel() for batch in batches)
+            measured.figures[f"padding/{name}"] = summarise([100 * share], "% of tokens")
             seen.append(torch.cat([batch.index for batch in batches]).sort().values)
     text = "on samples of mixed lengths less than 10 % of the tokens are padding"
     measured.targets.append(Target("padding/like_lengths", 10.0, text))
     measured.checks["padding: both orders have every sample once"] = all(
         torch.equal(found, torch.arange(len(found))) for found in seen
     )
-
-
-def _real(batch: TokenBatch) -> Tensor:
-    return batch.attention_mask.sum()
-
-
-def _places(batch: TokenBatch) -> int:
-    return batch.input_ids.numel()
 
 
 def measure_encoding(sizes: Sizes, measured: Measurement) -> None:
@@ -376,13 +365,14 @@ def measure_answers(sizes: Sizes, measured: Measurement) -> None:
     for name, found in (seconds | {"scores": quick["scores"]}).items():
         rates = [len(samples) / each for each in found]
         measured.figures[f"answers/{name}"] = summarise(rates, "samples/s", "higher")
-    for name, over, under, bound, text in (
-        ("batched_speedup", seconds["one_by_one"], seconds["batched"], 8.0, "one by one"),
-        ("scores_speedup", quick["batched"], quick["scores"], 3.0, "answers are written"),
-    ):
-        measured.figures[f"answers/{name}"] = summarise(ratios(over, under), "x", "higher")
-        what = "answers are written in batches" if name == "batched_speedup" else "scores alone are given"
-        measured.targets.append(Target(f"answers/{name}", bound, f"{what} at least {bound:g} times as fast as {text}"))
+    speedup = ratios(seconds["one_by_one"], seconds["batched"])
+    measured.figures["answers/batched_speedup"] = summarise(speedup, "x", "higher")
+    text = "answers are written in batches at least 8 times as fast as one by one"
+    measured.targets.append(Target("answers/batched_speedup", 8.0, text))
+    speedup = ratios(quick["batched"], quick["scores"])
+    measured.figures["answers/scores_speedup"] = summarise(speedup, "x", "higher")
+    text = "scores alone are given at least 3 times as fast as answers are written"
+    measured.targets.append(Target("answers/scores_speedup", 3.0, text))
 
 
 @torch.no_grad()
