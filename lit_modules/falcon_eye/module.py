@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from leanlight.contracts import (
@@ -144,6 +144,12 @@ class SafetyJudge(LightningModule):
             total = sum(parameter.numel() for parameter in self.network.parameters())
             scale = f", low-rank changes times {self.tuning.scale:g}" if isinstance(self.tuning, LoRATuning) else ""
             rank_zero_info(f"{trained:,} of {total:,} weights train{scale}")
+            cut = self.encoder.cut(data.samples("train"), targets=True)
+            if cut.any():
+                rank_zero_warn(
+                    f"max_length: texts of {int((cut > 0).sum()):,} of {len(cut):,} training samples are cut, by "
+                    f"{int(cut.sum()):,} tokens in all"
+                )
 
     def _build(self, backbone: Backbone, fields: Sequence[str] = SAFETY_FIELDS) -> None:
         """Take a backbone, make what trains of it, and the encoder of its samples, whose fields are judged."""

@@ -172,6 +172,13 @@ def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(base):
         torch.testing.assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_fit_says_how_many_texts_it_cuts(tmp_path, fitted):
+    encoder, samples = fitted[0].encoder, fitted[1].datamodule.samples("train")
+    longest = int(encoder.lengths(samples, targets=True).max())
+    with pytest.warns(UserWarning, match=r"^max_length: texts of \d+ of 24 training samples are cut, by \d+ tokens"):
+        fit(tmp_path, make(max_length=longest - 2), max_steps=1)
+
+
 def test_a_reason_before_the_judgement_is_written_on_validation_data_too(tmp_path):
     module, trainer = fit(tmp_path, make(prompt=Prompt(order="explanation_first")), limit_train_batches=1)
     assert "val/response_auroc" not in trainer.callback_metrics
