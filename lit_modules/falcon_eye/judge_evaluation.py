@@ -36,7 +36,7 @@ from lit_modules.hparams import save_hparams
 class JudgeEvaluation(LightningModule):
     """Measure any judge on the parts of the data, as a fit without an optimiser.
 
-    The judge is made of the training part when it is first asked, on each process for itself, and is in no checkpoint:
+    The judge is made of the training part, on each process for itself, and is in no checkpoint:
     another fit or test makes it again.
 
     Args:
@@ -57,7 +57,15 @@ class JudgeEvaluation(LightningModule):
         self._batches = 0
 
     def setup(self, stage: str) -> None:
-        self.evaluation.prepare(data_of(self, SafetyData).meta.fields)
+        """Make the judge, and the metrics of what it judges and the data have labels of."""
+        labelled = data_of(self, SafetyData).meta.fields
+        fields = [name for name in labelled if name in self.judge.fields]
+        if labelled and not fields:
+            raise UserError(
+                f"judge: {self.judge.name} judges {', '.join(self.judge.fields)}; the data have labels of "
+                f"{', '.join(labelled)} alone"
+            )
+        self.evaluation.prepare(fields)
 
     def configure_optimizers(self) -> list[Any]:
         return []

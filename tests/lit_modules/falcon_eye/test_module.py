@@ -225,7 +225,7 @@ def test_judges_without_an_optimiser_are_measured_as_runs(tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert isinstance(JudgeEvaluation.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True), JudgeEvaluation)
     (keyword,) = trainer.test(JudgeEvaluation(Keyword()), make_data(), verbose=False)
-    assert "test/image_auroc" not in keyword
+    assert not [name for name in keyword if "image" in name or "instruction" in name]  # it judges answers alone
     assert keyword["test/response_parse_rate"] == 1
 
 
