@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from leanlight.contracts.errors import UserError, nearest
 
 T = TypeVar("T")
 
 
-class HasPlaces(Protocol):
-    """An entry whose files are looked for: below a root, or where the user says."""
+@dataclass(frozen=True)
+class PlacedSet:
+    """What is known, before it is loaded, of a set that lies below a root or where the user says.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def get(self) -> str: ...
-    @property
-    def files(self) -> tuple[str, ...]: ...
-    @property
-    def by_path(self) -> bool: ...
+    Args:
+        name: by which its DataModule knows it.
+        title: its full name.
+        facts: what it has and what is labelled, for ``leanlight data list``.
+        licence: under which it may be used.
+        origin: who made it.
+        size_mb: what its files take in MB; 0 where that is not known or there are none.
+        get: how to come by it.
+        files: where in ROOT it may lie; the first that is there is taken.
+        by_path: whether its files are the user's, at a place that ``path`` names.
+    """
+
+    name: str
+    title: str
+    facts: str
+    licence: str
+    origin: str
+    size_mb: float
+    get: str
+    files: tuple[str, ...] = ()
+    by_path: bool = False
 
 
 def entry(name: str, known: Mapping[str, T]) -> T:
@@ -36,7 +49,7 @@ def entry(name: str, known: Mapping[str, T]) -> T:
     return known[name]
 
 
-def place_of(info: HasPlaces, root: Path | str, path: Path | str | None = None) -> Path:
+def place_of(info: PlacedSet, root: Path | str, path: Path | str | None = None) -> Path:
     """Where the files of a set are; UserError with every place tried.
 
     Args:

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datamodules.catalog import entry
+from datamodules.catalog import PlacedSet, entry
 
 
 @dataclass(frozen=True)
-class EmotionSetInfo:
+class EmotionSetInfo(PlacedSet):
     """What is known of a set of clips before it is loaded.
 
-    Args:
-        name: by which `EmotionDataModule` knows it.
-        title: its full name.
-        facts: its modalities and what is to be recognised, for ``leanlight data list``.
-        licence: under which it may be used.
-        origin: who made it.
-        size_mb: what its files take in MB.
-        get: how to come by it.
-        files: where in ROOT it may lie; the first that is there is taken.
-        by_path: whether its files are the user's, at a place that ``path`` names.
+    Args, beside those of `PlacedSet`:
         score_range: least and greatest score, where it has scores.
         levels: scores at which a class ends and the next begins; none: a class for every whole number.
         level_names: of the classes that `levels` make.
     """
 
-    name: str
-    title: str
-    facts: str
-    licence: str
-    origin: str
-    size_mb: float
-    get: str
-    files: tuple[str, ...] = ()
-    by_path: bool = False
     score_range: tuple[float, float] = (-3.0, 3.0)
     levels: tuple[float, ...] = ()
     level_names: tuple[str, ...] = ()

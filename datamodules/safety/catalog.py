@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from datamodules.catalog import entry
+from datamodules.catalog import PlacedSet, entry
 
 
-@dataclass(frozen=True)
-class SafetySetInfo:
-    """What is known of a set of samples before it is loaded.
-
-    Args:
-        name: by which `SafetyDataModule` knows it.
-        title: its full name.
-        facts: what it has and which fields are labelled, for ``leanlight data list``.
-        licence: under which it may be used.
-        origin: who made it.
-        size_mb: what its files take in MB; 0 where that is not known or there are none.
-        get: how to come by it.
-        files: where in ROOT it may lie; the first that is there is taken.
-        by_path: whether its files are the user's, at a place that ``path`` names.
-    """
-
-    name: str
-    title: str
-    facts: str
-    licence: str
-    origin: str
-    size_mb: float
-    get: str
-    files: tuple[str, ...] = ()
-    by_path: bool = False
+class SafetySetInfo(PlacedSet):
+    """What is known of a set of samples before it is loaded."""
 
 
 def _own(name: str, title: str) -> SafetySetInfo:

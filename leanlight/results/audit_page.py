@@ -17,8 +17,9 @@ from leanlight.contracts.files import atomic_write
 from leanlight.contracts.safety import HARM_CATEGORIES, SAFETY_FIELDS, Picture, UnreadablePictureError, Verdict
 from leanlight.results import format as form
 from leanlight.results.audit import HARMFUL, MISSING, Verdicts
-from leanlight.results.audit_summary import Panel, whole
+from leanlight.results.audit_summary import Panel
 from leanlight.results.page import style, template
+from lit_modules.falcon_eye.backbone import as_utf8
 
 SHOWN = 150  # samples in full, of those on which judges disagree and of the others
 FAILURES = 50  # that are listed
@@ -65,7 +66,7 @@ def write_page(
         troubles=[(row + 1, printable(panel.samples[row].id)[0], why) for row, why in [*troubles.items()][:FAILURES]],
         unreadable=len(troubles),
     )
-    atomic_write(path, whole(text))
+    atomic_write(path, as_utf8(text))
 
 
 # -- numbers
@@ -169,7 +170,7 @@ class _Cards:
         page = template("audit_card.html.j2")
         for row in [*rows][:most]:
             card = Markup(page.render(card=self._card(int(row)), fields=self.fields))  # its texts are escaped
-            self.room -= len(whole(card).encode())
+            self.room -= len(as_utf8(card).encode())
             if self.room < 0:
                 break
             cards.append(card)

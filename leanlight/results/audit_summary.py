@@ -19,6 +19,7 @@ from leanlight.contracts.errors import MissingExtraError
 from leanlight.contracts.files import atomic_path
 from leanlight.contracts.safety import HARM_CATEGORIES, SAFETY_FIELDS, SafetySample
 from leanlight.results.audit import BENIGN, HARMFUL, MISSING, Column, JudgeFacts, Verdicts
+from lit_modules.falcon_eye.backbone import as_utf8
 from lit_modules.falcon_eye.metrics import Figure, Judgements, fleiss_kappa
 from lit_modules.falcon_eye.metrics import summary as measured
 
@@ -217,23 +218,18 @@ def _row(panel: Panel, verdicts: Verdicts, position: int, row: int, read: Any) -
     sample, column = panel.samples[row], panel.columns[position]
     verdict = read(int(column.offsets[row]))
     values = {
-        "id": whole(sample.id),
+        "id": as_utf8(sample.id),
         "sample": verdicts.keys[row],
-        "source": whole(sample.source),
+        "source": as_utf8(sample.source),
         "judge": panel.judges[position].name,
         "categories": list(verdict.categories),
-        "explanation": whole(verdict.explanation),
+        "explanation": as_utf8(verdict.explanation),
         "refused": verdict.refused,
-        "text": whole(verdict.text),
-        "failure": whole(verdict.failure),
+        "text": as_utf8(verdict.text),
+        "failure": as_utf8(verdict.failure),
     }
     for k, field in enumerate(SAFETY_FIELDS):
         label = panel.said[position, row, k]
         values[f"{field}_harmful"] = None if label == MISSING else bool(label)
         values[f"{field}_score"] = verdict.scores.get(field)
     return values
-
-
-def whole(text: str) -> str:
-    """Text that UTF-8 can hold: JSON may bring one half of a pair of surrogates."""
-    return text.encode("utf-8", "replace").decode()

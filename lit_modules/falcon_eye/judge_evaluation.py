@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from leanlight.contracts import (
 from lit_modules.falcon_eye.evaluation import SafetyEvaluation
 from lit_modules.falcon_eye.judge_sources import IndexEncoder, JudgeSource
 from lit_modules.falcon_eye.judges import FeatureJudge
-from lit_modules.falcon_eye.predictions import as_outputs, write_verdicts
+from lit_modules.falcon_eye.predictions import outputs, write_verdicts
 from lit_modules.hparams import save_hparams
 
 
@@ -115,11 +114,7 @@ class JudgeEvaluation(LightningModule):
         """As `SafetyJudge.predict_step`, of the fields that this judge judges."""
         part = self.trainer.datamodule.predict_split  # type: ignore[attr-defined]
         samples = self._samples(part, batch.index)
-        verdicts, fields = self.judge.judge(samples), self.judge.fields
-        found: dict[str, Tensor | list[str]] = {"index": batch.index, "sample": [sample.id for sample in samples]}
-        for name in fields:
-            found[f"p_{name}"] = torch.tensor([verdict.scores.get(name, math.nan) for verdict in verdicts])
-        return found | as_outputs(verdicts, fields)
+        return outputs(batch.index, samples, self.judge.judge(samples), self.judge.fields)
 
     def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> dict[str, float]:
         """Write ``verdicts.jsonl``: see `lit_modules.falcon_eye.predictions`."""

@@ -38,7 +38,7 @@ from lit_modules.falcon_eye.encoding import AnswerEnd, SafetyEncoder
 from lit_modules.falcon_eye.evaluation import SafetyEvaluation
 from lit_modules.falcon_eye.export import export_judge
 from lit_modules.falcon_eye.losses import IGNORED, kept_positions, token_loss
-from lit_modules.falcon_eye.predictions import as_outputs, write_verdicts
+from lit_modules.falcon_eye.predictions import outputs, write_verdicts
 from lit_modules.falcon_eye.prompt import Prompt
 from lit_modules.falcon_eye.tuning import FullTuning, LoRATuning, Tuning
 from lit_modules.history import History
@@ -271,11 +271,7 @@ class SafetyJudge(LightningModule):
         """
         part = self.trainer.datamodule.predict_split  # type: ignore[attr-defined]
         samples = self._samples(part, batch.index)
-        verdicts = self._asking().verdicts(samples)
-        found: dict[str, Tensor | list[str]] = {"index": batch.index, "sample": [sample.id for sample in samples]}
-        for name in self.encoder.fields:
-            found[f"p_{name}"] = torch.tensor([verdict.scores.get(name, math.nan) for verdict in verdicts])
-        return found | as_outputs(verdicts, self.encoder.fields)
+        return outputs(batch.index, samples, self._asking().verdicts(samples), self.encoder.fields)
 
     def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> dict[str, float]:
         """Write ``verdicts.jsonl``, a line a sample: see `lit_modules.falcon_eye.predictions`."""

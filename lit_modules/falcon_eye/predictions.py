@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanlight.contracts import Verdict, atomic_path
+import torch
+from torch import Tensor
+
+from leanlight.contracts import SafetySample, Verdict, atomic_path
 
 _WORDS = {True: "harmful", False: "benign", None: ""}
 
@@ -18,6 +22,27 @@ def as_outputs(verdicts: Sequence[Verdict], fields: Sequence[str]) -> dict[str, 
     found["categories"] = ["; ".join(verdict.categories) for verdict in verdicts]
     found |= {name: [getattr(verdict, name) for verdict in verdicts] for name in ("explanation", "text", "failure")}
     return found
+
+
+def outputs(
+    index: Tensor, samples: Sequence[SafetySample], verdicts: Sequence[Verdict], fields: Sequence[str]
+) -> dict[str, Tensor | list[str]]:
+    """A batch of predictions.
+
+    Args:
+        index: (N,) int64, positions of the samples in their part.
+        samples: N of them.
+        verdicts: one a sample.
+        fields: that are judged.
+
+    Returns:
+        ``index``; ``sample``, their names; by field ``p_FIELD`` (N,), P(harmful), NaN where there is none; and what
+        `as_outputs` gives.
+    """
+    found: dict[str, Tensor | list[str]] = {"index": index, "sample": [sample.id for sample in samples]}
+    for name in fields:
+        found[f"p_{name}"] = torch.tensor([verdict.scores.get(name, math.nan) for verdict in verdicts])
+    return found | as_outputs(verdicts, fields)
 
 
 def write_verdicts(pieces: Iterator[Mapping[str, Any]], fields: Sequence[str], path: Path) -> dict[str, float]:
