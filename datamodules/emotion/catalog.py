@@ -11,7 +11,7 @@ from datamodules.catalog import PlacedSet, entry
 class EmotionSetInfo(PlacedSet):
     """What is known of a set of clips before it is loaded.
 
-    Args, beside those of `PlacedSet`:
+    Args:
         score_range: least and greatest score, where it has scores.
         levels: scores at which a class ends and the next begins; none: a class for every whole number.
         level_names: of the classes that `levels` make.
