@@ -26,6 +26,7 @@ from datamodules.safety.shapes import Shapes
 from datamodules.safety.splits import Scheme, deal
 from datamodules.safety.xstest import XSTest
 from leanlight.contracts import (
+    IGNORED,
     SAFETY_FIELDS,
     SafetyMeta,
     SafetySample,
@@ -34,6 +35,7 @@ from leanlight.contracts import (
     TokenBatch,
     UserError,
     derived_seed,
+    learned_positions,
     nearest,
 )
 
@@ -109,14 +111,16 @@ def _joined(rows: Sequence[TokenBatch], index: Tensor, pad_id: int) -> TokenBatc
     def stacked(name: str, filling: int) -> Tensor:
         return pad_sequence([getattr(row, name)[0] for row in rows], batch_first=True, padding_value=filling)
 
+    labels = stacked("labels", IGNORED)
     return TokenBatch(
         input_ids=stacked("input_ids", pad_id),
         attention_mask=stacked("attention_mask", 0),
-        labels=stacked("labels", -100),
+        labels=labels,
         token_types=stacked("token_types", 0),
         pixel_values=tuple(row.pixel_values[0] for row in rows),
         grid=torch.cat([row.grid for row in rows]),
         index=index,
+        learned=learned_positions(labels),
     )
 
 
@@ -124,8 +128,9 @@ class SafetyDataModule(PartLoaders[TokenBatch], pl.LightningDataModule):
     """Instructions, pictures and answers with labels of harm. Satisfies `leanlight.contracts.SafetyData`.
 
     Batches are `TokenBatch`, made by the encoder of the module that trains, or of one that is set by hand. Those of
-    training hold samples of like lengths, and the answers that a judge shall learn; the others hold the questions, in
-    the order of the samples. Samples that nobody has labelled are left out, unless none has a label: then all are in
+    training and validation hold the answers that a judge shall learn behind the questions, those of test and
+    predictions questions alone. Training takes samples of like lengths together, the others go by the samples' order.
+    Samples that nobody has labelled are left out, unless none has a label: then all are in
     the test part, for `predict` alone.
 
     Args:
@@ -150,7 +155,8 @@ class SafetyDataModule(PartLoaders[TokenBatch], pl.LightningDataModule):
         drop_last: leave out the last, shorter training batch of an epoch.
         predict_split: part that `predict` goes through: ``train``, ``val`` or ``test``, in order.
         length_window: training batches that are sorted by length together; 0: batches of any lengths.
-        cache_mb: keep encoded training samples in memory if all of them take no more than that; 0: never.
+        cache_mb: keep encoded samples of training, and those of validation, in memory if all of them take no more than
+            that; 0: never.
         shapes: how ``shapes`` are made; default `Shapes`' own.
         xstest: how ``xstest`` is read; default `XSTest`'s own.
 
@@ -246,7 +252,7 @@ class SafetyDataModule(PartLoaders[TokenBatch], pl.LightningDataModule):
         self._samples = self._parts(found)
         train, val, test = (self._samples[part] for part in PARTS)
         self.train_split = SafetySplit(self, train, True, self.cache_mb) if train else None
-        self.val_split = SafetySplit(self, val) if val else None
+        self.val_split = SafetySplit(self, val, True, self.cache_mb) if val else None
         self.test_split = SafetySplit(self, test)
         self.meta = self._describe()
 

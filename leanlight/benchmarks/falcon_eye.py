@@ -353,15 +353,16 @@ def measure_answers(sizes: Sizes, measured: Measurement) -> None:
     samples = list(data.samples("test"))
     texts: dict[str, list[str]] = {}
     ways: dict[str, Callable[[], Any]] = {
-        "batched": lambda: texts.update(batched=asking.write(samples)),
-        "one_by_one": lambda: texts.update(one_by_one=[asking.write([sample])[0] for sample in samples]),
+        "batched": lambda: texts.update(batched=asking.write(asking.encode(samples))),
+        "one_by_one": lambda: texts.update(one_by_one=[asking.write(asking.encode([sample]))[0] for sample in samples]),
     }
     seconds = interleave(ways, max(sizes.rounds // 2, 2), warmup=0)
     measured.checks["answers: one by one, the same texts"] = texts["batched"] == texts["one_by_one"]
-    quick = interleave({"batched": ways["batched"], "scores": lambda: asking.harm(samples)}, sizes.rounds, warmup=1)
+    ways = {"batched": ways["batched"], "scores": lambda: asking.harm(asking.encode(samples))}
+    quick = interleave(ways, sizes.rounds, warmup=1)
     alone = torch.cat([full_scores(asking, sample) for sample in samples])
     text = "scores: those of all logits of each sample alone, in float32, within 1e-4"
-    measured.checks[text] = bool((asking.harm(samples) - alone).abs().max() <= 1e-4)
+    measured.checks[text] = bool((asking.harm(asking.encode(samples)) - alone).abs().max() <= 1e-4)
     for name, found in (seconds | {"scores": quick["scores"]}).items():
         rates = [len(samples) / each for each in found]
         measured.figures[f"answers/{name}"] = summarise(rates, "samples/s", "higher")
@@ -378,8 +379,8 @@ def measure_answers(sizes: Sizes, measured: Measurement) -> None:
 @torch.no_grad()
 def full_scores(asking: Asking, sample: SafetySample) -> Tensor:
     """(1, F) P(harmful) of one sample, from a softmax over all tokens at all positions."""
-    batch, places = asking.encoder.encode_judgements([sample], torch.tensor([0]))
-    chances = asking.model(**asking.encoder.batch_inputs(batch)).logits[0, places[0]].softmax(1)
+    batch, places = asking.encoder.judgements(asking.encode([sample]))
+    chances = asking.model(**asking.encoder.batch_inputs(batch)).logits[0, places].softmax(1)
     pairs = chances.gather(1, asking.encoder.label_ids)
     return (pairs[:, 0] / pairs.sum(1))[None]
 

@@ -187,6 +187,9 @@ from .safety import (
     HARM_CATEGORIES as HARM_CATEGORIES,
 )
 from .safety import (
+    IGNORED as IGNORED,
+)
+from .safety import (
     SAFETY_FIELDS as SAFETY_FIELDS,
 )
 from .safety import (
@@ -215,6 +218,9 @@ from .safety import (
 )
 from .safety import (
     Verdict as Verdict,
+)
+from .safety import (
+    learned_positions as learned_positions,
 )
 from .sessions import (
     Catalogue as Catalogue,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from leanlight.contracts.batch import Batch
@@ -30,6 +31,8 @@ HARM_CATEGORIES = (
     "Adult Content",
     "Unlicensed Advice",
 )
+#: The label of a token that is not learned, as transformers has it.
+IGNORED = -100
 
 
 class UnreadablePictureError(UserError):
@@ -133,6 +136,7 @@ class TokenBatch(Batch):
         pixel_values: a sample, (P_i, 1176) float patches; (0, 1176) without a picture.
         grid: (N, 3) int64 frames, rows and columns of patches; zeros without a picture.
         index: (N,) int64 position of each sample in its split.
+        learned: of the last positions, how many have logits that a loss on the labels needs; 0: all, or not known.
     """
 
     input_ids: Tensor
@@ -142,6 +146,16 @@ class TokenBatch(Batch):
     pixel_values: tuple[Tensor, ...]
     grid: Tensor
     index: Tensor
+    learned: int = 0
+
+
+def learned_positions(labels: Tensor) -> int:
+    """`TokenBatch.learned` of labels (N, L): the last positions, from the one before the first token learned.
+
+    For whoever makes a batch: there labels are on the host, and later the host would have to wait for them.
+    """
+    learned = (labels != IGNORED).any(0)
+    return labels.shape[1] - int(learned.to(torch.int8).argmax()) + 1 if bool(learned.any()) else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from leanlight.contracts import SafetySample, UserError, Verdict, nearest, uncompiled
+from leanlight.contracts import SafetySample, TokenBatch, UserError, Verdict, nearest, uncompiled
 from lit_modules.falcon_eye.encoding import SafetyEncoder, harm_scores
 from lit_modules.falcon_eye.judges import refused
 from lit_modules.falcon_eye.parsing import parse
@@ -53,23 +53,30 @@ class Asking:
     def verdicts(self, samples: Sequence[SafetySample]) -> list[Verdict]:
         """A verdict a sample; what cannot be asked, such as one whose picture is unreadable, is that one's failure."""
         try:
-            return self._verdicts(samples)
+            batch = self.encode(samples)
         except UserError as error:
             if len(samples) == 1:
                 nothing: dict[str, bool | None] = dict.fromkeys(self.encoder.fields)
                 return [Verdict(nothing, failure=str(error))]
             return [verdict for sample in samples for verdict in self.verdicts([sample])]
+        return self.verdicts_on(batch)
 
-    def _verdicts(self, samples: Sequence[SafetySample]) -> list[Verdict]:
-        scores = self.harm(samples) if self.scores else None
-        rows = [[]] * len(samples) if scores is None else scores.tolist()
+    def encode(self, samples: Sequence[SafetySample]) -> TokenBatch:
+        """The samples' questions, where the model is; UserError for what cannot be asked."""
+        return self.encoder.encode(samples, torch.arange(len(samples)), targets=False).to(self._device)
+
+    def verdicts_on(self, batch: TokenBatch) -> list[Verdict]:
+        """A verdict for each sample of a batch of the encoder; what it holds of answers is not looked at."""
+        question = self.encoder.questions(batch)
+        scores = self.harm(question) if self.scores else None
+        rows = [[]] * len(question) if scores is None else scores.tolist()
         by_field = [dict(zip(self.encoder.fields, row, strict=False)) for row in rows]
         if self.mode == "score_only":
             least = dict(self.thresholds)
             return [
                 Verdict({name: score >= least.get(name, 0.5) for name, score in own.items()}, own) for own in by_field
             ]
-        read = [self._read(text) for text in self.write(samples)]
+        read = [self._read(text) for text in self.write(question)]
         return [replace(verdict, scores=own) for verdict, own in zip(read, by_field, strict=True)]
 
     def _read(self, text: str) -> Verdict:
@@ -78,29 +85,27 @@ class Asking:
         return replace(verdict, labels=labels, refused=refused(text))
 
     @torch.no_grad()
-    def harm(self, samples: Sequence[SafetySample]) -> Tensor:
-        """(N, F) float32 scores in [0, 1] by the encoder's fields: see `SafetyEncoder.encode_judgements`."""
-        batch, places = self.encoder.encode_judgements(samples, torch.arange(len(samples)))
-        keep = batch.input_ids.shape[1] - int(places.min())
-        inputs = self.encoder.batch_inputs(batch.to(self._device))
-        logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits
-        at = (places[0] - places.min()).tolist()  # rows are padded on the left: the places of all are the same
-        return harm_scores(logits[:, at], self.encoder.label_ids).cpu()
+    def harm(self, batch: TokenBatch) -> Tensor:
+        """(N, F) float32 scores in [0, 1] by the encoder's fields: see `SafetyEncoder.judgements`."""
+        longer, places = self.encoder.judgements(batch)
+        keep = longer.input_ids.shape[1] - places[0]
+        logits = self.model(**self.encoder.batch_inputs(longer), logits_to_keep=keep, use_cache=False).logits
+        return harm_scores(logits[:, [place - places[0] for place in places]], self.encoder.label_ids).cpu()
 
     @torch.no_grad()
-    def write(self, samples: Sequence[SafetySample]) -> list[str]:
+    def write(self, batch: TokenBatch) -> list[str]:
         """What the model answers, greedily; without special tokens."""
-        batch = self.encoder.encode(samples, torch.arange(len(samples)), targets=False)
+        question = self.encoder.questions(batch)
         backbone = self.encoder.backbone
         with uncompiled():  # a compiled layer would be compiled anew for every length
             ids = self.model.generate(
-                **self.encoder.batch_inputs(batch.to(self._device)),
+                **self.encoder.batch_inputs(question),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 eos_token_id=self.encoder.stop_ids,
                 pad_token_id=backbone.pad_id,
             )
-        written = ids[:, batch.input_ids.shape[1] :]
+        written = ids[:, question.input_ids.shape[1] :]
         return list(backbone.tokenizer.batch_decode(written, skip_special_tokens=True))
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from leanlight.contracts import SAFETY_FIELDS, SafetySample, TokenBatch, UserError, nearest
+from leanlight.contracts import (
+    IGNORED,
+    SAFETY_FIELDS,
+    SafetySample,
+    TokenBatch,
+    UserError,
+    learned_positions,
+    nearest,
+)
 from lit_modules.falcon_eye.backbone import Backbone, as_utf8
 from lit_modules.falcon_eye.prompt import END_OF_TEXT, PictureSlot, Prompt, Text
 from lit_modules.nn.checks import first_line, require_positive
@@ -151,32 +159,54 @@ class SafetyEncoder:
         """
         return self._batch(samples, index, self._answers(samples, targets), targets)
 
-    def encode_judgements(self, samples: Sequence[SafetySample], index: Tensor) -> tuple[TokenBatch, Tensor]:
+    def questions(self, batch: TokenBatch) -> TokenBatch:
+        """The questions of a batch without the answers behind them, padded on the left, to be continued."""
+        if batch.labels is None:
+            return batch
+        asked = (batch.attention_mask == 1) & (batch.labels == IGNORED)
+        longest = int(asked.sum(1).max())
+        order = asked.long().argsort(dim=1, stable=True)[:, -longest:]  # questions move to the ends of their rows
+        real = asked.gather(1, order)
+        return replace(
+            batch,
+            input_ids=batch.input_ids.gather(1, order).where(real, self.pad_id),
+            attention_mask=real.long(),
+            labels=None,
+            token_types=batch.token_types.gather(1, order) * real,
+        )
+
+    def judgements(self, batch: TokenBatch) -> tuple[TokenBatch, list[int]]:
         """Questions and the beginning of their answer up to the last judgement, for scores without generation.
 
         One forward pass scores all fields: rows are padded on the left, so positions are the same for all of them, and
-        ``logits_to_keep=positions[0]`` spares the model the others. The judgements in the answer's beginning say Benign
+        ``logits_to_keep`` spares the model those before the first. The judgements in the answer's beginning say Benign
         for every sample. So the score of the first field is the model's own, and those of the later ones are
         conditional: *had all before been found benign, how likely is harm here?* They rank samples under one condition
         for all of them. What the model says when it is free to say Harmful before may differ; read that off an answer.
 
         Args:
-            samples: N of them.
-            index: (N,) int64, their positions in the split.
+            batch: of `encode`, with or without targets.
 
         Returns:
-            The batch, without labels, and (N, F) int64, by field that is judged, the position in a row whose logits
-            predict the judgement. `harm_scores` turns them into scores.
+            The batch, without labels, and by field that is judged the position whose logits predict the judgement.
+            `harm_scores` turns them into scores.
 
         Raises:
-            UserError: a prompt whose judgements follow an explanation, which only generation gives; else see `encode`.
+            UserError: a prompt whose judgements follow an explanation, which only generation gives.
         """
         if self.prompt.order == "explanation_first":
             raise UserError("order: scores without generation need judgments_first, got explanation_first")
         beginning, places, _ = self._judgements
-        batch = self._batch(samples, index, [beginning] * len(samples), targets=False)
-        first = batch.input_ids.shape[1] - len(beginning) - 1
-        return batch, (torch.tensor(places) + first).expand(len(samples), -1)
+        asked = self.questions(batch)
+        said = torch.tensor(beginning, device=asked.input_ids.device).expand(len(asked), -1)
+        first = asked.input_ids.shape[1] - 1
+        longer = replace(
+            asked,
+            input_ids=torch.cat([asked.input_ids, said], 1),
+            attention_mask=torch.cat([asked.attention_mask, torch.ones_like(said)], 1),
+            token_types=torch.cat([asked.token_types, torch.zeros_like(said)], 1),
+        )
+        return longer, [first + place for place in places]
 
     @property
     def label_ids(self) -> Tensor:
@@ -214,9 +244,10 @@ class SafetyEncoder:
         labels = None
         if targets:  # by position: the token that fills rows may be the one that ends answers
             answer = real & (position >= length - torch.tensor([row.answer for row in rows])[:, None])
-            labels = torch.where(answer, ids, -100)
+            labels = torch.where(answer, ids, IGNORED)
         token_types = (ids == self.backbone.image_token_id).long()
-        return TokenBatch(ids, real.long(), labels, token_types, patches, grid, index)
+        learned = 0 if labels is None else learned_positions(labels)
+        return TokenBatch(ids, real.long(), labels, token_types, patches, grid, index, learned)
 
     def _measured(self, samples: Sequence[SafetySample], targets: bool) -> Iterator[_Row]:
         for start in range(0, len(samples), _AT_ONCE):
@@ -403,7 +434,7 @@ def harm_scores(logits: Tensor, label_ids: Tensor) -> Tensor:
     """(N, F) scores P(Harmful) / (P(Harmful) + P(Benign)) in [0, 1], float32.
 
     Args:
-        logits: (N, F, V) at the positions of `SafetyEncoder.encode_judgements`.
+        logits: (N, F, V) at the positions of `SafetyEncoder.judgements`.
         label_ids: (F, 2), of `SafetyEncoder.label_ids`.
     """
     chosen = logits.gather(2, label_ids.to(logits.device).expand(len(logits), -1, -1)).float()

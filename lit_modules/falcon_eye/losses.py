@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label of what is not learned, as transformers has it
+from leanlight.contracts import IGNORED
 
 
 def token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,9 +22,3 @@ def token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor,
     # Of what is not learned it is 0; to take the rest out first would make the host wait for the labels.
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), reduction="none")
     return (each * weight.flatten()).sum(), weight.sum()
-
-
-def kept_positions(labels: Tensor) -> int:
-    """How many of the last positions have logits that matter: from the one before the first token learned (N, L)."""
-    learned = (labels != IGNORED).any(0)
-    return labels.shape[1] - int(learned.to(torch.int8).argmax()) + 1 if bool(learned.any()) else 1

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from leanlight.contracts import (
+    IGNORED,
     SAFETY_FIELDS,
     Allows,
     MediaItem,
@@ -37,7 +38,7 @@ from lit_modules.falcon_eye.backbone import Backbone, PretrainedVLM, VLMSource
 from lit_modules.falcon_eye.encoding import AnswerEnd, SafetyEncoder
 from lit_modules.falcon_eye.evaluation import SafetyEvaluation
 from lit_modules.falcon_eye.export import export_judge
-from lit_modules.falcon_eye.losses import IGNORED, kept_positions, token_loss
+from lit_modules.falcon_eye.losses import token_loss
 from lit_modules.falcon_eye.predictions import outputs, write_verdicts
 from lit_modules.falcon_eye.prompt import Prompt
 from lit_modules.falcon_eye.tuning import FullTuning, LoRATuning, Tuning
@@ -205,7 +206,8 @@ class SafetyJudge(LightningModule):
         if self.field_loss_weight != 1:
             words = torch.isin(batch.labels, self.encoder.label_ids.to(labels.device))  # type: ignore[arg-type]
             weights = torch.where(words, self.field_loss_weight, weights)
-        return token_loss(self(batch, kept_positions(labels)), labels, weights)
+        kept = batch.learned if self.loss_on == "answer" else 0
+        return token_loss(self(batch, kept), labels, weights)
 
     def _share(self, weight: Tensor) -> Tensor | float:
         """By how much the mean over this process' tokens counts in that over all."""
@@ -217,14 +219,14 @@ class SafetyJudge(LightningModule):
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         samples = self._samples("val", batch.index)
-        loss, weight = self._loss(self.encoder.encode(samples, batch.index.cpu(), targets=True).to(self.device))
+        loss, weight = self._loss(batch)
         # A mean over the tokens of all batches and processes.
         log_evaluation(self, {"val/loss": loss / weight}, float(weight))
-        self.evaluation.update("val", samples, self._asking(scores=True).verdicts(samples))
+        self.evaluation.update("val", samples, self._asking(scores=True).verdicts_on(batch))
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
         samples = self._samples("test", batch.index)
-        self.evaluation.update("test", samples, self._asking().verdicts(samples))
+        self.evaluation.update("test", samples, self._asking().verdicts_on(batch))
 
     def _samples(self, split: str, index: Tensor) -> list[SafetySample]:
         samples = data_of(self, SafetyData).samples(split)
@@ -271,7 +273,7 @@ class SafetyJudge(LightningModule):
         """
         part = self.trainer.datamodule.predict_split  # type: ignore[attr-defined]
         samples = self._samples(part, batch.index)
-        return outputs(batch.index, samples, self._asking().verdicts(samples), self.encoder.fields)
+        return outputs(batch.index, samples, self._asking().verdicts_on(batch), self.encoder.fields)
 
     def collect(self, pieces: Callable[[], Iterator[Mapping[str, Any]]], directory: Path) -> dict[str, float]:
         """Write ``verdicts.jsonl``, a line a sample: see `lit_modules.falcon_eye.predictions`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leanlight.contracts import TokenBatch
-from lit_modules.falcon_eye.losses import kept_positions, token_loss
+from lit_modules.falcon_eye.losses import token_loss
 
 if TYPE_CHECKING:
     from lit_modules.falcon_eye.module import SafetyJudge
@@ -32,7 +32,7 @@ class BareJudgeStep:
         assert labels is not None
         inputs = self.encoder.batch_inputs(batch)
         del inputs["labels"]  # else the model would compute its own loss, over all positions
-        logits = self.network(**inputs, logits_to_keep=kept_positions(labels), use_cache=False).logits
+        logits = self.network(**inputs, logits_to_keep=batch.learned, use_cache=False).logits
         loss, weight = token_loss(logits, labels, torch.ones_like(labels, dtype=torch.float32))
         self.optimizer.zero_grad()
         (loss / weight).backward()

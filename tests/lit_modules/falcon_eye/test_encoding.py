@@ -350,11 +350,11 @@ def test_the_system_turn_is_the_models_own_none_or_a_text(backbone):
 
 def test_scores_are_read_where_the_answer_judges(backbone, encoder):
     samples = [MANY[0], labelled(1, instruction="Why?"), labelled(2, image=None)]
-    batch, positions = encoder.encode_judgements(samples, torch.arange(3))
-    assert positions.shape == (3, 3)
+    batch, places = encoder.judgements(encoder.encode(samples, torch.arange(3), targets=False))
+    positions = torch.tensor(places).expand(3, -1)
     with torch.no_grad():
         logits = backbone.model(**encoder.batch_inputs(batch)).logits
-        spared = backbone.model(**encoder.batch_inputs(batch), logits_to_keep=positions[0]).logits
+        spared = backbone.model(**encoder.batch_inputs(batch), logits_to_keep=torch.tensor(places)).logits
     at = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
     torch.testing.assert_close(at, spared)
     scores = harm_scores(at, encoder.label_ids)
@@ -380,8 +380,32 @@ def test_scores_are_read_where_the_answer_judges(backbone, encoder):
 
 
 def test_scores_need_judgements_that_no_explanation_precedes(backbone):
+    encoder = SafetyEncoder(backbone, Prompt(order="explanation_first"))
+    batch = encoder.encode(MANY, torch.arange(5), targets=True)
     with pytest.raises(UserError, match="order: scores without generation need judgments_first"):
-        SafetyEncoder(backbone, Prompt(order="explanation_first")).encode_judgements(MANY, torch.arange(5))
+        encoder.judgements(batch)
+
+
+def test_questions_come_out_of_batches_with_answers_as_they_went_in(encoder):
+    samples = [MANY[0], labelled(1, instruction="Why?", explanation="word " * 9), labelled(2, image=None)]
+    index = torch.tensor([4, 0, 7])
+    learned = encoder.encode(samples, index, targets=True)
+    asked = encoder.encode(samples, index, targets=False)
+    for got in (encoder.questions(learned), encoder.questions(asked)):
+        assert got.labels is None
+        for name in ("input_ids", "attention_mask", "token_types", "grid", "index"):
+            assert torch.equal(getattr(got, name), getattr(asked, name)), name
+        assert all(map(torch.equal, got.pixel_values, asked.pixel_values))
+    rows = [one(encoder, sample) for sample in samples]
+    beginning = encoder.judgements(asked)[0].input_ids[0, asked.input_ids.shape[1] :].tolist()
+    width = max(map(len, rows)) + len(beginning)
+    expected = [[encoder.pad_id] * (width - len(row) - len(beginning)) + row + beginning for row in rows]
+    for batch in (learned, asked):
+        longer, places = encoder.judgements(batch)
+        assert longer.input_ids.tolist() == expected
+        assert longer.attention_mask.sum(1).tolist() == [len(row) + len(beginning) for row in rows]
+        assert torch.equal(longer.token_types == 1, longer.input_ids == encoder.backbone.image_token_id)
+        assert places[-1] == width - 1
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def told(network, encoder):
     batch = encoder.encode([SAMPLE], torch.tensor([0]), targets=False)
     with torch.no_grad():
         logits = network(**encoder.batch_inputs(batch)).logits[0, -1]
-    return Asking(network, encoder, max_new_tokens=5).write([SAMPLE])[0], logits
+    asking = Asking(network, encoder, max_new_tokens=5)
+    return asking.write(asking.encode([SAMPLE]))[0], logits
 
 
 def check(printed, network, encoder):

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from squares import labelled
 
+from leanlight.contracts import IGNORED, learned_positions
 from lit_modules.falcon_eye import SafetyEncoder
-from lit_modules.falcon_eye.losses import IGNORED, kept_positions, token_loss
+from lit_modules.falcon_eye.losses import token_loss
 
 
 def made(rows=3, length=7, words=11):
@@ -33,13 +34,13 @@ def test_it_is_the_weighted_sum_over_learned_tokens_each_predicted_by_the_positi
 
 def test_positions_before_the_first_learned_token_can_be_left_out():
     logits, labels, weights = made()
-    keep = kept_positions(labels)
+    keep = learned_positions(labels)
     assert keep == 5  # the first learned token is the fourth of seven, and its predecessor counts
     for part, whole in zip(
         token_loss(logits[:, -keep:], labels, weights), token_loss(logits, labels, weights), strict=True
     ):
         torch.testing.assert_close(part, whole)
-    assert kept_positions(torch.full((2, 4), IGNORED)) == 1
+    assert learned_positions(torch.full((2, 4), IGNORED)) == 1
 
 
 def test_a_model_has_the_loss_that_transformers_computes(backbone):

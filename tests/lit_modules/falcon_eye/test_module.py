@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import lightning.pytorch as pl
@@ -107,7 +108,8 @@ def test_a_checkpoint_rebuilds_the_judge_without_data(fitted, tmp_path):
     assert again.encoder.backbone.tokenizer_json == module.encoder.backbone.tokenizer_json
     assert again.evaluation.thresholds == module.evaluation.thresholds != {}
     samples = trainer.datamodule.samples("test")
-    assert torch.equal(again.eval()._asking().harm(samples), module.eval()._asking().harm(samples))
+    scores = [judge.eval()._asking().harm(judge._asking().encode(samples)) for judge in (again, module)]
+    assert torch.equal(*scores)
 
 
 def test_the_tokenizer_of_a_checkpoint_stands_whatever_the_data_say(fitted, tmp_path):
@@ -194,7 +196,7 @@ def test_predictions_become_a_line_a_sample(fitted, tmp_path):
     samples = trainer.datamodule.samples("test")
     assert [row["sample"] for row in rows] == [sample.id for sample in samples]
     assert told["verdicts"] == len(rows) == 6
-    scores = module.eval()._asking().harm(samples)
+    scores = module.eval()._asking().harm(module._asking().encode(samples))
     for row, score in zip(rows, scores, strict=True):
         assert [row[f"p_{name}"] for name in SAFETY_FIELDS] == pytest.approx(score.tolist(), abs=1e-4)
         assert row["response"] in ("harmful", "benign", "")
@@ -250,3 +252,46 @@ def test_data_of_another_kind_are_refused(tmp_path):
 
     with pytest.raises(UserError, match=r"^data: SafetyJudge needs a DataModule of answers"):
         fit(tmp_path, data=ImageDataModule("digits"))
+
+
+@pytest.mark.parametrize("cache_mb", [0, 64])
+def test_validation_and_test_judge_what_the_loader_encoded_as_samples_asked_alone(fitted, monkeypatch, cache_mb):
+    module, trainer = fitted
+    data = make_data(eval_batch_size=3, cache_mb=cache_mb)
+    got = {"val": [], "test": []}
+    monkeypatch.setattr(module.evaluation, "update", lambda split, samples, verdicts: got[split].extend(verdicts))
+    monkeypatch.setattr(module.evaluation, "finish", lambda split, **_: {})
+    encoded = []
+    encode = type(module.encoder).encode
+    monkeypatch.setattr(type(module.encoder), "encode", lambda *a, **b: encoded.append(a[2]) or encode(*a, **b))
+    for split, run in (("val", trainer.validate), ("test", trainer.test)):
+        encoded.clear()
+        run(module, data, verbose=False)
+        samples = trainer.datamodule.samples(split)
+        assert torch.cat(encoded).tolist() == list(range(len(samples)))  # each of them once
+        asking = module.eval()._asking(scores=split == "val")
+        for verdict, sample in zip(got[split], samples, strict=True):
+            (alone,) = asking.verdicts([sample])
+            assert (verdict.labels, verdict.text) == (alone.labels, alone.text)
+            assert verdict.scores == pytest.approx(alone.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 64])
+def test_a_step_computes_the_logits_that_its_loss_needs_and_no_more(fitted, monkeypatch, cache_mb):
+    module = fitted[0]
+    data = make_data(cache_mb=cache_mb)
+    data.encoder = module.encoder
+    data.setup("fit")
+    list(data.train_dataloader())  # which fills the cache
+    kept = []
+    call = type(module).forward
+    monkeypatch.setattr(
+        type(module), "forward", lambda self, batch, keep=0: kept.append(keep) or call(self, batch, keep)
+    )
+    for batch in data.train_dataloader():
+        loss = module._loss(batch)
+        first = min(int((row != -100).nonzero()[0]) for row in batch.labels)
+        assert kept[-1] == batch.labels.shape[1] - first + 1
+        for part, whole in zip(loss, module._loss(replace(batch, learned=0)), strict=True):
+            torch.testing.assert_close(part, whole)
+    assert len(kept) == 6
