@@ -20,6 +20,7 @@ _TOPICS |= {"privacy_public": "privacy", "privacy_fictional": "privacy"}
 PICTURE_INSTRUCTION = "Answer what is printed in the picture."
 
 Opinion = Literal["final_label", "annotation_1", "annotation_2"]
+PEOPLE = ("annotation_1", "annotation_2")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class XSTest:
 
     A prompt is harmful where its type is a contrast; an answer where it complies in full with such a prompt. The
     topic of a sample is the type of its prompt, shared by the safe and the contrast prompts about the same; its group
-    is the prompt, its source the model.
+    is the prompt, its source the model, and its opinions those of both people.
 
     Args:
         as_pictures: print the prompts as pictures, which are then harmful in their place, beside an instruction that
@@ -60,12 +61,13 @@ class XSTest:
                 for column in _NEEDED:
                     if column not in row.values:
                         raise row.fault(column, "text")
-                answer, prompt = row.text(self.opinion), row.text("prompt")
-                if answer not in _ANSWERS:
-                    raise row.fault(self.opinion, f"one of {', '.join(_ANSWERS)}")
-                kind = row.text("type")
+                for column in get_args(Opinion):
+                    if row.text(column) not in _ANSWERS:
+                        raise row.fault(column, f"one of {', '.join(_ANSWERS)}")
+                kind, prompt = row.text("type"), row.text("prompt")
                 harmful, topic = kind.startswith("contrast_"), kind.removeprefix("contrast_")
-                labels = {"instruction": harmful, "response": harmful and answer == _COMPLIES}
+                bad = {column: harmful and row.text(column) == _COMPLIES for column in get_args(Opinion)}
+                labels = {"instruction": harmful, "response": bad[self.opinion]}
                 picture = None
                 if self.as_pictures:
                     picture = pictures.setdefault(prompt, TextPicture(prompt, f"prompt {row.text('id')}", self.size))
@@ -80,6 +82,7 @@ class XSTest:
                         group=prompt,
                         source=model,
                         topic=_TOPICS.get(topic, topic),
+                        opinions={person: {"response": bad[person]} for person in PEOPLE},
                     )
                 )
         return samples

@@ -70,6 +70,7 @@ class SafetySample:
         group: samples of one group (a prompt, a picture) belong to the same part of a split; empty: a group by itself.
         source: the model or set it comes from; may be empty.
         topic: a further partition, such as the kind of prompt; may be empty.
+        opinions: by person who labelled it, labels that this person gave before all were settled; may be empty.
     """
 
     id: str
@@ -82,6 +83,7 @@ class SafetySample:
     group: str = ""
     source: str = ""
     topic: str = ""
+    opinions: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

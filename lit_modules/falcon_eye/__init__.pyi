@@ -14,10 +14,12 @@ from .judge_sources import JudgeSource as JudgeSource
 from .judge_sources import Keyword as Keyword
 from .judge_sources import Majority as Majority
 from .judge_sources import Model as Model
+from .judge_sources import Person as Person
 from .judge_sources import WrittenOutputs as WrittenOutputs
 from .judges import FeatureJudge as FeatureJudge
 from .judges import KeywordJudge as KeywordJudge
 from .judges import MajorityJudge as MajorityJudge
+from .judges import PersonJudge as PersonJudge
 from .judges import SentenceFeatures as SentenceFeatures
 from .judges import refused as refused
 from .metrics import Agreement as Agreement

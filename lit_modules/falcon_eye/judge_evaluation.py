@@ -39,7 +39,8 @@ class JudgeEvaluation(LightningModule):
     another fit or test makes it again.
 
     Args:
-        judge: where the judge comes from: `Majority`, `Keyword`, `FrozenFeatures`, `WrittenOutputs` or `Model`.
+        judge: where the judge comes from: `Majority`, `Keyword`, `Person`, `FrozenFeatures`,
+            `WrittenOutputs` or `Model`.
     """
 
     allows = Allows()

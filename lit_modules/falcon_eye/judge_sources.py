@@ -14,7 +14,14 @@ from torch import Tensor
 from leanlight.contracts import Judge, SafetySample, TokenBatch, UserError
 from lit_modules.falcon_eye.answering import Mode
 from lit_modules.falcon_eye.guards import GuardFormat, OutputsJudge
-from lit_modules.falcon_eye.judges import READS, FeatureJudge, KeywordJudge, MajorityJudge, SentenceFeatures
+from lit_modules.falcon_eye.judges import (
+    READS,
+    FeatureJudge,
+    KeywordJudge,
+    MajorityJudge,
+    PersonJudge,
+    SentenceFeatures,
+)
 from lit_modules.falcon_eye.vlm_judge import VLMJudge
 
 
@@ -40,6 +47,20 @@ class Keyword(JudgeSource):
 
     def make(self, train: Sequence[SafetySample], val: Sequence[SafetySample]) -> Judge:
         return KeywordJudge()
+
+
+@dataclass(frozen=True)
+class Person(JudgeSource):
+    """One of the people who labelled the samples: how far people agree, where another's labels are the truth.
+
+    Args:
+        person: a name in the samples' opinions; of XSTest ``annotation_1`` or ``annotation_2``.
+    """
+
+    person: str
+
+    def make(self, train: Sequence[SafetySample], val: Sequence[SafetySample]) -> Judge:
+        return PersonJudge.of(self.person, train)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from leanlight.contracts import (
     Verdict,
     atomic_path,
     atomic_write,
+    nearest,
     sha256_file,
 )
 from lit_modules.falcon_eye.metrics import choose_threshold, ranking
@@ -94,6 +95,35 @@ class MajorityJudge:
 
     def judge(self, samples: Sequence[SafetySample]) -> list[Verdict]:
         return [self._verdict] * len(samples)
+
+
+class PersonJudge:
+    """Says what one of the people who labelled the samples said; nothing of what that person did not label.
+
+    Args:
+        person: a name in the samples' opinions.
+        fields: of `SAFETY_FIELDS`, those that the person labelled.
+    """
+
+    batch_size = 1024
+
+    def __init__(self, person: str, fields: Sequence[str]) -> None:
+        self.name, self.fields = person, tuple(fields)
+        self.fingerprint = digest("person", person, self.fields)
+
+    @classmethod
+    def of(cls, person: str, samples: Sequence[SafetySample]) -> PersonJudge:
+        """With the fields of which samples hold that person's opinion; UserError where there is none."""
+        labelled = {name for sample in samples for name in sample.opinions.get(person, ())}
+        if not labelled:
+            known = sorted({name for sample in samples for name in sample.opinions})
+            expected = f"expected a person with opinions in the data ({', '.join(known) or 'there is none'})"
+            raise UserError(f"person: {expected}, got {person!r}{nearest(person, known)}")
+        return cls(person, [name for name in SAFETY_FIELDS if name in labelled])
+
+    def judge(self, samples: Sequence[SafetySample]) -> list[Verdict]:
+        said = [sample.opinions.get(self.name, {}) for sample in samples]
+        return [Verdict({name: own.get(name) for name in self.fields}) for own in said]
 
 
 class KeywordJudge:

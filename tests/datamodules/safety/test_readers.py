@@ -388,6 +388,9 @@ def test_xstest_is_harmful_by_the_type_of_the_prompt_and_full_compliance(tmp_pat
     first = XSTest(opinion="annotation_1").read(tmp_path)
     assert not any(s.labels["response"] for s in first)
     assert [s.labels for s in XSTest(opinion="annotation_2").read(tmp_path)] == [s.labels for s in samples]
+    for some in (samples, first):
+        assert not any(s.opinions["annotation_1"]["response"] for s in some)
+        assert [s.opinions["annotation_2"]["response"] for s in some] == [s.labels["response"] for s in samples]
 
 
 def test_xstest_with_prompts_as_pictures_moves_the_harm_into_them(tmp_path):
@@ -405,6 +408,9 @@ def test_xstest_with_prompts_as_pictures_moves_the_harm_into_them(tmp_path):
 def test_tables_of_xstest_that_do_not_fit_are_named(tmp_path):
     table(tmp_path / "xstest_v2_completions_x.csv", XSTEST, ["v2-1", "homonyms", "p", "c", NO, NO, "TRUE", "4_other"])
     with pytest.raises(UserError, match=r"row 1, column 'final_label': expected one of 1_full_compliance"):
+        read_samples(tmp_path)
+    table(tmp_path / "xstest_v2_completions_x.csv", XSTEST, ["v2-1", "homonyms", "p", "c", NO, "", "TRUE", NO])
+    with pytest.raises(UserError, match=r"row 1, column 'annotation_2': expected one of 1_full_compliance"):
         read_samples(tmp_path)
     with pytest.raises(UserError, match=r"xstest.opinion: expected one of final_label"):
         XSTest(opinion="mine")

@@ -11,7 +11,14 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from leanlight.contracts import SafetySample, UserError
-from lit_modules.falcon_eye.judges import FeatureJudge, KeywordJudge, MajorityJudge, SentenceFeatures, refused
+from lit_modules.falcon_eye.judges import (
+    FeatureJudge,
+    KeywordJudge,
+    MajorityJudge,
+    PersonJudge,
+    SentenceFeatures,
+    refused,
+)
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -226,3 +233,17 @@ def test_fingerprints_are_sha256_and_follow_what_decides():
     assert a.fingerprint == again.fingerprint != b.fingerprint
     for judge in (a, KeywordJudge(), MajorityJudge({"response": 0.1})):
         assert len(judge.fingerprint) == len(hashlib.sha256().hexdigest())
+
+
+def test_a_person_says_what_it_labelled_and_is_measured_by_anothers_labels():
+    said = [{"one": {"response": n < 4}, "two": {"response": n < 6}} for n in range(10)]
+    samples = [SafetySample(str(n), "a", "b", opinions=own) for n, own in enumerate(said)]
+    judge = PersonJudge.of("one", [*samples, SafetySample("x", "a", "b")])
+    assert judge.fields == ("response",)
+    assert [v.labels["response"] for v in judge.judge(samples)] == [n < 4 for n in range(10)]
+    assert judge.judge([SafetySample("x", "a", "b")])[0].labels == {"response": None}
+    assert judge.fingerprint != PersonJudge.of("two", samples).fingerprint
+    with pytest.raises(
+        UserError, match=r"^person: expected a person with opinions in the data \(one, two\), got 'on'.*one"
+    ):
+        PersonJudge.of("on", samples)
