@@ -33,7 +33,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    _order_path()
+    order_path()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _order_path() -> None:
+def order_path() -> None:
     """Import a user's own module from the working directory, but let no folder there hide a package of the suite.
 
     In a checkout all packages come from that one, also where another is installed: a run is of one state of the code,

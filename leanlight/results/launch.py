@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanlight.results.forker import Forked, Forker
 from leanlight.results.state import RunLock
 
+Child = subprocess.Popen[Any] | Forked
 GRACE_S = 60.0  # an interrupted run gets this long to write its checkpoint
 _BUSY = 75  # exit code of a job whose run folder another process works in (EX_TEMPFAIL)
 
@@ -57,7 +59,7 @@ def visible_gpus() -> list[str]:
     return (named or [str(index) for index in range(count)])[:count]
 
 
-def signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None:
+def signal_group(process: Child, number: signal.Signals) -> None:
     """Send a signal to a child and everything it started."""
     try:
         os.killpg(process.pid, number)
@@ -65,7 +67,7 @@ def signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None
         process.poll()
 
 
-def stop(processes: Sequence[subprocess.Popen[Any]]) -> None:
+def stop(processes: Sequence[Child]) -> None:
     """Interrupt children, so that they write their checkpoints; kill those that have not ended after `GRACE_S`."""
     for process in processes:
         if process.poll() is None:
@@ -128,8 +130,8 @@ class Job:
     prepare: Callable[[], list[str] | None]
     started: float = field(default=0.0, init=False)
 
-    def start(self, env: Mapping[str, str]) -> subprocess.Popen[bytes] | int:
-        """Start the child; return it, or an exit code when there is none to start."""
+    def start(self, env: Mapping[str, str], forker: Forker | None = None) -> Child | int:
+        """Start the child, by `forker` if there is one; return it, or an exit code when there is none to start."""
         lock = RunLock(self.runs_root, self.run_id)
         try:
             if not lock.acquire(wait=False):
@@ -140,6 +142,8 @@ class Job:
             self.started = time.monotonic()
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "wb") as log:
+                if forker and arguments[: len(program := command())] == program:
+                    return forker.start(arguments[len(program) :], log.fileno(), lock.fd)
                 return subprocess.Popen(
                     arguments,
                     env=env,
@@ -172,13 +176,17 @@ def run_jobs(
         started: told of each start.
         ended: told of each end with its exit code.
     """
-    waiting, running = list(reversed(jobs)), dict[int, tuple[Job, subprocess.Popen[bytes]]]()
+    waiting, running = list(reversed(jobs)), dict[int, tuple[Job, Child]]()
+    # For as many runs as there are slots imports take no longer side by side; what may use a GPU must not be forked.
+    forks = len(jobs) > workers and sys.platform == "linux" and not visible_gpus()
+    forker = Forker(environment(workers)) if forks else None
     try:
         while waiting or running:
             for slot in range(workers):
                 if slot not in running and waiting:
                     job = waiting.pop()
-                    process = job.start(environment(workers, devices[slot % len(devices)] if devices else None))
+                    env = environment(workers, devices[slot % len(devices)] if devices else None)
+                    process = job.start(env, forker)
                     if isinstance(process, int):
                         ended(job, process)
                     else:
@@ -193,6 +201,9 @@ def run_jobs(
     except BaseException:
         stop([process for _, process in running.values()])
         raise
+    finally:
+        if forker:
+            forker.close()
 
 
 def why_failed(job: Job, code: int, lines: int = 6) -> str:

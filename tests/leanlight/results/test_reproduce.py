@@ -369,8 +369,8 @@ def test_a_child_that_ignores_the_interrupt_is_killed(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     class Watched(Job):
-        def start(self, env: Any) -> Any:
-            process = super().start(env)
+        def start(self, env: Any, forker: Any = None) -> Any:
+            process = super().start(env, forker)
             started.append(process)
             return process
 
