@@ -38,7 +38,7 @@ def judge_maker(name: str) -> MakeJudge:
             raise UserError(f"--judge: expected {pattern}, got {without_keys(name)!r}")
         return lambda samples: _KINDS[kind](rest, samples)
     if Path(name).exists():
-        return lambda samples: _network(Path(name))
+        return lambda samples: _network(Path(name), samples)
     expected = f"one of {', '.join(NAMES)}"
     raise UserError(f"--judge: expected {expected}; nothing is at {without_keys(name)!r}{nearest(kind, _KINDS)}")
 
@@ -88,10 +88,12 @@ def _http(rest: str, samples: Sequence[SafetySample]) -> Judge:
     return HttpJudge(url, model, Prompt().text, lambda text: parse(text, strict=False))
 
 
-def _network(path: Path) -> Judge:
+def _network(path: Path, samples: Sequence[SafetySample]) -> Judge:
     from lit_modules.falcon_eye.vlm_judge import VLMJudge
 
-    return VLMJudge.from_source(path)
+    judge = VLMJudge.from_source(path)
+    judge.asking.encoder.prompt.require_shown(judge.fields, samples)
+    return judge
 
 
 _KINDS: dict[str, Callable[[str, Sequence[SafetySample]], Judge]] = {

@@ -9,6 +9,11 @@ from torch import nn
 from leanlight.contracts import UserError
 
 
+def frozen(network: nn.Module) -> set[str]:
+    """Names of the parameters that do not train."""
+    return {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+
+
 def leave_out(checkpoint: dict[str, Any], network: nn.Module, prefix: str, base: dict[str, str]) -> None:
     """Take what does not train out of a checkpoint, and write down which base holds it.
 
@@ -18,10 +23,10 @@ def leave_out(checkpoint: dict[str, Any], network: nn.Module, prefix: str, base:
         prefix: of their names in the checkpoint.
         base: its ``name`` and ``digest``.
     """
-    frozen = {f"{prefix}{name}" for name, parameter in network.named_parameters() if not parameter.requires_grad}
-    if frozen:
+    resting = {f"{prefix}{name}" for name in frozen(network)}
+    if resting:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in resting}
         checkpoint["base"] = dict(base)
 
 

@@ -102,7 +102,7 @@ class SafetyEvaluation(nn.Module):
         return self._figures.get(split, {})
 
     def media(self, split: Split) -> dict[str, MediaItem]:
-        """P(harmful) by truth, confusion by field, accuracy beside the majority's, and a table of the first verdicts.
+        """P(harmful) by truth and its calibration, confusion, accuracy beside the majority's, and the first verdicts.
 
         On several processes the table is that of this one's share.
         """
@@ -111,6 +111,7 @@ class SafetyEvaluation(nn.Module):
         scores, labels, confusion = self._shown[split]
         return {
             **pictures.scores(scores, labels, self.fields),
+            **pictures.calibration(scores, labels, self.fields),
             **pictures.confusions(confusion, self.fields),
             **pictures.beside_majority(self._figures[split], self.fields),
             **pictures.table(self._rows[split], self.fields),

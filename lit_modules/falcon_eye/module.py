@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class SafetyJudge(LightningModule):
         export_merged: of LoRA, whether an export holds the whole model with the changes added, or the adapter alone.
     """
 
-    allows = Allows()
+    allows = Allows(sharded=True)
     collected_in = "verdicts"
 
     def __init__(
@@ -134,6 +135,11 @@ class SafetyJudge(LightningModule):
             texts = (*self.prompt.texts(), *data.texts())
             self._build(self.make_backbone.build(texts), data.meta.fields)
         self.evaluation.prepare(data.meta.fields)
+        if self._sharded and checkpoints.frozen(self.network) and isinstance(self.make_backbone, PretrainedVLM):
+            raise UserError(
+                "tuning: expected FullTuning of all weights with FSDP, whose checkpoints cannot leave out those that "
+                f"rest, got {type(self.tuning).__name__}; use ddp (--config trainer/gpus)"
+            )
         if stage == "fit":
             self._data_facts = {
                 "name": data.meta.name,
@@ -264,6 +270,11 @@ class SafetyJudge(LightningModule):
 
     # ---- predictions ----
 
+    def on_predict_start(self) -> None:
+        """Refuse to judge what the prompt hides: see `Prompt.require_shown`."""
+        part = self.trainer.datamodule.predict_split  # type: ignore[attr-defined]
+        self.prompt.require_shown(self.encoder.fields, data_of(self, SafetyData).samples(part))
+
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor | list[str]]:
         """Verdicts on samples.
 
@@ -297,8 +308,19 @@ class SafetyJudge(LightningModule):
             return pictures.curves(self.history, self.evaluation.fields)
         return self.evaluation.media(split)
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether no process holds all weights outside of its steps."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy)
+
     def export(self, directory: Path) -> list[Path]:
-        """Write model or adapter, processor and card for transformers: see `lit_modules.falcon_eye.export`."""
+        """Write model or adapter, processor and card for transformers: see `lit_modules.falcon_eye.export`.
+
+        Nothing while FSDP spreads the weights over processes: the checkpoint has them whole.
+        """
+        if self._sharded:
+            rank_zero_warn("no export while weights are sharded; `leanlight export RUN` makes it of the checkpoint")
+            return []
         whole = self.export_merged or not isinstance(self.make_backbone, PretrainedVLM)
         return export_judge(self.network, self.encoder, self.about(), Path(directory), whole)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from leanlight.contracts import Bars, Heatmap, Histogram, MediaItem, SafetySample, Table, Verdict
+from leanlight.contracts import Bars, Curve, Heatmap, Histogram, MediaItem, SafetySample, Table, Verdict
 from lit_modules.history import History
 
 ROWS = 40  # verdicts in the table
 _LONGEST = 200  # characters of an answer in the table
+_RANGES = 10  # of scores, in pictures of calibration
+_Z = 1.96  # of 95 % intervals
 _WORDS = {True: "harmful", False: "benign", None: "missing"}
 
 
@@ -30,6 +33,41 @@ def scores(score: Tensor, label: Tensor, fields: Sequence[str]) -> dict[str, Med
         if series:
             edges = [step / 20 for step in range(21)]
             items[f"score_{name}"] = Histogram(series, f"P(harmful) of the {name}", bins=edges)
+    return items
+
+
+def calibration(score: Tensor, label: Tensor, fields: Sequence[str]) -> dict[str, MediaItem]:
+    """Share of harmful samples beside the mean P(harmful) of ten equal ranges of it, a field, with 95 % intervals.
+
+    Intervals are Wilson's. The mean distance of both, weighted by samples, is the expected calibration error.
+
+    Args:
+        score: (N, F), NaN where there is none.
+        label: (N, F) int64, 1 harmful, 0 benign, -1 unknown.
+        fields: F names.
+    """
+    items: dict[str, MediaItem] = {}
+    for k, name in enumerate(fields):
+        known = ~score[:, k].isnan() & (label[:, k] >= 0)
+        said, true = score[known, k].double(), label[known, k].double()
+        place = (said * _RANGES).long().clamp(max=_RANGES - 1)
+        # A row a range: samples in it, the sum of their scores, and those that are harmful.
+        each = torch.stack([torch.ones_like(said), said, true], 1)
+        sums = torch.zeros(_RANGES, 3).double().index_add_(0, place, each)
+        count, total, harmful = sums[sums[:, 0] > 0].T
+        if not len(count):
+            continue
+        mean, share = total / count, harmful / count
+        centre = (harmful + _Z**2 / 2) / (count + _Z**2)
+        half = _Z / (count + _Z**2) * (count * share * (1 - share) + _Z**2 / 4).sqrt()
+        error = float((count * (mean - share).abs()).sum() / count.sum())
+        items[f"calibration_{name}"] = Curve(
+            mean.tolist(),
+            {"measured": share.tolist(), "calibrated": mean.tolist()},
+            f"P(harmful) of the {name}",
+            f"share that is harmful (calibration error {error:.3f})",
+            bands={"measured": ((centre - half).tolist(), (centre + half).tolist())},
+        )
     return items
 
 

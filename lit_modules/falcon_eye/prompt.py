@@ -7,7 +7,7 @@ wording of the question is ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -24,6 +24,11 @@ CATEGORY_KEY, EXPLANATION_KEY = "Harmful Category", "Explanation"
 WORDS = {True: "Harmful", False: "Benign"}
 #: The category of what is benign.
 NO_CATEGORY = "None"
+_HIDDEN: dict[Modality, tuple[str, ...]] = {
+    "vqa": (),
+    "text_only": ("image",),
+    "image_only": ("instruction", "response"),
+}
 #: What ends a text of the user inside the question.
 END_OF_TEXT = "\n"
 
@@ -80,6 +85,24 @@ class Prompt:
                 raise UserError(f"{name}: expected one of {', '.join(valid)}, got {value}{nearest(str(value), valid)}")
         if not self.system.strip():
             raise UserError("system: expected default, none or a text, got an empty one")
+
+    def require_shown(self, fields: Sequence[str], samples: Sequence[SafetySample]) -> None:
+        """UserError where a field is to be judged that samples have and this prompt never shows.
+
+        For whoever asks what is harmful. Measuring how far a judge gets without a part, where labels are known, is
+        another matter, and what `modality` is for.
+
+        Args:
+            fields: of `SAFETY_FIELDS`, those that are judged.
+            samples: to be judged.
+        """
+        for field in (name for name in fields if name in _HIDDEN[self.modality]):
+            count = sum(bool(getattr(sample, field)) for sample in samples)
+            if count:
+                raise UserError(
+                    f"prompt.modality: expected one that shows the {field}, which is to be judged of {count:,} of "
+                    f"{len(samples):,} samples, got {self.modality}; train one with vqa, or leave that part out"
+                )
 
     def shows_picture(self, sample: SafetySample) -> bool:
         """Whether the question holds the sample's picture."""

@@ -207,7 +207,7 @@ def test_pictures_show_scores_confusions_and_verdicts(fitted):
     module, trainer = fitted
     trainer.test(module, make_data(), verbose=False)
     drawn = module.media("test")
-    assert {"score_image", "confusion_response", "accuracy", "verdicts"} <= drawn.keys()
+    assert {"score_image", "calibration_image", "confusion_response", "accuracy", "verdicts"} <= drawn.keys()
     assert int(drawn["confusion_response"].matrix.sum()) == 6
     assert len(drawn["verdicts"].rows) == 6
     assert {len(row) for row in drawn["verdicts"].rows} == {len(drawn["verdicts"].columns)}
@@ -295,3 +295,10 @@ def test_a_step_computes_the_logits_that_its_loss_needs_and_no_more(fitted, monk
         for part, whole in zip(loss, module._loss(replace(batch, learned=0)), strict=True):
             torch.testing.assert_close(part, whole)
     assert len(kept) == 6
+
+
+def test_predictions_of_a_part_that_is_never_shown_are_refused_and_a_test_of_it_is_not(tmp_path):
+    module, trainer = fit(tmp_path, make(prompt=Prompt(modality="text_only")), max_steps=1)
+    assert "test/image_accuracy" in trainer.test(module, make_data(), verbose=False)[0]
+    with pytest.raises(UserError, match=r"^prompt.modality: expected one that shows the image, .* got text_only"):
+        trainer.predict(module, make_data())

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from squares import labelled
 
 from leanlight.contracts import HARM_CATEGORIES, SAFETY_FIELDS, SafetySample, UserError
 from lit_modules.falcon_eye.prompt import PictureSlot, Prompt, Text, UserText
@@ -128,3 +129,29 @@ def test_the_wording_for_a_tokenizer_covers_questions_and_answers():
 def test_settings_that_do_not_exist_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         Prompt(**settings)
+
+
+@pytest.mark.parametrize(
+    ("modality", "fields", "hidden"),
+    [
+        ("vqa", SAFETY_FIELDS, None),
+        ("text_only", SAFETY_FIELDS, "image"),
+        ("text_only", ("instruction", "response"), None),
+        ("image_only", SAFETY_FIELDS, "instruction"),
+        ("image_only", ("image", "response"), "response"),
+        ("image_only", ("image",), None),
+    ],
+)
+def test_a_part_that_is_judged_and_never_shown_is_one_line(modality, fields, hidden):
+    samples = [labelled(0), labelled(1), labelled(2, image=None)]
+    prompt = Prompt(modality=modality)
+    if hidden is None:
+        prompt.require_shown(fields, samples)
+        return
+    count = "2 of 3" if hidden == "image" else "3 of 3"
+    with pytest.raises(
+        UserError, match=f"^prompt.modality: .* shows the {hidden}, .* of {count} samples, got {modality};"
+    ):
+        prompt.require_shown(fields, samples)
+    if hidden == "image":
+        prompt.require_shown(fields, samples[2:])
