@@ -1,26 +1,26 @@
-"""Draw what modules offer as media, into the run folder and to W&B."""
+"""Draw what modules offer as media, into the run folder and to the loggers that show pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.common import writes_files
 from callbacks.pictures import render
-from leanlight.contracts import Animation, MediaItem, Split, Table, isolated_rng, progress_of
+from callbacks.sending import send_media
+from leanlight.contracts import MediaItem, Split, isolated_rng, progress_of
 
 
 class MediaLogger(Callback):
     """Asks the module for its pictures and draws them after validation, test and prediction, and when training ends.
 
     Files: ``artifacts/media/<split>/<name>.png`` (``.gif`` for animations, ``.csv`` for tables), always the newest. The
-    same pictures go to every `WandbLogger`. Random states are left as they were, and a module without ``media`` alone.
+    same pictures go to W&B, TensorBoard and MLflow where they are among the loggers. Random states are left as they
+    were, and a module without ``media`` alone.
 
     Args:
         every_n_epochs: draw after the validations of every n-th epoch and of the last; 0 draws none.
@@ -67,7 +67,7 @@ def publish(
     items: Mapping[str, MediaItem],
     keep_history: bool = False,
 ) -> None:
-    """Draw pictures into the run folder and send them to W&B, on rank zero.
+    """Draw pictures into the run folder and send them to the loggers, on rank zero.
 
     Args:
         trainer: knows the run folder and the loggers.
@@ -86,17 +86,4 @@ def publish(
         files[name] = render(item, folder / name, title)
         if keep_history:
             render(item, folder / name / str(progress.value), title)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            sent = {f"{split}/{name}": _for_wandb(items[name], file) for name, file in files.items()}
-            logger.experiment.log({**sent, "trainer/global_step": trainer.global_step})
-
-
-def _for_wandb(item: MediaItem, file: Path) -> Any:
-    import wandb
-
-    if isinstance(item, Table):
-        return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
-    if isinstance(item, Animation):
-        return wandb.Video(str(file), format="gif")
-    return wandb.Image(str(file))
+    send_media(trainer.loggers, split, items, files, trainer.global_step)

@@ -77,6 +77,12 @@ def render(item: MediaItem, path: Path, title: str) -> Path:
     return target
 
 
+def size_of(file: Path) -> tuple[int, int]:
+    """Width and height of a drawn picture in pixels."""
+    with Image.open(file) as image:
+        return image.size
+
+
 def _ending(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)  # not with_suffix: a name may hold a dot
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.common import items_in, writes_files
+from callbacks.sending import send_figures
 from leanlight.contracts import atomic_write
 
 _WAITING = 256  # step times still on their way from a GPU; older ones have long arrived
@@ -24,7 +24,7 @@ _WAITING = 256  # step times still on their way from a GPU; older ones have long
 class ThroughputMonitor(Callback):
     """Measures training speed and memory and writes the newest figures to ``<run folder>/throughput.json``.
 
-    The figures go there and to W&B, not to the other loggers: they differ from run to run, and metrics.csv of a
+    The figures go there and to dashboards, not into metrics.csv: they differ from run to run, and metrics.csv of a
     resumed run equals that of an undisturbed one. Lightning's own ThroughputMonitor sends to every logger and waits
     for the GPU in each step, so it does not serve here. Put this callback first: callbacks before it count as part
     of the step.
@@ -127,9 +127,7 @@ class ThroughputMonitor(Callback):
     def _publish(self, trainer: Trainer, figures: dict[str, float | int | None]) -> None:
         text = json.dumps({"epoch": trainer.current_epoch, **figures}, indent=2)
         atomic_write(Path(trainer.default_root_dir) / "throughput.json", text + "\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_metrics({k: v for k, v in figures.items() if v is not None}, trainer.global_step)
+        send_figures(trainer.loggers, {k: v for k, v in figures.items() if v is not None}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since

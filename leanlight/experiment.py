@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,18 +14,21 @@ from typing import Any, NamedTuple
 import jsonargparse
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
+from callbacks.bar import progress_callback
+from callbacks.sending import attempt, keep_from_stopping
 from leanlight import runs
+from leanlight.announce import Opening, closing
 from leanlight.checks import check_config
 from leanlight.contracts import CollectsPredictions, UserError
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
-from leanlight.loggers import RunCSVLogger, RunWandbLogger
+from leanlight.loggers import RunCSVLogger, RunMLFlowLogger, RunTensorBoardLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
 from leanlight.objects import admitted_object
 from leanlight.parser import LeanlightParser
@@ -34,7 +36,7 @@ from leanlight.predictions import read_predictions
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.registry import config_root
 from leanlight.standard import STANDARD_CALLBACKS
-from leanlight.tracking import is_offline
+from leanlight.tracking import close_wandb, open_logger, open_wandb
 from lit_modules.admission import TRUST, only_admitted
 from lit_modules.hparams import rebuild
 
@@ -145,6 +147,7 @@ class LeanlightCLI(LightningCLI):
             chosen = Path(inherited)  # not what `--from` chose here, after the first process had made its folder
         run_id = self.settings.id or runs.new_run_id(identity)
         self.run_dir = (chosen or root / self.method / self.dataset / run_id).resolve()
+        self.title = self.settings.experiment or self.dataset
         self.fresh = chosen is None or not chosen.exists()
         self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)
         config = dict(self._get(self.config_init, "trainer"))
@@ -156,9 +159,13 @@ class LeanlightCLI(LightningCLI):
         loggers = [logger for logger in _listed(config.get("logger")) if not isinstance(logger, bool)]
         # ThroughputMonitor first: the time that other callbacks take counts as outside the step.
         throughput, *others, resume = (self._get(self.config_init, key) for key in STANDARD_CALLBACKS)
+        for callback in others:
+            if isinstance(callback, callbacks.ExportArtifact) and callback.title is None:
+                callback.title = f"{self.method}-{self.title}"
         added = [throughput, *users, *others, *self._best(config), self.recorder]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, RichProgressBar) for c in users):
-            added.append(RichProgressBar(leave=sys.stdout.isatty()))
+        added.append(Opening(f"{self.method}: {self.title}", self.run_dir))
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in users):
+            added.append(progress_callback())
         if self.only == "predict":
             writer = self._get(self.config_init, "predictions")
             writer.resume = True  # a new run folder is empty: only a resumed one has anything to go on with
@@ -216,13 +223,19 @@ class Session:
             ensure = getattr(self.cli.datamodule, "ensure_available", None)
             if ensure is not None:
                 ensure()
-            self._open()
-            with self.cli.recorder.recording(self.trainer):
-                self.cli.start()
-                if self.cli.only == "fit":
-                    self._test()
-                elif self.cli.only == "predict":
-                    self._collect()
+            try:
+                self._open()
+                with self.cli.recorder.recording(self.trainer):
+                    self.cli.start()
+                    if self.cli.only == "fit":
+                        self._test()
+                    elif self.cli.only == "predict":
+                        self._collect()
+            except BaseException:
+                close_wandb(self.trainer.loggers, exit_code=1)
+                raise
+        self._tell_best()
+        close_wandb(self.trainer.loggers, exit_code=0)
         self._say_where()
 
     def _open(self) -> None:
@@ -240,17 +253,29 @@ class Session:
                 where = f"trainer.default_root_dir: cannot write {self.run_dir}"
                 raise UserError(f"{where} ({error.strerror or error})") from error
             os.environ[_RUN_DIR] = str(self.run_dir)
-        self._add_wandb()
+        self._add_loggers()
 
-    def _add_wandb(self) -> None:
-        settings = self.cli.settings
-        if settings.wandb == "disabled" or any(isinstance(x, pl.loggers.WandbLogger) for x in self.trainer.loggers):
+    def _add_loggers(self) -> None:
+        """Begin what tracks the run beside metrics.csv; what cannot begin is left out."""
+        settings, title = self.cli.settings, self.cli.title
+        if self.cli.resolved["trainer"]["fast_dev_run"]:
             return
-        offline = is_offline(settings.wandb)
-        if offline:
-            os.environ.setdefault("WANDB_SILENT", "true")  # it has no page to point to
-        logger = RunWandbLogger(
-            name=self.run_dir.name,
+        name = settings.id or f"{title}-s{self.cli.resolved['seed_everything']}-{self.run_dir.name}"
+        own = [keep_from_stopping(x) for x in self.trainer.loggers if not isinstance(x, RunCSVLogger)]
+        added = []
+        if settings.wandb != "disabled" and not any(isinstance(x, pl.loggers.WandbLogger) for x in own):
+            added.append(open_wandb(settings.wandb, self.run_dir, partial(self._wandb, name)))
+        if settings.tensorboard:
+            added.append(open_logger("TensorBoard", partial(RunTensorBoardLogger, self.run_dir)))
+        if settings.mlflow:
+            made = partial(RunMLFlowLogger, self.run_dir, settings.wandb_project, name)
+            added.append(open_logger("MLflow", made))
+        self.trainer.loggers = [*self.trainer.loggers, *(logger for logger in added if logger is not None)]
+
+    def _wandb(self, name: str, offline: bool) -> RunWandbLogger:
+        settings = self.cli.settings
+        return RunWandbLogger(
+            name=name,
             id=f"{self.cli.method}-{self.cli.dataset}-{self.run_dir.name}"[-120:],
             save_dir=self.run_dir,
             project=settings.wandb_project,
@@ -261,7 +286,6 @@ class Session:
             notes=settings.notes or None,
             resume="allow",
         )
-        self.trainer.loggers = [*self.trainer.loggers, logger]
 
     def _test(self) -> None:
         which = self.cli.settings.test
@@ -310,13 +334,18 @@ class Session:
             raise with_prefix(error, self.cli.resolved) from error
 
     @rank_zero_only
+    def _tell_best(self) -> None:
+        """Tell W&B the best validation of the whole run, resumed or not, for its lists and sweeps."""
+        metric = getattr(self.cli.model, "primary_metric", None)
+        table = next(logger for logger in self.trainer.loggers if isinstance(logger, RunCSVLogger))
+        best = table.best(metric.name, metric.mode) if metric is not None and self.cli.only == "fit" else None
+        for logger in self.trainer.loggers:
+            if best is not None and isinstance(logger, RunWandbLogger):
+                attempt(logger, "metrics", logger.tell_best, metric.name, best)
+
+    @rank_zero_only
     def _say_where(self) -> None:
-        metrics = self.cli.recorder.metrics.items()
-        splits = ("val/", "test/", "predict/")
-        shown = {name: value for name, value in metrics if name.startswith(splits) and name.count("/") == 1}
-        print(
-            "\n".join([*(f"{name:<24} {value:.4f}" for name, value in sorted(shown.items())), f"run: {self.run_dir}"])
-        )
+        print(closing(self.cli.recorder.metrics, self.cli.method, self.run_dir))
 
 
 # -- from Python

@@ -59,7 +59,15 @@ def expand(argv: list[str]) -> Invocation:
         target = Path(source) / command
         target = target if not target.exists() else target.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
         return Invocation(_from_checkpoint(command, Path(source), "--from", [*configs, *args]), target, trusted)
-    return Invocation([command, *configs, *args], None, trusted)
+    # First of all, so that a name in a config, as that of a run folder, stands above it.
+    named = [f"--run.experiment={title}" for title in [_title(names)] if title]
+    return Invocation([command, *named, *configs, *args], None, trusted)
+
+
+def _title(configs: list[str]) -> str:
+    """Name of the last config that is more than an overlay of trainer or logger; empty for none."""
+    paths = [path for name in configs for path in find_configs(name) if path.parent.name not in ("trainer", "logger")]
+    return paths[-1].stem if paths else ""
 
 
 def option(key: str, value: Any) -> str:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 
 from callbacks import ThroughputMonitor
+from callbacks.sending import attempt
 from leanlight import runs
 from leanlight.contracts import DivergedError, progress_of
 from leanlight.loggers import RunWandbLogger
@@ -63,8 +64,7 @@ class RunRecorder(pl.Callback):
             if hasattr(logger, "progress"):
                 logger.progress = partial(progress_of, pl_module)
             if isinstance(logger, RunWandbLogger) and trainer.is_global_zero:
-                logger.experiment.config.update(dict(self.resolved), allow_val_change=True)
-                logger.tie_metrics(logger.progress().unit)  # type: ignore[misc]
+                attempt(logger, "settings", logger.begin, dict(self.resolved), progress_of(pl_module).unit)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = True

@@ -26,8 +26,18 @@ PROJECT = Path(__file__).resolve().parent.parent
 _CODE_ROOTS = ("leanlight/contracts/", "leanlight/ops/", "lit_modules/", "datamodules/", "callbacks/")
 # Files of these names never decide a number, so that a change in them must not make results look outdated. They draw
 # (pictures, media), pack (export) or time (throughput) what has been computed, describe data whose content has a
-# fingerprint of its own (catalog), or only list names (__init__: a new method does not change the others).
-_CODE_THAT_DECIDES_NOTHING = ("pictures.py", "media.py", "export.py", "throughput.py", "catalog.py", "__init__.py")
+# fingerprint of its own (catalog), tell of a run (bar, sending), or only list names (__init__: a new method does not
+# change the others).
+_CODE_THAT_DECIDES_NOTHING = (
+    "pictures.py",
+    "media.py",
+    "export.py",
+    "throughput.py",
+    "catalog.py",
+    "bar.py",
+    "sending.py",
+    "__init__.py",
+)
 # Trainer settings that decide numbers. The others (logging, progress bars, folders) do not change a run's identity.
 _TRAINER_KEYS = [
     "accelerator",
@@ -108,7 +118,11 @@ class RunSettings:
         tags: W&B tags.
         notes: free text kept with the run.
         wandb: auto logs online when W&B has a key, offline otherwise.
-        wandb_project: W&B project.
+        wandb_project: W&B project, and MLflow's experiment.
+        experiment: what runs of one setting have in common, with any seed: the first part of their names in W&B and of
+            their artefacts'; by default the config's name.
+        tensorboard: also write TensorBoard's files, into the run folder.
+        mlflow: also log to MLflow, in the run folder or on the server that MLFLOW_TRACKING_URI names.
         test: which weights to test when `fit` ends.
         tf32: let GPUs multiply float32 numbers with 10 bits of mantissa (TensorFloat-32): faster, but no float32.
         inputs: files and folders of earlier stages this run depends on, by name; their content is part of its identity.
@@ -121,6 +135,9 @@ class RunSettings:
     notes: str = ""
     wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
     wandb_project: str = "leanlight"
+    experiment: str | None = None
+    tensorboard: bool = False
+    mlflow: bool = False
     test: Literal["none", "last", "best"] = "last"
     tf32: bool = False
     inputs: dict[str, str] = field(default_factory=dict)

@@ -1,16 +1,135 @@
-"""Weights & Biases outside of a Trainer: whether it is online, and a selection as an artefact."""
+"""What begins and ends the tracking of a run, so that no tracker stops it; and a selection as an artefact of W&B."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from leanlight import runs
+from leanlight.contracts.errors import MissingExtraError
+
+if TYPE_CHECKING:  # `leanlight select` starts without Lightning
+    from lightning.pytorch.loggers import Logger, WandbLogger
+
+# Seconds that W&B waits for its server at the start and at the end; its own defaults are 90, and for ever. What it has
+# not sent by then lies in the run folder.
+_PATIENCE = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60"}
+_HOMES = {
+    "WANDB_CACHE_DIR": ".cache/wandb",
+    "WANDB_DATA_DIR": ".local/share/wandb",
+    "WANDB_CONFIG_DIR": ".config/wandb",
+}
+
+
+def open_logger(name: str, make: Callable[[], Logger]) -> Logger | None:
+    """A logger that has begun and cannot stop the run; None, with one line of warning, where it cannot begin.
+
+    Args:
+        name: what users call it.
+        make: makes it.
+
+    Raises:
+        MissingExtraError: its package is not installed.
+    """
+    from callbacks.sending import keep_from_stopping, warn
+
+    try:
+        logger = make()
+        _ = logger.experiment  # type: ignore[attr-defined]  # every logger here has one, made on first use
+        return keep_from_stopping(logger)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or name.lower(), "tracking") from error
+    except Exception as error:  # of any library, network or disk
+        warn(f"{name} is left out of this run ({_reason(error)})")
+        return None
+
+
+def open_wandb(mode: str, directory: Path, make: Callable[[bool], WandbLogger]) -> Logger | None:
+    """The W&B logger of a run, begun: online if it shall be, else offline, else None, with one line of warning.
+
+    Args:
+        mode: as `leanlight.runs.RunSettings.wandb`, not ``disabled``.
+        directory: the run folder.
+        make: makes the logger; its argument says whether it is offline.
+    """
+    from callbacks.sending import keep_from_stopping, warn
+
+    prepare_wandb(directory)
+    problem = ""
+    for offline in (True,) if is_offline(mode) else (False, True):
+        try:
+            logger = make(offline)
+            _ = logger.experiment  # begins the run
+        except Exception as error:  # of W&B, the network or the disk
+            problem = _reason(error)
+            continue
+        if problem:
+            upload = f"wandb sync '{directory / 'wandb'}'/offline-run-*"
+            warn(f"W&B cannot be reached ({problem}): the run is kept offline; later: {upload}")
+        return keep_from_stopping(logger)
+    warn(f"W&B is left out of this run ({problem})")
+    return None
+
+
+def prepare_wandb(directory: Path) -> None:
+    """Settings of W&B for this process: no lines of its own, limited patience, places that can be written.
+
+    What the user has set stands.
+
+    Args:
+        directory: where W&B shall keep what it keeps in the home folder by default, should that be read-only.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # the run says itself where its page is
+    for name, seconds in _PATIENCE.items():
+        os.environ.setdefault(name, seconds)
+    for name, place in _HOMES.items():
+        if name not in os.environ and not _can_be_made(place):
+            os.environ[name] = str(directory / "wandb" / name.split("_")[1].lower())
+
+
+def _can_be_made(place: str) -> bool:
+    """Whether a folder of the home folder is there and can be written, or can be made."""
+    try:
+        folder = Path.home() / place
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # no home at all
+        return False
+
+
+def close_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
+    """End the W&B run of a run; one line of warning tells what could not be sent in time.
+
+    Args:
+        loggers: of the trainer.
+        exit_code: 0 for a run that ended well.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    from callbacks.sending import warn
+
+    for logger in loggers:
+        run = getattr(logger, "_experiment", None) if isinstance(logger, WandbLogger) else None
+        if run is None:
+            continue
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            warn(f"W&B has not taken everything; later: wandb sync '{Path(run.dir).parent}'")
+        except Exception as error:  # its process may be gone
+            warn(f"W&B did not end well ({_reason(error)}); what it has lies in {Path(run.dir).parent}")
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).strip().splitlines()[:1]
+    return ": ".join([type(error).__name__, *first])
 
 
 def is_offline(mode: str) -> bool:
@@ -24,11 +143,24 @@ def _has_key() -> bool:
         return False
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path.home() / ".netrc"
-    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+    own = os.environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(own).netloc] if own else ["api.wandb.ai", "api.forge.coreweave.com"]
+    try:
+        known = (Path.home() / ".netrc").read_text(errors="ignore").split()
+    except (OSError, RuntimeError):  # none, or no home
+        return False
+    return any(host in known for host in hosts)
 
 
 def log_selection(features: Path, output: Path, record: Mapping[str, Any], mode: str) -> None:
+    """As `_log_selection`; when W&B fails, one line of warning, for the selection is there."""
+    try:
+        _log_selection(features, output, record, mode)
+    except Exception as error:  # of W&B, the network or the disk
+        print(f"leanlight: warning: the selection is not in W&B ({_reason(error)})", file=sys.stderr)
+
+
+def _log_selection(features: Path, output: Path, record: Mapping[str, Any], mode: str) -> None:
     """Log a selection as a W&B run with an artefact, made of another one that stands for its features.
 
     Online W&B draws that line itself. Offline it knows no use of artefacts, so both are logged and the metadata of the
@@ -45,8 +177,7 @@ def log_selection(features: Path, output: Path, record: Mapping[str, Any], mode:
     source, place = runs.run_of(features.resolve()), runs.run_of(output.resolve())
     settings = _settings(source)
     offline = is_offline(mode)
-    if offline:
-        os.environ.setdefault("WANDB_SILENT", "true")  # it has no page to point to
+    prepare_wandb(place)
     name = f"{source.name}-{output.name}" if place == source else place.name
     told = {key: value for key, value in record.items() if key not in ("details", "counts", "code_files")}
     run = wandb.init(

@@ -196,7 +196,7 @@ def test_export_is_written_at_the_end_and_becomes_a_model_artifact(tmp_path, wan
     module, _, _ = fit(tmp_path, ExportArtifact(aliases=["best"]), logger=logger)
     assert float((tmp_path / "artifacts/export/weight.txt").read_text()) == pytest.approx(module.weight.item())
     ((artifact, aliases),) = run.artifacts
-    assert (artifact.type, artifact.name, aliases) == ("model", "my-run-export", ["best"])
+    assert (artifact.type, artifact.name, aliases) == ("model", "Module-export", ["best"])
     assert set(artifact.manifest.entries) == {"weight.txt"}
     assert artifact.metadata["progress"] == {"round": 12}
 

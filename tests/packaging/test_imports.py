@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_pure_files_of_a_method_import_neither_lightning_nor_wandb():
             assert name.split(".")[0] not in ("lightning", "pytorch_lightning", "wandb"), f"{path}: {name}"
 
 
+@cache
 def module_graph():
     """Every module of the suite with the modules of the suite that it imports, at any depth of its code."""
     paths = {

@@ -1,0 +1,156 @@
+"""What a run says of itself: one block before it begins, one list when it has ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.loggers import WandbLogger
+
+from leanlight.registry import methods
+
+_SPLITS = ("val/", "test/", "predict/")
+_PREFIXES = ("p", "n", "µ", "m", "", "k", "M", "G", "T")  # of 1000⁻⁴ to 1000⁴
+
+
+class Opening(pl.Callback):
+    """Prints the block as soon as data and model are ready.
+
+    Args:
+        title: what runs, e.g. the config's name.
+        run_dir: the run folder.
+    """
+
+    def __init__(self, title: str, run_dir: Path) -> None:
+        self.title, self.run_dir = title, run_dir
+        self._said = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say(trainer, pl_module)
+
+    def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._said or not trainer.is_global_zero:
+            return
+        self._said = True
+        facts = {
+            "model": type(pl_module).__name__,
+            "data": describe_data(getattr(trainer, "datamodule", None)),
+            "device": _device(trainer),
+            "size": _size(pl_module),
+            "length": _length(trainer),
+            "W&B": _wandb(trainer),
+            "folder": str(self.run_dir),
+        }
+        lines = [self.title, *(f"  {name:<7} {fact}" for name, fact in facts.items() if fact)]
+        print("\n".join(lines), flush=True)
+
+
+def describe_data(data: Any) -> str:
+    """Name of a data set, items of its splits and where it comes from."""
+    meta = getattr(data, "meta", None)
+    if meta is None:
+        return type(data).__name__ if data is not None else ""
+    counts = ", ".join(f"{split} {count:,}" for split, count in meta.counts.items())
+    return f"{meta.name}{f': {counts}' if counts else ''} ({meta.source})"
+
+
+def _device(trainer: pl.Trainer) -> str:
+    device = trainer.strategy.root_device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{f'{trainer.world_size} x ' if trainer.world_size > 1 else ''}{kind}, {trainer.precision}"
+
+
+def _size(module: pl.LightningModule) -> str:
+    weights = [w for w in module.parameters() if not isinstance(w, torch.nn.parameter.UninitializedParameter)]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    total = sum(weight.numel() for weight in weights)
+    return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained != total else "")
+
+
+def _length(trainer: pl.Trainer) -> str:
+    if trainer.state.fn != "fit":
+        return ""
+    limits = {"epochs": trainer.max_epochs, "steps": trainer.max_steps}
+    return ", ".join(f"{limit:,} {unit}" for unit, limit in limits.items() if limit and limit > 0)
+
+
+def _wandb(trainer: pl.Trainer) -> str:
+    logger = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+    if logger is None:
+        return ""
+    return "offline" if logger._offline else str(logger.experiment.url)
+
+
+def units_of(method: str) -> dict[str, tuple[str, float, int]]:
+    """How the result tables of a method show its metrics: name without split → unit, factor, decimals."""
+    units: dict[str, tuple[str, float, int]] = {}
+    folder = methods()[method].folder / "tables" if method in methods() else None
+    for path in sorted(folder.glob("*.yaml")) if folder is not None else ():
+        try:
+            for name, shown in yaml.safe_load(path.read_text(encoding="utf-8"))["metrics"].items():
+                fact = str(shown.get("unit", "")), float(shown.get("scale", 1.0)), int(shown.get("digits", 3))
+                units.setdefault(name.split("/", 1)[-1], fact)
+        except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # a bad table of a package: `reproduce` says what is wrong with it
+    return units
+
+
+def show_value(name: str, value: float, units: Mapping[str, tuple[str, float, int]]) -> tuple[str, str]:
+    """A logged value as number and unit.
+
+    Args:
+        name: as it is logged, ``<split>/<metric>``.
+        value: as it is logged.
+        units: what `units_of` gives; for other metrics the name tells.
+    """
+    metric = name.split("/", 1)[-1]
+    if not math.isfinite(value):
+        return f"{value:g}", ""
+    if metric in units:
+        unit, scale, digits = units[metric]
+        return f"{value * scale:,.{digits}f}", unit
+    if metric.startswith("energy_pj"):
+        return _with_prefix(value * 1e-12, "J")
+    if metric.startswith(("macs", "acs")):
+        return _with_prefix(value, "")
+    if "accuracy" in metric:
+        return f"{value * 100:.1f}", "%"
+    return (f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4g}"), ""
+
+
+def _with_prefix(value: float, unit: str) -> tuple[str, str]:
+    """``(544.8, nJ)``: four figures and a prefix of the SI."""
+    if not value:
+        return "0", unit
+    power = max(-4, min(4, math.floor(math.log10(abs(value)) / 3)))
+    return f"{value / 1000**power:.4g}", f"{_PREFIXES[power + 4]}{unit}"
+
+
+def closing(metrics: Mapping[str, float], method: str, run_dir: Path) -> str:
+    """The measured values of a run, one a line, numbers under one another by their points, and its folder."""
+    units = units_of(method)
+    shown = {
+        k: show_value(k, v, units) for k, v in sorted(metrics.items()) if k.startswith(_SPLITS) and k.count("/") == 1
+    }
+    names = max(map(len, shown), default=0)
+    before = max((len(number.partition(".")[0]) for number, _ in shown.values()), default=0)
+    after = max((len(number) - len(number.partition(".")[0]) for number, _ in shown.values()), default=0)
+    lines = []
+    for name, (number, unit) in shown.items():
+        whole, point, rest = number.partition(".")
+        lines.append(f"{name:<{names}}  {whole:>{before}}{point + rest:<{after}} {unit}".rstrip())
+    return "\n".join([*lines, f"run: {run_dir}"])

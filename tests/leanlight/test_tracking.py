@@ -1,0 +1,145 @@
+"""W&B begins online, else offline, else not at all, and never stops the run."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from leanlight import tracking
+from leanlight.contracts import MissingExtraError
+from leanlight.loggers import RunWandbLogger
+
+NAMES = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", *tracking._PATIENCE, *tracking._HOMES)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def maker(*fails):
+    """Makes loggers that fail to begin where `offline` is among `fails`."""
+    made = []
+
+    class Tracker(Logger):
+        name, version = "tracker", "0"
+
+        def __init__(self, offline):
+            super().__init__()
+            self.offline = offline
+            made.append(offline)
+
+        @property
+        def experiment(self):
+            if self.offline in fails:
+                raise ConnectionError("no such host\nand a stack of reasons")
+            return object()
+
+        def log_metrics(self, *_):
+            """None."""
+
+        log_hyperparams = log_metrics
+
+    return Tracker, made
+
+
+@pytest.mark.parametrize(
+    ("mode", "fails", "made", "told"),
+    [
+        ("online", (), [False], ""),
+        ("offline", (), [True], ""),
+        ("online", (False,), [False, True], "is kept offline; later: wandb sync"),
+        ("online", (False, True), [False, True], "left out of this run (ConnectionError: no such host)"),
+        ("offline", (True,), [True], "left out of this run (ConnectionError: no such host)"),
+        ("auto", (True,), [True], "left out of this run (ConnectionError: no such host)"),
+    ],
+)
+def test_wandb_falls_back_with_one_line(tmp_path, capsys, mode, fails, made, told):
+    make, tried = maker(*fails)
+    logger = tracking.open_wandb(mode, tmp_path, make)
+    err = capsys.readouterr().err
+    assert tried == made
+    assert err.count("\n") == bool(told)
+    assert told in err
+    assert (logger is None) == (tried[-1] in fails)
+
+
+def test_a_logger_that_cannot_begin_is_left_out(capsys):
+    make, _ = maker(True)
+    assert tracking.open_logger("MLflow", lambda: make(True)) is None
+    assert capsys.readouterr().err.startswith("leanlight: warning: MLflow is left out of this run")
+
+
+def test_a_missing_package_is_the_users_to_install():
+    def make():
+        raise ModuleNotFoundError("no", name="mlflow")
+
+    with pytest.raises(MissingExtraError, match=r"'mlflow'.*leanlight\[tracking\]"):
+        tracking.open_logger("MLflow", make)
+
+
+def test_a_home_that_cannot_be_written_is_replaced_by_the_run_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", "mine")
+    tracking.prepare_wandb(tmp_path / "run")
+    assert tracking.os.environ["WANDB_DATA_DIR"] == str(tmp_path / "run/wandb/data")
+    assert tracking.os.environ["WANDB_CACHE_DIR"] == "mine"
+
+
+def test_a_key_is_found_in_netrc_for_the_server_in_use(tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine wandb.example.org\n  login user\n  password x\n")
+    assert tracking.is_offline("auto")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not tracking.is_offline("auto")
+
+
+@pytest.fixture
+def refusing():
+    """Address of a server that takes no key."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(401)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_wrong_key_leaves_an_offline_copy(tmp_path, monkeypatch, capsys, refusing):
+    monkeypatch.setenv("WANDB_BASE_URL", refusing)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    logger = tracking.open_wandb(
+        "online", tmp_path, lambda offline: RunWandbLogger(save_dir=tmp_path, offline=offline, project="p")
+    )
+    logger.log_metrics({"val/accuracy": 0.5}, 1)
+    tracking.close_wandb([logger], 0)
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert sum("leanlight: warning" in line for line in capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [TimeoutError("60 s"), BrokenPipeError("gone")])
+def test_an_end_without_the_server_is_one_line_that_says_where_the_copy_lies(capsys, error):
+    def finish(exit_code):
+        raise error
+
+    logger = object.__new__(WandbLogger)
+    logger._experiment = SimpleNamespace(finish=finish, dir="/runs/a/wandb/run-1/files")
+    tracking.close_wandb([logger], 0)
+    assert capsys.readouterr().err.count("\n") == 1
