@@ -128,8 +128,8 @@ def as_table(item: MediaItem) -> Table | None:
         return Table(("name", item.ylabel), list(item.values.items()))
     if isinstance(item, Heatmap) and item.matrix.numel() <= _LARGEST_TABLE:
         matrix = item.matrix.tolist()
-        rows = item.rows or range(len(matrix))
-        columns = item.columns or range(item.matrix.shape[1])
+        rows: Sequence[str | int] = item.rows or range(len(matrix))
+        columns: Sequence[str | int] = item.columns or range(item.matrix.shape[1])
         cells = [
             (a, b, value) for a, line in zip(rows, matrix, strict=True) for b, value in zip(columns, line, strict=True)
         ]

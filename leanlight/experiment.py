@@ -338,9 +338,10 @@ class Session:
         """Tell W&B the best validation of the whole run, resumed or not, for its lists and sweeps."""
         metric = getattr(self.cli.model, "primary_metric", None)
         table = next(logger for logger in self.trainer.loggers if isinstance(logger, RunCSVLogger))
-        best = table.best(metric.name, metric.mode) if metric is not None and self.cli.only == "fit" else None
+        if metric is None or self.cli.only != "fit" or (best := table.best(metric.name, metric.mode)) is None:
+            return
         for logger in self.trainer.loggers:
-            if best is not None and isinstance(logger, RunWandbLogger):
+            if isinstance(logger, RunWandbLogger):
                 attempt(logger, "metrics", logger.tell_best, metric.name, best)
 
     @rank_zero_only
