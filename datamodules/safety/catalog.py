@@ -30,7 +30,7 @@ _ALL = [
         licence="that of leanlight",
         origin="made by leanlight",
         size_mb=0,
-        get="always there",
+        get="always there; leanlight data prepare shapes writes them as files to ROOT/shapes, to audit",
     ),
     SafetySetInfo(
         name="xstest",

@@ -143,8 +143,20 @@ def _prepare_clips(name: str, arguments: argparse.Namespace) -> str:
 
 
 def _prepare_samples(name: str, arguments: argparse.Namespace) -> str:
+    if name == "shapes" and not (arguments.path or arguments.images):
+        return _write_shapes(Path(arguments.root) / name)
     meta = _samples(name, arguments).meta
     return f"{sum(meta.counts.values()):,} samples, {sum(meta.pictures.values()):,} with a picture, from {meta.source}"
+
+
+def _write_shapes(folder: Path) -> str:
+    """Made samples as files, for commands that read files; fits make the same ones for themselves."""
+    from datamodules.safety.files import write_samples
+    from datamodules.safety.shapes import Shapes
+
+    found = Shapes().make()
+    there = "written to" if write_samples(found, folder) else "already in"
+    return f"{len(found):,} samples with pictures {there} {folder}; test.jsonl is for leanlight audit"
 
 
 def _samples(name: str, arguments: argparse.Namespace) -> SafetyDataModule:

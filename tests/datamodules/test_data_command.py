@@ -12,6 +12,8 @@ import torch
 
 from datamodules import CATALOG, EMOTIONS, SAFETY_SETS, SESSIONS
 from datamodules.images import formats
+from datamodules.safety import shapes
+from datamodules.safety.shapes import Shapes
 from leanlight.cli import data
 from leanlight.contracts import UserError
 
@@ -103,6 +105,18 @@ def test_check_of_samples_prints_sizes_labels_and_pictures(tmp_path: Path, capsy
     assert counts is not None
     assert sum(map(int, counts.groups())) == 50
     assert "instruction" not in printed
+
+
+def test_prepare_of_shapes_writes_files_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "Shapes", lambda: small)
+    small = Shapes(train=3, val=1, test=2)
+    for expected in ("written to", "already in"):
+        assert data.main(["prepare", "shapes", "--root", str(tmp_path)]) == 0
+        assert f"ready, 6 samples with pictures {expected} {tmp_path / 'shapes'}" in capsys.readouterr().out
+    assert len((tmp_path / "shapes" / "test.jsonl").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "shapes").rglob("*.png"))) == 6
 
 
 def test_check_takes_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,14 @@
 """Made samples, against what can be seen in their pictures and read in their words."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from datamodules.safety.files import write_samples
+from datamodules.safety.readers import read_parts, read_samples
 from datamodules.safety.shapes import SHAPES, Shapes
 from leanlight.contracts import HARM_CATEGORIES, SafetySample, UserError
 
@@ -117,3 +121,39 @@ def test_shuffled_pictures_are_those_of_other_samples_of_the_test_part():
 def test_settings_that_make_no_sense_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         Shapes(**changes)
+
+
+def test_samples_as_files_are_read_back_as_the_same_samples(tmp_path):
+    found = Shapes(train=6, val=3, test=5).make()
+    folder = tmp_path / "made" / "shapes"
+    assert write_samples(found, folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["train", "train.jsonl", "val", "val.jsonl", "test", "test.jsonl"]
+    )
+    assert list(folder.parent.iterdir()) == [folder]
+    for part in ("train", "val", "test"):
+        made_here = [sample for sample, of in found if of == part]
+        again = read_samples(folder / f"{part}.jsonl")
+        for ours, theirs in zip(made_here, again, strict=True):
+            assert replace(theirs, image=ours.image) == ours
+            assert torch.equal(theirs.image.pixels(), ours.image.pixels())
+    parts = [part for _, part in read_parts(folder)]
+    assert sorted(parts) == sorted(part for _, part in found)
+
+
+def test_files_that_are_there_are_left_as_they_are_and_others_are_refused(tmp_path):
+    found = Shapes(train=2, val=1, test=2).make()
+    folder = tmp_path / "shapes"
+    assert write_samples(found, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert not write_samples(found, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    with pytest.raises(UserError, match=r"shapes: expected no such folder, or train.jsonl as it is made here"):
+        write_samples(Shapes(train=3, val=1, test=2).make(), folder)
+
+
+def test_a_folder_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_samples(Shapes(train=2, val=1, test=2).make(), tmp_path / "shapes")
+    assert list(tmp_path.iterdir()) == []
