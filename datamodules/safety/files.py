@@ -31,19 +31,19 @@ def write_samples(found: Sequence[Found], folder: Path) -> bool:
     Raises:
         UserError: something else is there.
     """
-    tables: dict[str | None, str] = {}
+    tables: dict[str, str] = {}
     for sample, part in found:
         line = json.dumps(_row(sample, f"{part}/{sample.id}.png"), ensure_ascii=False)
-        tables[part] = f"{tables.get(part, '')}{line}\n"
+        tables[str(part)] = f"{tables.get(str(part), '')}{line}\n"
     if folder.exists():
         _require_same(folder, tables)
         return False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
         whole = Path(place) / folder.name
-        for part, table in tables.items():
-            (whole / str(part)).mkdir(parents=True)
-            (whole / f"{part}.jsonl").write_text(table, "utf-8")
+        for name, table in tables.items():
+            (whole / name).mkdir(parents=True)
+            (whole / f"{name}.jsonl").write_text(table, "utf-8")
         for sample, part in found:
             _write_picture(sample, whole / f"{part}/{sample.id}.png")
         os.replace(whole, folder)
@@ -64,9 +64,9 @@ def _row(sample: SafetySample, image: str) -> dict[str, Any]:
     }
 
 
-def _require_same(folder: Path, tables: dict[str | None, str]) -> None:
-    for part, table in tables.items():
-        file = folder / f"{part}.jsonl"
+def _require_same(folder: Path, tables: dict[str, str]) -> None:
+    for name, table in tables.items():
+        file = folder / f"{name}.jsonl"
         if not file.is_file() or file.read_text("utf-8") != table:
             raise UserError(f"{folder}: expected no such folder, or {file.name} as it is made here; move it away")
 
