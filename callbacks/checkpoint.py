@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from callbacks.common import gather_objects, is_trial
 from callbacks.epoch_state import capture_epoch, restore_epoch, restore_newest
 from leanlight.contracts import ResumableLogger, UserError, atomic_path, capture_rng, progress_of, restore_rng
+from leanlight.contracts.ranges import PositiveInt
 
 
 def last_checkpoint(trainer: Trainer) -> Path:
@@ -81,7 +82,7 @@ class ExactResume(Checkpoint):
         every: progress between two saves, in the module's own unit (steps, rounds, frames, images, …), at least 1.
     """
 
-    def __init__(self, every: int = 200) -> None:
+    def __init__(self, every: PositiveInt = 200) -> None:
         super().__init__()
         if every < 1:
             raise UserError(f"every: expected at least 1, got {every}")

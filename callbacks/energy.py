@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from callbacks.common import inputs_of, items_in, writes_files
 from callbacks.pictures import render
 from leanlight.contracts import HasVariants, Table, uncompiled
+from leanlight.contracts.ranges import NonNegativeInt
 
 MAC_PJ = 4.6
 AC_PJ = 0.9
@@ -201,7 +202,7 @@ class EnergyMeter(Callback):
         first_layer_repeats: count layers before the first neuron at every time step, though they are computed once.
     """
 
-    def __init__(self, batches: int = 2, first_layer_repeats: bool = False) -> None:
+    def __init__(self, batches: NonNegativeInt = 2, first_layer_repeats: bool = False) -> None:
         self.batches = batches
         self.first_layer_repeats = first_layer_repeats
         self._counter: OperationCounter | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from callbacks.checkpoint import last_checkpoint
 from leanlight.contracts import DivergedError, HasTerms, UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt
 
 
 class NaNGuard(Callback):
@@ -33,7 +34,7 @@ class NaNGuard(Callback):
         check_every_n_steps: batches between two looks on an accelerator, at least 1.
     """
 
-    def __init__(self, check_every_n_steps: int = 50) -> None:
+    def __init__(self, check_every_n_steps: PositiveInt = 50) -> None:
         if check_every_n_steps < 1:
             raise UserError(f"check_every_n_steps: expected at least 1, got {check_every_n_steps}")
         self.check_every_n_steps = check_every_n_steps
@@ -116,7 +117,7 @@ class DiskGuard(Callback):
         min_free_mb: free space to insist on, in MB (10^6 bytes).
     """
 
-    def __init__(self, min_free_mb: float = 500.0) -> None:
+    def __init__(self, min_free_mb: NonNegativeFloat = 500.0) -> None:
         self.min_free_mb = min_free_mb
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

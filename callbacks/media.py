@@ -13,6 +13,7 @@ from callbacks.common import writes_files
 from callbacks.pictures import render
 from callbacks.sending import send_media
 from leanlight.contracts import MediaItem, Split, isolated_rng, progress_of
+from leanlight.contracts.ranges import NonNegativeInt
 
 
 class MediaLogger(Callback):
@@ -27,7 +28,7 @@ class MediaLogger(Callback):
         keep_history: also keep every drawing, as ``artifacts/media/<split>/<name>/<progress>.png``.
     """
 
-    def __init__(self, every_n_epochs: int = 1, keep_history: bool = False) -> None:
+    def __init__(self, every_n_epochs: NonNegativeInt = 1, keep_history: bool = False) -> None:
         self.every_n_epochs = every_n_epochs
         self.keep_history = keep_history
 

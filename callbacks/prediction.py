@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from leanlight.contracts import ResumablePrediction, SeenItems, UserError, atomic_write, sha256_file
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt
 
 _PIECE_BYTES = 2**26
 Outputs = dict[str, Tensor | Sequence[str]]
@@ -42,8 +43,8 @@ class PredictionWriter(pl.Callback):
 
     def __init__(
         self,
-        piece_items: int = 10_000,
-        seconds: float = 60.0,
+        piece_items: PositiveInt = 10_000,
+        seconds: NonNegativeFloat = 60.0,
         resume: bool = False,
         checkpoint: Path | str | None = None,
     ) -> None:

@@ -20,6 +20,7 @@ from leanlight.contracts import (
     isolated_rng,
     nearest,
 )
+from leanlight.contracts.ranges import PositiveInt, Seed
 from leanlight.ops.corruptions import NOISES, Corruption, Scale
 
 
@@ -43,9 +44,9 @@ class Robustness(Callback):
     def __init__(
         self,
         corruptions: Sequence[str] = (),
-        severities: Sequence[int] = (1, 2, 3, 4, 5),
+        severities: Sequence[PositiveInt] = (1, 2, 3, 4, 5),
         scale: Scale = "auto",
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         self.corruptions = _checked_names(corruptions)
         self.severities = sorted(set(severities))

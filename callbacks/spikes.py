@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.media import due, publish
 from leanlight.contracts import Bars, Split, uncompiled
+from leanlight.contracts.ranges import NonNegativeInt
 
 
 class FiringRates:
@@ -61,7 +62,7 @@ class SpikeStatistics(Callback):
         every_n_epochs: draw after the validations of every n-th epoch and of the last; 0 draws none.
     """
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
+    def __init__(self, every_n_epochs: NonNegativeInt = 1) -> None:
         self.every_n_epochs = every_n_epochs
         self._rates: FiringRates | None = None
 

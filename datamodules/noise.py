@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.images.catalog import describe
 from datamodules.loaders import TrainLoader, TrainOrder, rank_and_world
 from leanlight.contracts import ImageMeta, NoiseBatch, UserError, run_seed
+from leanlight.contracts.ranges import PositiveInt, Seed
 from leanlight.ops import counter
 
 
@@ -38,11 +39,11 @@ class NoiseDataModule(pl.LightningDataModule):
     def __init__(
         self,
         dataset: str = "fashion_mnist",
-        items: int = 80_000,
-        batch_size: int = 200,
-        latent_size: int = 256,
-        image_size: int | None = None,
-        seed: int | None = None,
+        items: PositiveInt = 80_000,
+        batch_size: PositiveInt = 200,
+        latent_size: PositiveInt = 256,
+        image_size: PositiveInt | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         info = describe(dataset)

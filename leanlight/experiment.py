@@ -30,8 +30,8 @@ from leanlight.contracts import CollectsPredictions, UserError
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.loggers import RunCSVLogger, RunMLFlowLogger, RunTensorBoardLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
-from leanlight.objects import admitted_object
-from leanlight.parser import LeanlightParser
+from leanlight.objects import admitted_object, check_optimizers
+from leanlight.parser import LeanlightParser, restrict
 from leanlight.predictions import read_predictions
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.registry import config_root
@@ -49,18 +49,6 @@ class Experiment(NamedTuple):
     trainer: pl.Trainer
     model: pl.LightningModule
     data: pl.LightningDataModule
-
-
-def _try_integers_first(parser: LightningArgumentParser) -> None:
-    """Let `trainer.limit_val_batches: 2` be 2 batches in every process.
-
-    A parser tries the types of a union in their order, and typing's cache takes Union[int, float] for Union[float, int]
-    where some library has made that one before: 2 would become 2.0, another number to the trainer and to a run's hash.
-    """
-    number = int | float | None  # of this form there is no cache
-    for action in parser._actions:
-        if getattr(action, "_typehint", None) == number:
-            action._typehint = number  # type: ignore[attr-defined]
 
 
 class LeanlightCLI(LightningCLI):
@@ -101,7 +89,7 @@ class LeanlightCLI(LightningCLI):
             parser.add_lightning_class_args(getattr(callbacks, name), key)
         if self.only == "predict":
             parser.add_class_arguments(callbacks.PredictionWriter, "predictions", skip={"resume", "checkpoint"})
-        _try_integers_first(parser)
+        restrict(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -112,10 +100,12 @@ class LeanlightCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check that a checkpoint fits the model; the configuration, not the checkpoint, says what to build."""
         path = self.resolved.get("ckpt_path")
-        if self.parse_only or not path or path in ("last", "best"):
+        if self.parse_only or not path:
             return
         if not Path(path).is_file():
-            raise UserError(f"ckpt_path: no file at {path}")
+            raise UserError(
+                f"ckpt_path: no file at {path}; `--resume RUN_DIR` goes on with a run, --from takes its model"
+            )
         saved = read_checkpoint(Path(path), "ckpt_path").get("hyper_parameters", {})
         expected, found = self.resolved["model"]["class_path"], saved.get("_class_path")
         if found and found.rsplit(".", 1)[-1] != expected.rsplit(".", 1)[-1]:
@@ -131,6 +121,7 @@ class LeanlightCLI(LightningCLI):
         if self.parse_only:
             return
         with construction_errors(self.resolved):
+            check_optimizers(self.resolved["model"], "model")
             super().instantiate_classes()
         self.model._log_hyperparams = self.datamodule._log_hyperparams = False  # W&B gets the whole config once
 

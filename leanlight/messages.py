@@ -13,6 +13,8 @@ from leanlight.contracts.errors import UserError, nearest
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
+_RANGE = re.compile(r"Not of type \w+: expected (.+?), got (.+?)(?=\. Got value| - |$)")
+_GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[\w.]+', val=(?=.*\)$))?(.+?)(?= - |\)?$)")
 _TYPE = re.compile(r"Expected (?:a|an) <class '([\w.]+)'>")
 
 
@@ -33,8 +35,9 @@ def one_line(message: str, parser: Any) -> str:
 
 def _value_error(text: str) -> str:
     # The first alternative of a union is the one that was meant; the text of the others only repeats that it failed.
-    body = re.split(r" - Expected a <class 'NoneType'>| Given value type:", text)[0]
+    body = re.split(r" - Expected a <class 'NoneType'>| - Not a valid subclass| Given value type:", text)[0]
     keys = _KEY.findall(body)
+    keys = keys[1:] if len(keys) > 1 and keys[0] == keys[1] else keys
     path = ".init_args.".join(keys) if keys[0] in ("model", "data") else ".".join(keys)
     if match := re.search(r"Option '([^']+)' is not accepted", body):
         is_factory = "expects a function or a callable class" in body
@@ -51,11 +54,25 @@ def _value_error(text: str) -> str:
         return f"{path}.init_args.{match[1].strip()}: required by {_owner(body[: match.start()])}, but not given"
     if match := re.search(r"Expected a dot import path string: (\S+)", body):
         return f"{path}: {match[1]!r} is not a known class; give its full path, e.g. lit_modules.nn.ConvNet"
-    got = re.search(r"Got value: (.+?)(?:\. Got value|$)", body) or re.search(r"Given value: (.+)$", text)
-    expected = " or ".join(dict.fromkeys(_TYPE.findall(body)))
-    if expected and got:
-        return f"{path}: expected {expected}, got {got[1].strip()!r}"
-    return f"{path}: {body.split(': ', 1)[-1]}"
+    return f"{path}: {_bad_value(body, text)}"
+
+
+def _bad_value(body: str, text: str) -> str:
+    """What was expected and what came, where a value is of the wrong type or out of range."""
+    if ranges := _RANGE.findall(body):
+        return f"expected {' or '.join(dict.fromkeys(words for words, _ in ranges))}, got {ranges[0][1]}"
+    got = re.search(r"Got value: (.+?)(?=\. Got value| - |$)", body) or _GIVEN.search(text)
+    shown = got[1].strip().strip("'") if got else "another value"
+    if match := re.search(r"Expected a typing\.Literal\[(.+?)\]", body):
+        valid = [word.strip("'") for word in match[1].split(", ")]
+        return f"expected one of {', '.join(valid)}, got {shown!r}{nearest(shown, valid)}"
+    if expected := dict.fromkeys(_TYPE.findall(body)):
+        return f"expected {' or '.join(expected)}, got {shown!r}"
+    if given := re.search(r"Unable to load config '(.+?)'", body):
+        return f"expected keys and values, got {given[1]!r}"
+    if re.search(r"has no attribute 'keys'|Not a valid subclass", text):
+        return f"expected class_path and init_args, got {shown[:80]!r}"
+    return body.split(": ", 1)[-1]
 
 
 def _denied(name: str, entry: str) -> str:

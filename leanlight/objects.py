@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jsonargparse
+import torch
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from leanlight.contracts import UserError
+from leanlight.parser import LeanlightParser
 from lit_modules.admission import only_admitted
 
 
@@ -26,9 +32,37 @@ def admitted_object(
         jsonargparse.ArgumentError: and ValueError, TypeError, ImportError; `leanlight.messages.one_line` reads them.
     """
     jsonargparse.set_parsing_settings(subclasses_enabled=[kind])  # of a dataclass it would take no heirs
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = LeanlightParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, key, fail_untyped=False)
     wanted = {"class_path": named["class_path"], "init_args": named.get("init_args") or {}}
     with only_admitted(trust):
         config = parser.parse_object({key: wanted})
         return make(config[key]) if make else parser.instantiate_classes(config)[key]
+
+
+def check_optimizers(named: Any, where: str) -> None:
+    """Try what a configuration gives to optimisers and schedules, which otherwise refuse it when training begins.
+
+    Args:
+        named: nested values with ``{class_path, init_args}``; the parser has imported the classes.
+        where: its dotted key.
+
+    Raises:
+        UserError: a class takes no such value.
+    """
+    if not isinstance(named, Mapping):
+        return
+    for key, value in named.items():
+        check_optimizers(value, f"{where}.{key}")
+    package, _, name = str(named.get("class_path")).rpartition(".")
+    found, given = getattr(sys.modules.get(package), name, None), named.get("init_args") or {}
+    if not isinstance(found, type) or any(isinstance(value, Mapping) or callable(value) for value in given.values()):
+        return
+    parameters = [torch.nn.Parameter(torch.zeros(1, 1))]
+    try:
+        if issubclass(found, Optimizer):
+            found(parameters, **given)
+        elif issubclass(found, (LRScheduler, ReduceLROnPlateau)):
+            found(Adam(parameters), **given)  # type: ignore[arg-type]
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: {name}: {error}") from error

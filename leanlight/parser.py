@@ -8,10 +8,58 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveShare,
+    Range,
+    Seed,
+    UnitInterval,
+)
 from leanlight.messages import one_line
+from lit_modules.admission import register_range
 
 # jsonargparse lists every subclass that happens to be imported, of torch's modules several hundred.
 _SUBCLASSES = re.compile(r",\s+known\s+subclasses:\s+[\w.,\s]+(?=\))")
+
+
+class OrUnlimited(Range):
+    """A count of the Trainer's, where -1 stands for no limit."""
+
+    base, low, expected = int, -1, "an integer of at least 0, or -1 for no limit"
+
+
+register_range(OrUnlimited)
+
+# Lightning checks some of these when it builds the Trainer, others by a division by zero in the first epoch.
+_RANGES: dict[str, Any] = {
+    "seed_everything": bool | Seed,
+    "trainer.num_nodes": PositiveInt,
+    "trainer.fast_dev_run": bool | NonNegativeInt,
+    "trainer.max_epochs": OrUnlimited | None,
+    "trainer.min_epochs": NonNegativeInt | None,
+    "trainer.max_steps": OrUnlimited,
+    "trainer.min_steps": NonNegativeInt | None,
+    # A union is tried in its order: 2 is a number of batches, 1.0 the share.
+    **{f"trainer.limit_{split}_batches": NonNegativeInt | UnitInterval | None for split in ("train", "val", "test")},
+    "trainer.limit_predict_batches": NonNegativeInt | UnitInterval | None,
+    "trainer.overfit_batches": NonNegativeInt | UnitInterval,
+    "trainer.val_check_interval": PositiveInt | PositiveShare | dict[str, int] | None,
+    "trainer.check_val_every_n_epoch": PositiveInt | None,
+    "trainer.num_sanity_val_steps": OrUnlimited | None,
+    "trainer.log_every_n_steps": NonNegativeInt | None,
+    "trainer.accumulate_grad_batches": PositiveInt,
+    "trainer.gradient_clip_val": NonNegativeFloat | None,
+    "trainer.reload_dataloaders_every_n_epochs": NonNegativeInt,
+}
+
+
+def restrict(parser: LightningArgumentParser) -> None:
+    """Give the numbers of the Trainer's arguments their ranges."""
+    for action in parser._actions:
+        if action.dest in _RANGES:
+            action._typehint = _RANGES[action.dest]  # type: ignore[attr-defined]
 
 
 class LeanlightParser(LightningArgumentParser):
@@ -25,6 +73,13 @@ class LeanlightParser(LightningArgumentParser):
         if not self.exit_on_error:  # inner parsers try alternatives of a type: their errors are not final
             return super().error(message, ex)
         raise UserError(one_line(message, self)) from ex
+
+    def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
+        """As jsonargparse does it, which lets null pass for a value of any type."""
+        super().validate(namespace, *args, **options)
+        for action in self._actions:
+            if action.default is not None and namespace.get(action.dest, ...) is None:
+                self._check_value_key(action, None, action.dest, namespace)
 
     def format_help(self, formatter: Any = None) -> str:
         """Help without lists of subclasses."""

@@ -1,4 +1,4 @@
-"""Which classes a config or a checkpoint may name: decided before anything of theirs is imported.
+"""Which classes a config or a checkpoint may name, and which numbers: decided before anything of theirs is imported.
 
 A config travels with a checkpoint and may come from anywhere. jsonargparse refuses a class that an argument's type does
 not admit, but it imports the class to find out; under this policy it imports nothing but the suite, the libraries it
@@ -14,8 +14,19 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from jsonargparse import _common, set_parsing_settings
+from jsonargparse.typing import register_type
 
 from leanlight.contracts.plugins import METHODS_GROUP
+from leanlight.contracts.ranges import Range
+
+
+def register_range(kind: type[Range]) -> None:
+    """Let parsers read a type of numbers with a range; the values stay plain numbers."""
+    register_type(kind, lambda number: number, kind.read, type_check=lambda value, kind: False)
+
+
+for _kind in Range.__subclasses__():  # whoever makes a parser of the suite's classes imports this file
+    register_range(_kind)
 
 _SUITE = ("lit_modules", "datamodules", "callbacks", "leanlight.ops.corruptions.Corruption")
 _LIBRARIES = (

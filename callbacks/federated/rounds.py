@@ -31,6 +31,7 @@ from leanlight.contracts import (
     run_seed,
     to_device,
 )
+from leanlight.contracts.ranges import FiniteFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed, UnitInterval
 
 
 class FederatedRounds(Callback):
@@ -74,16 +75,16 @@ class FederatedRounds(Callback):
     def __init__(
         self,
         selector: Selector,
-        participants: int = 10,
-        candidates: int | None = None,
-        dropout: float = 0.0,
-        stragglers: float = 0.0,
-        straggler_work: float = 0.5,
-        target: float | None = None,
-        probe: int = 32,
-        every_n_epochs: int = 10,
+        participants: PositiveInt = 10,
+        candidates: PositiveInt | None = None,
+        dropout: UnitInterval = 0.0,
+        stragglers: UnitInterval = 0.0,
+        straggler_work: PositiveShare = 0.5,
+        target: FiniteFloat | None = None,
+        probe: NonNegativeInt = 32,
+        every_n_epochs: NonNegativeInt = 10,
         exchange: Literal["states", "sum"] = "states",
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         drawn = participants if candidates is None else candidates
         if participants < 1 or drawn < participants:

@@ -15,6 +15,7 @@ from datamodules.clients.partition import IID, Partition, class_matrix
 from datamodules.images.module import ImageDataModule
 from datamodules.loaders import rank_and_world
 from leanlight.contracts import ClientBatch, ImageBatch, UserError, run_seed
+from leanlight.contracts.ranges import PositiveInt, Seed
 
 
 class FederatedDataModule(ImageDataModule):
@@ -36,9 +37,9 @@ class FederatedDataModule(ImageDataModule):
 
     def __init__(
         self,
-        clients: int = 100,
+        clients: PositiveInt = 100,
         partition: Partition | None = None,
-        partition_seed: int | None = None,
+        partition_seed: Seed | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

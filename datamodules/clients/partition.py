@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 Parts = list[np.ndarray]
 _TRIES = 1000
@@ -68,8 +69,8 @@ class Dirichlet(Partition):
         capped: whether a client that holds its share N / clients or more gets no further class.
     """
 
-    alpha: float = 0.3
-    min_size: int = 1
+    alpha: PositiveFloat = 0.3
+    min_size: NonNegativeInt = 1
     capped: bool = True
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
@@ -112,7 +113,7 @@ class QuantitySkew(Partition):
         guarantee_all_classes: give each client one item of each class first.
     """
 
-    alpha: float = 0.5
+    alpha: PositiveFloat = 0.5
     guarantee_all_classes: bool = False
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
@@ -156,7 +157,7 @@ class ClassesPerClient(Partition):
         classes: classes of a client, 1 to C.
     """
 
-    classes: int = 3
+    classes: PositiveInt = 3
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         names = np.unique(labels)
@@ -188,7 +189,7 @@ class Shards(Partition):
         shards: shards of a client; 2 in McMahan et al.
     """
 
-    shards: int = 2
+    shards: PositiveInt = 2
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.shards < 1:
@@ -215,10 +216,10 @@ class ClassImbalance(Partition):
         min_size: items that every client has at least, where it is spread by label.
     """
 
-    ratio: float = 3.0
-    alpha: float = 0.3
+    ratio: PositiveFloat = 3.0
+    alpha: PositiveFloat = 0.3
     spread: Literal["label", "quantity"] = "label"
-    min_size: int = 1
+    min_size: NonNegativeInt = 1
 
     def split(self, labels: np.ndarray, clients: int, seed: int) -> Parts:
         if self.ratio < 1:

@@ -20,6 +20,7 @@ from datamodules.emotion.planted import PlantedConflicts
 from datamodules.images.splits import stratified_split
 from datamodules.loaders import PartLoaders, TrainLoader, train_loader
 from leanlight.contracts import EmotionMeta, Modality, MultimodalBatch, Split, UserError, nearest
+from leanlight.contracts.ranges import FiniteFloat, PositiveInt, Seed, Share
 
 PARTS: tuple[Split, ...] = get_args(Split)
 Moments = tuple[Tensor, Tensor]
@@ -113,22 +114,22 @@ class EmotionDataModule(PartLoaders[MultimodalBatch], pl.LightningDataModule):
         dataset: str = "planted",
         root: str | Path | None = None,
         path: str | Path | None = None,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
+        batch_size: PositiveInt = 64,
+        eval_batch_size: PositiveInt | None = None,
         modalities: Sequence[str] | None = None,
         split: str | None = None,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.2,
-        split_seed: int = 0,
-        seed: int | None = None,
+        val_fraction: Share = 0.15,
+        test_fraction: Share = 0.2,
+        split_seed: Seed = 0,
+        seed: Seed | None = None,
         drop_last: bool = False,
         download: bool = True,
         predict_split: Split = "test",
         standardise: bool = True,
         clean: bool = False,
         text: str | Path | None = None,
-        score_range: tuple[float, float] | None = None,
-        levels: Sequence[float] | None = None,
+        score_range: tuple[FiniteFloat, FiniteFloat] | None = None,
+        levels: Sequence[FiniteFloat] | None = None,
         folders: dict[str, str] | None = None,
         planted: PlantedConflicts | None = None,
     ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from datamodules.emotion.clips import Array, Clips
 from datamodules.images import sources
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt, Seed, UnitInterval
 
 STRIPS = ("left", "middle", "right")
 Pictures = Literal["digits", "mnist"]
@@ -37,12 +38,12 @@ class PlantedConflicts:
     """
 
     pictures: Pictures = "digits"
-    train: int | None = None
-    val: int | None = None
-    test: int | None = None
-    conflict: float = 0.4
-    noise: float = 0.3
-    seed: int = 0
+    train: PositiveInt | None = None
+    val: PositiveInt | None = None
+    test: PositiveInt | None = None
+    conflict: UnitInterval = 0.4
+    noise: NonNegativeFloat = 0.3
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.pictures not in (known := get_args(Pictures)):

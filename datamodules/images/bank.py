@@ -33,6 +33,7 @@ from leanlight.contracts import (
     same_classes,
     sha256_file,
 )
+from leanlight.contracts.ranges import FiniteFloat, PositiveInt, Share
 from leanlight.ops import counter
 
 _HELPS = "leanlight run dda/pipelines/fashion_mnist_small makes one"
@@ -153,11 +154,11 @@ class BankDataModule(ImageDataModule):
         self,
         banks: Sequence[str | Path] = (),
         keep: Keep = "kept",
-        omega: float | None = None,
+        omega: FiniteFloat | None = None,
         label: Label = "inherit",
-        items: int | None = None,
+        items: PositiveInt | None = None,
         instead: str | None = None,
-        val_fraction: float = 0.1,
+        val_fraction: Share = 0.1,
         **kwargs: Any,
     ) -> None:
         super().__init__(

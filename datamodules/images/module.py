@@ -21,6 +21,7 @@ from datamodules.images.sources import Raw, Variant
 from datamodules.images.splits import find_classes, stratified_split
 from datamodules.loaders import PartLoaders, TrainLoader, rank_and_world, train_loader
 from leanlight.contracts import ImageBatch, ImageMeta, ImageSplit, Split, UserError, nearest
+from leanlight.contracts.ranges import PositiveInt, PositiveShare, Seed, Share
 from leanlight.ops.augment import AUGMENTATIONS
 from leanlight.ops.corruptions import Corruption
 
@@ -92,23 +93,23 @@ class ImageDataModule(PartLoaders[ImageBatch], pl.LightningDataModule):
         dataset: str = "fashion_mnist",
         root: str | Path | None = None,
         variant: Variant = "auto",
-        batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        val_fraction: float = 0.1,
-        train_fraction: float = 1.0,
-        split_seed: int = 0,
-        seed: int | None = None,
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt | None = None,
+        val_fraction: Share = 0.1,
+        train_fraction: PositiveShare = 1.0,
+        split_seed: Seed = 0,
+        seed: Seed | None = None,
         augment: Literal["flip", "crop", "shift", "flip_crop"] | None = None,
-        image_size: int | None = None,
+        image_size: PositiveInt | None = None,
         drop_last: bool = False,
         path: str | Path | None = None,
         download: bool = True,
         predict_split: Split = "test",
-        train_items: int | None = None,
+        train_items: PositiveInt | None = None,
         classes: Sequence[int | str] | None = None,
         train_corruption: Corruption | None = None,
         train_rest: bool = False,
-        epoch_batches: int | None = None,
+        epoch_batches: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         describe(dataset)

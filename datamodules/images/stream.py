@@ -20,6 +20,7 @@ from datamodules.images.module import scaled
 from datamodules.images.splits import stratified_split
 from datamodules.loaders import EvalLoader, TrainLoader, rank_and_world, train_loader
 from leanlight.contracts import ImageBatch, ImageMeta, Split, UserError, isolated_rng
+from leanlight.contracts.ranges import NonNegativeInt, PositiveInt, PositiveShare, Seed, Share
 
 
 class StreamSplit(NamedTuple):
@@ -98,15 +99,15 @@ class ImageFolderStream(pl.LightningDataModule):
     def __init__(
         self,
         path: str | Path,
-        image_size: int = 224,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 4,
-        val_fraction: float = 0.01,
-        split_seed: int = 0,
-        seed: int | None = None,
+        image_size: PositiveInt = 224,
+        batch_size: PositiveInt = 64,
+        eval_batch_size: PositiveInt | None = None,
+        num_workers: NonNegativeInt = 4,
+        val_fraction: Share = 0.01,
+        split_seed: Seed = 0,
+        seed: Seed | None = None,
         drop_last: bool = True,
-        min_scale: float = 0.08,
+        min_scale: PositiveShare = 0.08,
         predict_split: Split = "test",
     ) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from datamodules.sessions.catalog import describe
 from datamodules.sessions.clicks import Array, Items, Part, Raw, Thresholds
 from datamodules.sessions.planted import Planted
 from leanlight.contracts import Catalogue, SessionBatch, SessionMeta, Sessions, Split, UserError
+from leanlight.contracts.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, PositiveShare, Seed, Share
 
 Sample = Literal["recent", "random"]
 HeadRule = Literal["clicks", "targets"]
@@ -115,28 +116,28 @@ class SessionDataModule(PartLoaders[SessionBatch], pl.LightningDataModule):
         dataset: str = "planted",
         root: str | Path | None = None,
         path: str | Path | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        min_session_length: int = 2,
-        min_item_clicks: int = 5,
-        max_session_length: int | None = None,
-        session_gap: float | None = None,
-        test_days: float = 7.0,
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt | None = None,
+        min_session_length: PositiveInt = 2,
+        min_item_clicks: PositiveInt = 5,
+        max_session_length: PositiveInt | None = None,
+        session_gap: PositiveFloat | None = None,
+        test_days: PositiveFloat = 7.0,
         sample: Sample = "recent",
-        sample_fraction: float = 1.0,
-        train_cases: int | None = None,
-        test_cases: int | None = None,
-        val_fraction: float = 0.1,
-        head_share: float = 0.2,
+        sample_fraction: PositiveShare = 1.0,
+        train_cases: PositiveInt | None = None,
+        test_cases: PositiveInt | None = None,
+        val_fraction: Share = 0.1,
+        head_share: OpenUnitInterval = 0.2,
         head_rule: HeadRule = "clicks",
-        split_seed: int = 0,
-        seed: int | None = None,
+        split_seed: Seed = 0,
+        seed: Seed | None = None,
         drop_last: bool = False,
         download: bool = True,
         predict_split: Split = "test",
         long_sessions: LongSessions = "drop",
-        max_items: int | None = None,
-        first_sessions: int | None = None,
+        max_items: PositiveInt | None = None,
+        first_sessions: PositiveInt | None = None,
         without_category: WithoutCategory = "refuse",
         planted: Planted | None = None,
     ) -> None:

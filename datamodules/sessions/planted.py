@@ -8,6 +8,7 @@ import numpy as np
 
 from datamodules.sessions.clicks import Array, Items, Part, Raw, offsets_of
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt, Seed, UnitInterval
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,18 @@ class Planted:
         seed: makes items' successors and all sessions; no other seed has a part in them.
     """
 
-    intents: int = 12
-    categories: int = 8
-    items: int = 25
-    exponent: float = 1.2
-    successors: int = 4
-    min_length: int = 3
-    max_length: int = 8
-    jump: float = 0.2
-    follow: float = 0.5
-    train_sessions: int = 3000
-    test_sessions: int = 500
-    seed: int = 0
+    intents: PositiveInt = 12
+    categories: PositiveInt = 8
+    items: PositiveInt = 25
+    exponent: NonNegativeFloat = 1.2
+    successors: PositiveInt = 4
+    min_length: PositiveInt = 3
+    max_length: PositiveInt = 8
+    jump: UnitInterval = 0.2
+    follow: UnitInterval = 0.5
+    train_sessions: PositiveInt = 3000
+    test_sessions: PositiveInt = 500
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.selection.features import Features
 from lit_modules.selection.greedy import facility_location, graph_cut
 from lit_modules.selection.kernels import kernel_of
@@ -30,7 +31,7 @@ class Binning:
         submodular: ``graph_cut``, or ``facility_location``.
     """
 
-    num_bins: int = 10
+    num_bins: PositiveInt = 10
     scheme: Literal["equal", "geometric"] = "equal"
     feature: Literal["gradient", "embedding"] = "gradient"
     double_softmax: bool = True

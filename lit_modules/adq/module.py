@@ -22,6 +22,7 @@ from leanlight.contracts import (
     predicted_origin,
     run_seed,
 )
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.adq.pictures import margins
 from lit_modules.adq.scores import random_views, texture
 from lit_modules.classifier import ClassifierHooks, cross_entropy
@@ -61,7 +62,7 @@ class SampleScorer(ClassifierHooks):
         lr_interval: Literal["epoch", "step"] = "epoch",
         outputs: Sequence[Output] = get_args(Output),
         view_network: Callable[[], nn.Module] | None = None,
-        views: int = 2,
+        views: PositiveInt = 2,
         record: bool = True,
         channels_last: bool = False,
     ) -> None:

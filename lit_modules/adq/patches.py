@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, derived_seed, isolated_rng
+from leanlight.contracts.ranges import PositiveInt, Share
 from lit_modules.nn.features import has_features
 
 _CHUNK = 256  # images at once
@@ -30,11 +31,11 @@ class PatchDrop:
         steps: of that training.
     """
 
-    drop_ratio: float = 0.2
-    patch: int = 4
+    drop_ratio: Share = 0.2
+    patch: PositiveInt = 4
     patch_select: Literal["gradcam", "random"] = "gradcam"
     reconstructor: Literal["none", "mean_fill", "tiny_mae"] = "mean_fill"
-    steps: int = 600
+    steps: PositiveInt = 600
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_ratio < 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeInt, PositiveInt, UnitInterval
 from lit_modules.adq.allocation import apportion, bin_shares, quotas
 from lit_modules.adq.bins import Binning
 from lit_modules.adq.scores import (
@@ -39,13 +40,13 @@ class BinRule(Rule):
         single_bin: draw from this bin alone, counted from 0: shows what a bin is worth.
     """
 
-    num_bins: int = 10
+    num_bins: PositiveInt = 10
     bin_scheme: Literal["equal", "geometric"] = "equal"
     feature: Literal["gradient", "embedding"] = "gradient"
     double_softmax: bool = True
     similarity: Literal["cosine", "neg_sqeuclid"] = "cosine"
     submodular: Literal["graph_cut", "facility_location"] = "graph_cut"
-    single_bin: int | None = None
+    single_bin: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,10 +166,10 @@ class ADQ(BinRule):
     """
 
     scores: Literal["none", "texture", "diversity", "both"] = "both"
-    alpha: float | None = None
+    alpha: UnitInterval | None = None
     allocation: Literal["uniform", "paper_norm", "paper_literal", "repo"] = "paper_norm"
     diversity: Literal["mean_cosine", "contrastive"] = "mean_cosine"
-    heads: int = 3
+    heads: NonNegativeInt = 3
     texture_within_class: bool = False
 
     def __post_init__(self) -> None:

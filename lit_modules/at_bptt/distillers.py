@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import MediaItem, NetworkFactory, UserError, isolated_rng, to_device
+from leanlight.contracts.ranges import PositiveInt
 from leanlight.ops.differentiable import find_augmentation, siamese_dsa
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine
 from lit_modules.at_bptt.inner import (
@@ -146,12 +147,12 @@ class TruncatedBPTT(Distiller):
         weight_by_p: weigh the window's steps by P_trunc(i), as Eq. 13 does and no published code.
     """
 
-    inner_steps: int = 200
+    inner_steps: PositiveInt = 200
     selector: WindowSelector | None = None
     engine: GradientEngine | None = None
     inner_optimizer: InnerOptimizer = field(default_factory=InnerOptimizer)
-    classes_per_batch: int | None = None
-    images_per_class: int | None = None
+    classes_per_batch: PositiveInt | None = None
+    images_per_class: PositiveInt | None = None
     augment: str | None = "flip_rotate"
     outer_augment: str | None = "flip_rotate"
     weight_by_p: bool = False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import NetworkFactory, UserError, isolated_rng
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.classifier.training import LabelledImages, Recipe, train
 
 
@@ -26,8 +27,8 @@ class Evaluation:
         recipe: how they train; its own ``epochs`` is not used.
     """
 
-    networks: int = 8
-    epochs: tuple[int, ...] = (300, 600, 1000, 3000)
+    networks: PositiveInt = 8
+    epochs: tuple[PositiveInt, ...] = (300, 600, 1000, 3000)
     recipe: Recipe = field(default_factory=lambda: Recipe(batch_size=512, augment="flip_rotate"))
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat, Share
 from leanlight.ops.augment import Augmentation
 
 
@@ -73,9 +74,9 @@ class InnerOptimizer:
     """
 
     kind: Literal["adam", "sgd"] = "adam"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError, to_device
+from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 MatrixProduct = Callable[[Tensor], Tensor]
 
@@ -60,13 +61,13 @@ class LowRankHessian:
         drift: relative change of the gradient norm at the window's end that renews a cached factor.
     """
 
-    rank: int = 8
-    min_rank: int = 1
-    oversample: int = 4
-    power_iters: int = 2
+    rank: PositiveInt = 8
+    min_rank: PositiveInt = 1
+    oversample: NonNegativeInt = 4
+    power_iters: NonNegativeInt = 2
     refresh: Literal["cached", "window", "step"] = "cached"
-    every: int = 20
-    drift: float = 0.2
+    every: PositiveInt = 20
+    drift: NonNegativeFloat = 0.2
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_rank <= self.rank:

@@ -29,6 +29,7 @@ from leanlight.contracts import (
     isolated_rng,
     run_seed,
 )
+from leanlight.contracts.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Seed, UnitInterval
 from lit_modules.at_bptt import pictures
 from lit_modules.at_bptt.clipping import clip_by_average
 from lit_modules.at_bptt.distillers import Distiller, FixedSet, Task, TruncatedBPTT
@@ -82,25 +83,25 @@ class DatasetDistillation(LightningModule):
     def __init__(
         self,
         network: NetworkFactory,
-        image_shape: tuple[int, int, int],
-        num_classes: int = 10,
-        ipc: int = 10,
+        image_shape: tuple[PositiveInt, PositiveInt, PositiveInt],
+        num_classes: PositiveInt = 10,
+        ipc: PositiveInt = 10,
         distiller: Distiller | None = None,
         learn_labels: bool = False,
         start: Start = "noise",
         optimizer: OptimizerCallable | None = None,
-        clip: float | None = 2.0,
-        clip_decay: float = 0.9,
+        clip: PositiveFloat | None = 2.0,
+        clip_decay: UnitInterval = 0.9,
         preprocess: Preprocess = "zca",
-        zca_strength: float = 0.1,
-        mean: float | Sequence[float] = 0.0,
-        std: float | Sequence[float] = 1.0,
-        inner_runs: int = 1,
+        zca_strength: NonNegativeFloat = 0.1,
+        mean: FiniteFloat | Sequence[FiniteFloat] = 0.0,
+        std: PositiveFloat | Sequence[PositiveFloat] = 1.0,
+        inner_runs: PositiveInt = 1,
         evaluation: Evaluation | None = None,
         architectures: dict[str, NetworkFactory] | None = None,
         compare_with_random: bool = True,
         full_recipe: Recipe | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("ipc", ipc), ("num_classes", num_classes), ("inner_runs", inner_runs)):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitInterval
 
 Stage = Literal["early", "middle", "late"]
 STAGES: tuple[Stage, ...] = ("early", "middle", "late")
@@ -101,7 +102,7 @@ class LastWindow(WindowSelector):
         window: W, length of the window in inner steps; 40 in the paper for CIFAR-10.
     """
 
-    window: int = 40
+    window: PositiveInt = 40
 
     def prepare(self, steps: int, epochs: int) -> None:
         _check_window(self.window, steps)
@@ -119,8 +120,8 @@ class RandomWindow(WindowSelector):
         min_start: the earliest inner step that it starts at.
     """
 
-    window: int = 40
-    min_start: int = 0
+    window: PositiveInt = 40
+    min_start: NonNegativeInt = 0
 
     def prepare(self, steps: int, epochs: int) -> None:
         _check_window(self.window, steps)
@@ -143,7 +144,7 @@ class HalfWindow(WindowSelector):
     """
 
     halves: tuple[str, str, str] = ("first", "any", "second")
-    windows: tuple[int, int, int] = (40, 40, 40)
+    windows: tuple[PositiveInt, PositiveInt, PositiveInt] = (40, 40, 40)
 
     def __post_init__(self) -> None:
         self._epoch, self._epochs = 0, 1
@@ -196,9 +197,9 @@ class AdaptiveWindow(WindowSelector):
         counter: whether small gains count ``cumulative`` (paper) or ``consecutive`` (code).
     """
 
-    window: int = 40
-    half_range: int = 10
-    temperature: float = 1.0
+    window: PositiveInt = 40
+    half_range: NonNegativeInt = 10
+    temperature: PositiveFloat = 1.0
     position: Literal["adaptive", "uniform"] = "adaptive"
     length: Literal["adaptive", "fixed"] = "adaptive"
     norm_scale: Literal["raw", "zscore"] = "raw"
@@ -206,10 +207,10 @@ class AdaptiveWindow(WindowSelector):
     late_rule: Literal["mirror", "complement"] = "mirror"
     length_rule: Literal["rank", "softmax", "sigmoid"] = "rank"
     length_stages: Literal["early", "all"] = "early"
-    min_gain_early: float = 1.5
-    min_gain_late: float = 1.0
-    patience_early: float = 0.05
-    patience_late: float = 0.04
+    min_gain_early: NonNegativeFloat = 1.5
+    min_gain_late: NonNegativeFloat = 1.0
+    patience_early: UnitInterval = 0.05
+    patience_late: UnitInterval = 0.04
     counter: Literal["cumulative", "consecutive"] = "cumulative"
 
     def __post_init__(self) -> None:

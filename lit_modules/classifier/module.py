@@ -19,6 +19,7 @@ from leanlight.contracts import (
     UserError,
     data_of,
 )
+from leanlight.contracts.ranges import PositiveFloat, Share, UnitInterval
 from lit_modules.classifier import pictures
 from lit_modules.classifier.hooks import ClassifierHooks
 from lit_modules.classifier.losses import class_index, cross_entropy, distillation_loss
@@ -52,10 +53,10 @@ class ImageClassifier(ClassifierHooks):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
-        label_smoothing: float = 0.0,
+        label_smoothing: Share = 0.0,
         teacher_checkpoint: Path | None = None,
-        distill_weight: float = 0.0,
-        distill_temperature: float = 4.0,
+        distill_weight: UnitInterval = 0.0,
+        distill_temperature: PositiveFloat = 4.0,
         compile: bool = False,
         channels_last: bool = False,
     ) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import NetworkFactory, UserError, isolated_rng, to_device
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from leanlight.ops.differentiable import find_augmentation
 from lit_modules.classifier.losses import class_index
 
@@ -33,15 +34,15 @@ class Recipe:
         label_smoothing: share of the label spread over all classes, in [0, 1).
     """
 
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float = 1e-3
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 1e-3
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    momentum: Share = 0.9
+    weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "cosine", "halfway"] = "constant"
     augment: str | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):

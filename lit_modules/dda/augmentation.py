@@ -24,6 +24,7 @@ from leanlight.contracts import (
     predicted_origin,
     run_seed,
 )
+from leanlight.contracts.ranges import FiniteFloat, PositiveInt, PositiveShare
 from lit_modules.dda import pictures
 from lit_modules.dda.bank import ImagePool, in_8_bits, teacher_digest, write_bank
 from lit_modules.dda.diffusion import Backend, Variations
@@ -65,12 +66,12 @@ class DiffusionAugmentation(LightningModule):
         self,
         teacher: Teacher,
         backend: Backend,
-        k: int = 4,
+        k: PositiveInt = 4,
         encoder: Encoder = "teacher",
         center: bool = True,
         mode: Mode = "threshold",
-        omega: float = 0.6,
-        fraction: float = 0.5,
+        omega: FiniteFloat = 0.6,
+        fraction: PositiveShare = 0.5,
     ) -> None:
         super().__init__()
         require_positive(k=k)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, isolated_rng, to_device
+from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lit_modules.nn.checks import require_positive
 
 
@@ -28,12 +29,12 @@ class Contrastive:
             many rows and columns as these have channels: CMI takes the inputs of the four stages of a ResNet-34.
     """
 
-    weight: float = 0.8
-    temperature: float = 0.2
-    rows: int = 40_960
-    sampled: int = 4_096
-    width: int = 256
-    layers: Sequence[int] | None = None
+    weight: NonNegativeFloat = 0.8
+    temperature: PositiveFloat = 0.2
+    rows: PositiveInt = 40_960
+    sampled: PositiveInt = 4_096
+    width: PositiveInt = 256
+    layers: Sequence[NonNegativeInt] | None = None
 
     def __post_init__(self) -> None:
         require_positive(**{f"contrastive.{name}": getattr(self, name) for name in ("rows", "sampled", "width")})

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import ImageMeta, UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt, PositiveShare
 from lit_modules.dda.sampling import (
     check_strength,
     generators,
@@ -85,10 +86,10 @@ class Tiny(Backend):
 
     checkpoint: Path | None = None
     mode: Literal["sdedit", "embedding"] = "sdedit"
-    strength: float = 0.5
-    steps: int = 25
-    guidance: float = 3.0
-    chunk: int = 128
+    strength: PositiveShare = 0.5
+    steps: PositiveInt = 25
+    guidance: NonNegativeFloat = 3.0
+    chunk: PositiveInt = 128
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
@@ -145,10 +146,10 @@ class ImageVariation(Backend):
     """
 
     weights: Path | None = None
-    guidance: float = 3.0
-    steps: int = 25
-    size: int | None = None
-    chunk: int = 8
+    guidance: NonNegativeFloat = 3.0
+    steps: PositiveInt = 25
+    size: PositiveInt | None = None
+    chunk: PositiveInt = 8
     half: bool | None = None
 
     def __post_init__(self) -> None:
@@ -210,12 +211,12 @@ class ImageToImage(Backend):
     """
 
     weights: Path | None = None
-    strength: float = 0.5
-    guidance: float = 7.5
-    steps: int = 50
+    strength: PositiveShare = 0.5
+    guidance: NonNegativeFloat = 7.5
+    steps: PositiveInt = 50
     prompt: str = "a photo of a {class}"
-    size: int = 512
-    chunk: int = 8
+    size: PositiveInt = 512
+    chunk: PositiveInt = 8
     half: bool | None = None
 
     def __post_init__(self) -> None:

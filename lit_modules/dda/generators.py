@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, to_device
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.nn.checks import require_positive
 
 _STD = 0.02  # of fresh weights
@@ -41,9 +42,9 @@ class Generator(nn.Module):
     def __init__(
         self,
         shape: Sequence[int],
-        latent_size: int = 256,
-        width: int = 64,
-        base: int = 2,
+        latent_size: PositiveInt = 256,
+        width: PositiveInt = 64,
+        base: PositiveInt = 2,
         channels_last: bool = False,
     ) -> None:
         super().__init__()

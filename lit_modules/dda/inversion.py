@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, derived_seed, to_device
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from leanlight.ops.differentiable import DIFFERENTIABLE, find_augmentation, flip_then_resized_crop
 from lit_modules.dda.contrastive import Contrastive, ContrastiveMemory
 from lit_modules.dda.generators import Generator, check_sides
@@ -411,17 +412,17 @@ class GeneratorInversion(Inversion):
         channels_last: keep generator and teacher in that memory format: faster, equal up to rounding.
     """
 
-    steps: int = 500
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.5, 0.999)
-    class_weight: float = 1.0
-    bn_weight: float = 1.0
-    adversarial_weight: float = 0.0
+    steps: PositiveInt = 500
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Share, Share] = (0.5, 0.999)
+    class_weight: NonNegativeFloat = 1.0
+    bn_weight: NonNegativeFloat = 1.0
+    adversarial_weight: NonNegativeFloat = 0.0
     adversarial: Disagreement = "kl"
-    rotation_weight: float = 0.0
+    rotation_weight: NonNegativeFloat = 0.0
     contrastive: Contrastive | None = None
-    width: int = 64
-    base: int = 2
+    width: PositiveInt = 64
+    base: PositiveInt = 2
     augment: str | None = "flip_then_shift"
     channels_last: bool = True
 
@@ -463,15 +464,15 @@ class PixelInversion(Inversion):
         channels_last: keep pixels and teacher in that memory format: faster, equal up to rounding.
     """
 
-    steps: int = 1_000
-    lr: float = 0.1
-    betas: tuple[float, float] = (0.5, 0.99)
-    class_weight: float = 1.0
-    bn_weight: float = 10.0
-    tv_weight: float = 1e-3
-    adversarial_weight: float = 0.0
+    steps: PositiveInt = 1_000
+    lr: PositiveFloat = 0.1
+    betas: tuple[Share, Share] = (0.5, 0.99)
+    class_weight: NonNegativeFloat = 1.0
+    bn_weight: NonNegativeFloat = 10.0
+    tv_weight: NonNegativeFloat = 1e-3
+    adversarial_weight: NonNegativeFloat = 0.0
     adversarial: Disagreement = "js"
-    pixel_std: float = 0.25
+    pixel_std: PositiveFloat = 0.25
     channels_last: bool = True
 
     def __post_init__(self) -> None:

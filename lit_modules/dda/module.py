@@ -30,6 +30,7 @@ from leanlight.contracts import (
     derived_seed,
     run_seed,
 )
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Seed
 from leanlight.ops import counter
 from lit_modules.classifier import ClassifierHooks, class_index
 from lit_modules.dda import pictures
@@ -100,22 +101,22 @@ class DataFreeDistillation(ClassifierHooks):
         student: NetworkFactory,
         teacher: Teacher,
         recipe: Recipe = "kl_ce_fea",
-        temperature: float = 20.0,
-        ce_weight: float = 1.0,
-        feature_weight: float = 30.0,
-        self_weight: float = 0.0,
+        temperature: PositiveFloat = 20.0,
+        ce_weight: NonNegativeFloat = 1.0,
+        feature_weight: NonNegativeFloat = 30.0,
+        self_weight: NonNegativeFloat = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
-        clip: float | None = None,
+        clip: PositiveFloat | None = None,
         synthesis: Inversion | None = None,
-        synthesis_items: int = 400,
-        synthesis_rounds: int = 1,
-        latent_size: int = 256,
+        synthesis_items: PositiveInt = 400,
+        synthesis_rounds: PositiveInt = 1,
+        latent_size: PositiveInt = 256,
         head_optimizer: OptimizerCallable | None = None,
         real_data: bool = False,
         channels_last: bool = False,
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         if recipe not in RECIPES:

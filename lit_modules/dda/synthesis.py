@@ -24,6 +24,7 @@ from leanlight.contracts import (
     derived_seed,
     run_seed,
 )
+from leanlight.contracts.ranges import Seed
 from lit_modules.dda import pictures
 from lit_modules.dda.bank import ImagePool, in_8_bits, originals, teacher_digest, write_bank
 from lit_modules.dda.contrastive import ContrastiveMemory
@@ -51,7 +52,7 @@ class BankSynthesis(LightningModule):
     allows = Allows(precision=("32-true", "bf16-mixed"), why="inversion does not scale losses")
     automatic_optimization = False
 
-    def __init__(self, teacher: Teacher, inversion: Inversion | None = None, seed: int | None = None) -> None:
+    def __init__(self, teacher: Teacher, inversion: Inversion | None = None, seed: Seed | None = None) -> None:
         super().__init__()
         save_hparams(self)
         self.teacher, self.inversion, self.seed = teacher, inversion or GeneratorInversion(), run_seed(seed)

@@ -31,6 +31,7 @@ from leanlight.contracts import (
     derived_seed,
     run_seed,
 )
+from leanlight.contracts.ranges import PositiveInt, Seed, Share
 from leanlight.ops.counter import item_keys, labels, noise, random_bits, uniform
 from lit_modules.dda.bank import teacher_digest
 from lit_modules.dda.sampling import Denoise, generators, guided, require_diffusers, sample, start_noise
@@ -102,19 +103,19 @@ class TinyDiffusion(LightningModule):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 16,
+        in_channels: PositiveInt = 1,
+        image_size: PositiveInt = 16,
         network: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         teacher: Teacher | None = None,
-        condition_dropout: float = 0.1,
+        condition_dropout: Share = 0.1,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
-        ema_decay: float = 0.999,
-        samples: int = 20,
-        sample_steps: int = 25,
-        eval_seed: int = 0,
+        ema_decay: Share = 0.999,
+        samples: PositiveInt = 20,
+        sample_steps: PositiveInt = 25,
+        eval_seed: Seed = 0,
     ) -> None:
         super().__init__()
         require_positive(in_channels=in_channels, image_size=image_size, samples=samples, sample_steps=sample_steps)

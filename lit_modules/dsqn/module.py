@@ -28,6 +28,7 @@ from leanlight.contracts import (
     data_of,
     isolated_rng,
 )
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare
 from lit_modules import optim
 from lit_modules.dsqn.conversion import ConvertedDQN, Decoding, Node, convert, record
 from lit_modules.dsqn.evaluation import GameEvaluation, scaled, summary
@@ -66,7 +67,9 @@ class GameAgent(LightningModule):
     allows = Allows(precision=("32-true",), why="competing actions have values that half precision cannot tell apart")
     network: nn.Module
 
-    def __init__(self, input_noise: Sequence[float] = (), weight_noise: Sequence[float] = ()) -> None:
+    def __init__(
+        self, input_noise: Sequence[NonNegativeFloat] = (), weight_noise: Sequence[NonNegativeFloat] = ()
+    ) -> None:
         super().__init__()
         for name, values in (("input_noise", input_noise), ("weight_noise", weight_noise)):
             if any(value <= 0 for value in values):
@@ -179,10 +182,10 @@ class DeepQLearning(GameAgent):
         lr_scheduler: LRSchedulerCallable | None = None,
         rule: Rule = "dqn",
         loss: Loss = "huber",
-        target_period: int = 2_500,
-        target_rate: float = 1.0,
-        input_noise: Sequence[float] = (),
-        weight_noise: Sequence[float] = (),
+        target_period: PositiveInt = 2_500,
+        target_rate: PositiveShare = 1.0,
+        input_noise: Sequence[NonNegativeFloat] = (),
+        weight_noise: Sequence[NonNegativeFloat] = (),
     ) -> None:
         super().__init__(input_noise, weight_noise)
         if target_period < 1:
@@ -303,14 +306,14 @@ class Conversion(GameAgent):
     def __init__(
         self,
         source_checkpoint: Path | None = None,
-        time_steps: int = 500,
-        percentile: float = 99.9,
+        time_steps: PositiveInt = 500,
+        percentile: PositiveFloat = 99.9,
         decoding: Decoding = "robust",
         node: Node = "if",
-        tau: float = 100.0,
-        states: int = 15_000,
-        input_noise: Sequence[float] = (),
-        weight_noise: Sequence[float] = (),
+        tau: PositiveFloat = 100.0,
+        states: PositiveInt = 15_000,
+        input_noise: Sequence[NonNegativeFloat] = (),
+        weight_noise: Sequence[NonNegativeFloat] = (),
     ) -> None:
         super().__init__(input_noise, weight_noise)
         for name, value in (("time_steps", time_steps), ("states", states)):

@@ -14,6 +14,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.neurons import FusedIFNode, FusedLIFNode
 from lit_modules.nn.spiking import fold_time, repeat_time, reset, unfold_time
@@ -47,10 +48,10 @@ class DQN(nn.Module):
     def __init__(
         self,
         num_actions: int,
-        history: int = 4,
-        frame_size: int = 84,
-        convolutions: Sequence[Sequence[int]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
-        hidden: int = 512,
+        history: PositiveInt = 4,
+        frame_size: PositiveInt = 84,
+        convolutions: Sequence[Sequence[PositiveInt]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
+        hidden: PositiveInt = 512,
     ) -> None:
         super().__init__()
         require_positive(num_actions=num_actions, history=history, hidden=hidden)
@@ -108,20 +109,20 @@ class DSQN(DQN):
     def __init__(
         self,
         num_actions: int,
-        history: int = 4,
-        frame_size: int = 84,
-        convolutions: Sequence[Sequence[int]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
-        hidden: int = 512,
-        time_steps: int = 64,
-        tau: float = 2.0,
-        v_threshold: float = 1.0,
+        history: PositiveInt = 4,
+        frame_size: PositiveInt = 84,
+        convolutions: Sequence[Sequence[PositiveInt]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
+        hidden: PositiveInt = 512,
+        time_steps: PositiveInt = 64,
+        tau: PositiveFloat = 2.0,
+        v_threshold: PositiveFloat = 1.0,
         neuron: Neuron = "lif",
         reset: Reset = "hard",
         surrogate_gradient: Surrogate = "atan",
-        alpha: float = 2.0,
+        alpha: PositiveFloat = 2.0,
         detach_reset: bool = False,
         readout: Readout = "rate",
-        init_gain: float = 1.0,
+        init_gain: PositiveFloat = 1.0,
     ) -> None:
         super().__init__(num_actions, history, frame_size, convolutions, hidden)
         require_positive(time_steps=time_steps)

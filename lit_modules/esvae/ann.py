@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.esvae.layers import CHANNELS_32, bottom_side
 from lit_modules.esvae.losses import gaussian_kl
 from lit_modules.esvae.networks import Autoencoder, Code
@@ -37,10 +38,10 @@ class FeatureAutoencoder(Autoencoder):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        channels: Sequence[int] = CHANNELS_32,
-        latent_size: int = 64,
+        in_channels: PositiveInt = 1,
+        image_size: PositiveInt = 32,
+        channels: Sequence[PositiveInt] = CHANNELS_32,
+        latent_size: PositiveInt = 64,
     ) -> None:
         super().__init__(in_channels, image_size, latent_size)
         side = bottom_side(image_size, channels)
@@ -89,10 +90,10 @@ class VAE(FeatureAutoencoder):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        channels: Sequence[int] = CHANNELS_32,
-        latent_size: int = 128,
+        in_channels: PositiveInt = 1,
+        image_size: PositiveInt = 32,
+        channels: Sequence[PositiveInt] = CHANNELS_32,
+        latent_size: PositiveInt = 128,
     ) -> None:
         super().__init__(in_channels, image_size, channels, latent_size)
         self.log_variance = nn.Linear(self.head.in_features, latent_size)

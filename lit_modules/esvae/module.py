@@ -27,6 +27,7 @@ from leanlight.contracts import (
     data_of,
     isolated_rng,
 )
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, UnitInterval
 from lit_modules import optim
 from lit_modules.esvae.evaluation import (
     encode_all,
@@ -73,15 +74,15 @@ class ImageAutoencoder(LightningModule):
         network: Callable[[], Autoencoder],
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
-        divergence_weight: float | Literal["1/num_batches"] = 1e-3,
-        bottleneck_lr_factor: float = 10.0,
+        divergence_weight: NonNegativeFloat | Literal["1/num_batches"] = 1e-3,
+        bottleneck_lr_factor: PositiveFloat = 10.0,
         feature_checkpoint: Path | None = None,
-        generated: int = 5120,
-        strengths: Sequence[float] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+        generated: PositiveInt = 5120,
+        strengths: Sequence[UnitInterval] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
         noise: Noise = "flip",
         probe: bool = True,
-        probe_images: int = 10_000,
-        eval_seed: int = 0,
+        probe_images: PositiveInt = 10_000,
+        eval_seed: Seed = 0,
     ) -> None:
         super().__init__()
         if isinstance(divergence_weight, float) and divergence_weight < 0:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from leanlight.contracts import UserError, nearest
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, UnitInterval
 from lit_modules.esvae.layers import CHANNELS_32, Neuron, SpikingDecoder, SpikingEncoder, SpikingLayer
 from lit_modules.esvae.losses import Kernel, bernoulli_kl, mmd2, psp_mmd
 from lit_modules.esvae.sampling import SAMPLERS, Sampler, poisson_spikes, sample_spikes
@@ -101,15 +102,15 @@ class SAE(Autoencoder):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        channels: Sequence[int] = CHANNELS_32,
-        latent_size: int = 128,
-        time_steps: int = 16,
-        tau: float = 0.25,
-        v_threshold: float = 0.2,
+        in_channels: PositiveInt = 1,
+        image_size: PositiveInt = 32,
+        channels: Sequence[PositiveInt] = CHANNELS_32,
+        latent_size: PositiveInt = 128,
+        time_steps: PositiveInt = 16,
+        tau: UnitInterval = 0.25,
+        v_threshold: PositiveFloat = 0.2,
         surrogate_gradient: SurrogateName = "rect_zero",
-        readout_decay: float = 0.8,
+        readout_decay: UnitInterval = 0.8,
     ) -> None:
         super().__init__(in_channels, image_size, latent_size)
         require_positive(time_steps=time_steps)
@@ -157,20 +158,20 @@ class ESVAE(SAE):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        channels: Sequence[int] = CHANNELS_32,
-        latent_size: int = 32,
-        time_steps: int = 16,
+        in_channels: PositiveInt = 1,
+        image_size: PositiveInt = 32,
+        channels: Sequence[PositiveInt] = CHANNELS_32,
+        latent_size: PositiveInt = 32,
+        time_steps: PositiveInt = 16,
         kernel: Kernel = "rbf",
         sampler: Sampler = "poisson",
-        half_width: float = 0.5,
+        half_width: PositiveFloat = 0.5,
         prior: Prior = "bottleneck",
-        prior_rate: float = 0.5,
-        tau: float = 0.25,
-        v_threshold: float = 0.2,
+        prior_rate: UnitInterval = 0.5,
+        tau: UnitInterval = 0.25,
+        v_threshold: PositiveFloat = 0.2,
         surrogate_gradient: SurrogateName = "rect_zero",
-        readout_decay: float = 0.8,
+        readout_decay: UnitInterval = 0.8,
     ) -> None:
         super().__init__(
             in_channels,
@@ -244,18 +245,18 @@ class FSVAE(SAE):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 32,
-        channels: Sequence[int] = CHANNELS_32,
-        latent_size: int = 128,
-        time_steps: int = 16,
-        candidates: int = 20,
+        in_channels: PositiveInt = 1,
+        image_size: PositiveInt = 32,
+        channels: Sequence[PositiveInt] = CHANNELS_32,
+        latent_size: PositiveInt = 128,
+        time_steps: PositiveInt = 16,
+        candidates: PositiveInt = 20,
         divergence: Literal["mmd", "kld"] = "mmd",
         scheduled_sampling: bool = True,
-        tau: float = 0.25,
-        v_threshold: float = 0.2,
+        tau: UnitInterval = 0.25,
+        v_threshold: PositiveFloat = 0.2,
         surrogate_gradient: SurrogateName = "rect_zero",
-        readout_decay: float = 0.8,
+        readout_decay: UnitInterval = 0.8,
     ) -> None:
         super().__init__(
             in_channels,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import ClientUpdate, ImageBatch, Measurement, UserError, to_device
 from leanlight.contracts.federated import State
+from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from leanlight.ops.differentiable import find_augmentation
 
 Tensors = list[Tensor]
@@ -28,8 +29,8 @@ class LocalTraining:
         augment: name of an augmentation, in `leanlight.ops.differentiable.ALL_AUGMENTATIONS`; none by default.
     """
 
-    epochs: int = 5
-    batch_size: int = 128
+    epochs: NonNegativeInt = 5
+    batch_size: PositiveInt = 128
     augment: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class FedProx(LocalObjective):
         mu: weight μ of the proximal term, at least 0.
     """
 
-    mu: float = 0.1
+    mu: NonNegativeFloat = 0.1
 
     def __post_init__(self) -> None:
         if self.mu < 0:

@@ -28,6 +28,7 @@ from leanlight.contracts import (
     run_seed,
 )
 from leanlight.contracts.federated import State
+from leanlight.contracts.ranges import PositiveInt, Seed
 from lit_modules.classifier.evaluation import ClassifierEvaluation
 from lit_modules.classifier.hooks import EvaluatedClassifier
 from lit_modules.federated.aggregation import Aggregator, FedAvg
@@ -80,8 +81,8 @@ class FederatedClassifier(EvaluatedClassifier):
         server_optimizer: OptimizerCallable | None = None,
         buffers: Literal["average", "keep"] = "average",
         rate_reduce: Reduce = "mean",
-        clients_at_once: int = 1,
-        seed: int | None = None,
+        clients_at_once: PositiveInt = 1,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         if clients_at_once < 1:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import Catalogue, Sessions, UserError
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, Share
 from lit_modules.hid.graphs import edge_types, global_neighbours, session_graph
 from lit_modules.nn.checks import require_positive, require_share
 
@@ -32,7 +33,7 @@ class Backbone(nn.Module):
     #: Clicks that a session can have at most; None: any number.
     max_length: int | None = None
 
-    def __init__(self, num_items: int, dim: int = 100, embedding_std: float | None = None) -> None:
+    def __init__(self, num_items: int, dim: PositiveInt = 100, embedding_std: PositiveFloat | None = None) -> None:
         super().__init__()
         require_positive(num_items=num_items, dim=dim)
         if embedding_std is not None and embedding_std <= 0:
@@ -95,10 +96,10 @@ class GRU4Rec(Backbone):
     def __init__(
         self,
         num_items: int,
-        dim: int = 100,
-        dropout: float = 0.3,
-        layers: int = 1,
-        embedding_std: float | None = None,
+        dim: PositiveInt = 100,
+        dropout: Share = 0.3,
+        layers: PositiveInt = 1,
+        embedding_std: PositiveFloat | None = None,
     ) -> None:
         super().__init__(num_items, dim, embedding_std)
         require_positive(layers=layers)
@@ -150,10 +151,10 @@ class STAMP(Backbone):
     def __init__(
         self,
         num_items: int,
-        dim: int = 100,
-        embedding_std: float = 0.002,
-        weight_std: float = 0.05,
-        max_norm: float | None = 1.5,
+        dim: PositiveInt = 100,
+        embedding_std: PositiveFloat = 0.002,
+        weight_std: PositiveFloat = 0.05,
+        max_norm: PositiveFloat | None = 1.5,
     ) -> None:
         super().__init__(num_items, dim, embedding_std)
         for name, value in (("weight_std", weight_std), ("max_norm", max_norm)):
@@ -195,7 +196,9 @@ class SRGNN(Backbone):
         embedding_std: see `Backbone`.
     """
 
-    def __init__(self, num_items: int, dim: int = 100, steps: int = 1, embedding_std: float | None = None) -> None:
+    def __init__(
+        self, num_items: int, dim: PositiveInt = 100, steps: PositiveInt = 1, embedding_std: PositiveFloat | None = None
+    ) -> None:
         super().__init__(num_items, dim, embedding_std)
         require_positive(steps=steps)
         self.steps = steps
@@ -248,15 +251,15 @@ class GCEGNN(Backbone):
     def __init__(
         self,
         num_items: int,
-        dim: int = 100,
-        hops: int = 1,
-        neighbours: int = 12,
-        window: int = 3,
-        dropout_gcn: float = 0.0,
-        dropout_local: float = 0.0,
-        dropout_global: float = 0.5,
-        positions: int = 200,
-        embedding_std: float | None = None,
+        dim: PositiveInt = 100,
+        hops: PositiveInt = 1,
+        neighbours: PositiveInt = 12,
+        window: PositiveInt = 3,
+        dropout_gcn: Share = 0.0,
+        dropout_local: Share = 0.0,
+        dropout_global: Share = 0.5,
+        positions: PositiveInt = 200,
+        embedding_std: PositiveFloat | None = None,
     ) -> None:
         super().__init__(num_items, dim, embedding_std)
         require_positive(hops=hops, neighbours=neighbours, window=window, positions=positions)

@@ -7,6 +7,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from leanlight.contracts.ranges import PositiveInt
 from leanlight.contracts.sessions import Catalogue, Sessions
 from lit_modules.hid.counts import place_within
 from lit_modules.nn.checks import require_positive
@@ -78,7 +79,7 @@ class ItemKNN(Floor):
     neighbour: Tensor
     weight: Tensor
 
-    def __init__(self, num_items: int, neighbours: int = 100) -> None:
+    def __init__(self, num_items: int, neighbours: PositiveInt = 100) -> None:
         super().__init__(num_items)
         require_positive(neighbours=neighbours)
         self.neighbours = neighbours

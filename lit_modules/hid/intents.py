@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveInt, Seed
 from leanlight.contracts.sessions import Catalogue, Sessions
 from lit_modules.hid.counts import neighbouring_clicks, place_within
 from lit_modules.nn.checks import require_positive
@@ -117,17 +118,17 @@ class HybridIntents:
         seed: of k-means, of the eigensolver and of shuffles.
     """
 
-    n: int = 200
+    n: PositiveInt = 200
     source: Literal["hybrid", "attribute", "random", "semantic"] = "hybrid"
     laplacian: Literal["normalised", "plain"] = "normalised"
-    eigenvectors: int | None = None
+    eigenvectors: PositiveInt | None = None
     self_loops: bool = False
-    top_neighbours: int | None = None
+    top_neighbours: PositiveInt | None = None
     drop_first: bool = False
     row_normalise: bool = False
-    pseudo_categories: int = 100
-    restarts: int = 10
-    seed: int = 0
+    pseudo_categories: PositiveInt = 100
+    restarts: PositiveInt = 10
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         sizes = {"n": self.n, "pseudo_categories": self.pseudo_categories, "restarts": self.restarts}

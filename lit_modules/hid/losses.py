@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat
 from leanlight.contracts.sessions import SessionBatch
 from lit_modules.hid.intents import Intents
 from lit_modules.nn.processes import everyone
@@ -49,9 +50,9 @@ class ICLoss:
     """
 
     form: Form = "paper"
-    sigma: float | None = None
-    penalty: float | None = None
-    threshold: float | None = None
+    sigma: PositiveFloat | None = None
+    penalty: NonNegativeFloat | None = None
+    threshold: NonNegativeFloat | None = None
     positive_in_denominator: bool = True
     detach_intents: bool = False
     constraint: Constraint = "both"

@@ -28,6 +28,7 @@ from leanlight.contracts import (
     isolated_rng,
     run_seed,
 )
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt, Seed
 from lit_modules.hid import pictures
 from lit_modules.hid.evaluation import SessionEvaluation
 from lit_modules.hid.export import export_recommender
@@ -72,13 +73,13 @@ class SessionRecommender(LightningModule):
         scoring: Scoring | None = None,
         intents: HybridIntents | None = None,
         icloss: ICLoss | None = None,
-        epsilon: float | None = None,
+        epsilon: NonNegativeFloat | None = None,
         plugin: Callable[[], Plugin] | None = None,
-        topk: Sequence[int] = (5, 10, 20),
+        topk: Sequence[PositiveInt] = (5, 10, 20),
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         save_hparams(self)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveInt, Seed, UnitInterval
 from leanlight.contracts.sessions import Catalogue, SessionBatch, Sessions
 from lit_modules.hid.counts import neighbouring_clicks, place_within
 from lit_modules.hid.intents import Intents
@@ -90,13 +91,13 @@ class LOAM(Plugin):
 
     def __init__(
         self,
-        share: float = 0.1,
-        walks: int = 5,
-        steps: int = 10,
-        alpha: float = 0.5,
-        head_edges: int = 11,
-        own: float = 0.8,
-        seed: int = 0,
+        share: UnitInterval = 0.1,
+        walks: PositiveInt = 5,
+        steps: PositiveInt = 10,
+        alpha: UnitInterval = 0.5,
+        head_edges: PositiveInt = 11,
+        own: UnitInterval = 0.8,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         for name, value in (("share", share), ("alpha", alpha), ("own", own)):
@@ -212,7 +213,7 @@ class TailNet(Plugin):
             with ``scores``, as published, where a factor below 1 raises a negative score.
     """
 
-    def __init__(self, dim: int = 100, multiply: Multiply = "probabilities") -> None:
+    def __init__(self, dim: PositiveInt = 100, multiply: Multiply = "probabilities") -> None:
         super().__init__()
         require_positive(**{"plugin.dim": dim})
         if multiply not in get_args(Multiply):
@@ -251,7 +252,12 @@ class LAPSR(Plugin):
 
     trains = False
 
-    def __init__(self, tail_weight: float = 0.3, similarity_weight: float = 0.3, candidates: int = 100) -> None:
+    def __init__(
+        self,
+        tail_weight: NonNegativeFloat = 0.3,
+        similarity_weight: NonNegativeFloat = 0.3,
+        candidates: PositiveInt = 100,
+    ) -> None:
         super().__init__()
         for name, value in (("tail_weight", tail_weight), ("similarity_weight", similarity_weight)):
             if value < 0:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt
 from lit_modules.nn.checks import require_positive
 
 Kind = Literal["dot", "cosine"]
@@ -31,8 +32,8 @@ class Scoring:
     """
 
     kind: Kind = "dot"
-    scale: float = 13.0
-    chunk: int | None = None
+    scale: PositiveFloat = 13.0
+    chunk: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

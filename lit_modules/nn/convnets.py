@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.nn.checks import pooled_size, require_positive
 from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.normalize import Normalize, PixelStatistic
@@ -48,12 +49,12 @@ class ConvNet(FeatureClassifier):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        width: int = 128,
-        depth: int = 3,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        width: PositiveInt = 128,
+        depth: PositiveInt = 3,
         norm: Norm = "instance",
-        image_size: int = 32,
+        image_size: PositiveInt = 32,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
     ) -> None:
@@ -96,11 +97,11 @@ class VGG11(FeatureClassifier):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        width: int = 64,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        width: PositiveInt = 64,
         norm: Norm = "instance",
-        image_size: int = 32,
+        image_size: PositiveInt = 32,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
         pool: Literal["flatten", "average"] = "flatten",
@@ -139,9 +140,9 @@ class AlexNet(FeatureClassifier):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        image_size: int = 32,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        image_size: PositiveInt = 32,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
     ) -> None:

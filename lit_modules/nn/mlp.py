@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.normalize import Normalize, PixelStatistic
@@ -25,10 +26,10 @@ class MLP(FeatureClassifier):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        hidden: Sequence[int] = (128, 128),
-        image_size: int = 28,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        hidden: Sequence[PositiveInt] = (128, 128),
+        image_size: PositiveInt = 28,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
     ) -> None:
@@ -59,9 +60,9 @@ class LinearClassifier(MLP):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        image_size: int = 28,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        image_size: PositiveInt = 28,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
     ) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import FiniteFloat
 
-PixelStatistic = float | Sequence[float]
+PixelStatistic = FiniteFloat | Sequence[FiniteFloat]
 
 
 class Normalize(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveInt, Share
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.convnets import Norm, norm_layer
 from lit_modules.nn.features import FeatureClassifier
@@ -88,9 +89,9 @@ class ResNet18(_SmallImageResNet):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        width: int = 64,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        width: PositiveInt = 64,
         norm: Norm = "batch",
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
@@ -112,9 +113,9 @@ class ResNet34(_SmallImageResNet):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        width: int = 64,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        width: PositiveInt = 64,
         norm: Norm = "batch",
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
@@ -136,9 +137,9 @@ class ResNet50(_SmallImageResNet):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        width: int = 64,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        width: PositiveInt = 64,
         norm: Norm = "batch",
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
@@ -163,10 +164,10 @@ class CifarResNet(_SmallImageResNet):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        depth: int = 20,
-        width: int = 16,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        depth: PositiveInt = 20,
+        width: PositiveInt = 16,
         norm: Norm = "batch",
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
@@ -214,11 +215,11 @@ class WideResNet(FeatureClassifier):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        depth: int = 28,
-        widen_factor: int = 10,
-        dropout: float = 0.0,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        depth: PositiveInt = 28,
+        widen_factor: PositiveInt = 10,
+        dropout: Share = 0.0,
         norm: Norm = "batch",
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,

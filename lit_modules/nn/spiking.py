@@ -13,6 +13,7 @@ from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
 from lit_modules.nn.checks import pooled_size, require_positive
 from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.neurons import SurrogateName, lif
@@ -124,15 +125,15 @@ class SpikingConvNet(FeatureClassifier):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        width: int = 32,
-        depth: int = 3,
-        time_steps: int = 4,
-        tau: float = 0.5,
-        v_threshold: float = 1.0,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        width: PositiveInt = 32,
+        depth: PositiveInt = 3,
+        time_steps: PositiveInt = 4,
+        tau: OpenUnitInterval = 0.5,
+        v_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "rect",
-        image_size: int = 28,
+        image_size: PositiveInt = 28,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
     ) -> None:

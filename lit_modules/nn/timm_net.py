@@ -19,6 +19,7 @@ from leanlight.contracts import (
     run_seed,
     sha256_file,
 )
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.frozen import load_weights
 from lit_modules.nn.checks import device_of, first_line, require_positive
 from lit_modules.nn.normalize import Normalize, PixelStatistic
@@ -50,14 +51,14 @@ class TimmNet(nn.Module):
     def __init__(
         self,
         name: str,
-        in_channels: int = 3,
-        num_classes: int | None = 10,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt | None = 10,
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
         mean: PixelStatistic = 0.5,
         std: PixelStatistic = 0.5,
         weights: Path | None = None,
-        input_size: int | None = None,
+        input_size: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         try:

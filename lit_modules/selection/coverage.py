@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leanlight.contracts.ranges import NonNegativeFloat
 from lit_modules.selection.features import Features, class_picks
 from lit_modules.selection.greedy import facility_location, graph_cut, herding, k_center
 from lit_modules.selection.kernels import GradientCloseness, Kernel, error_of, kernel_of
@@ -79,7 +80,7 @@ class GraphCut(KernelRule):
     """
 
     double_softmax: bool = True
-    trade_off: float = 1.0
+    trade_off: NonNegativeFloat = 1.0
 
     def pick(self, features: Features, count: int, generator: torch.Generator, advance: Advance) -> dict[str, Tensor]:
         return class_picks(*graph_cut(self.kernel(features), count, self.trade_off, advance))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat
 from lit_modules.selection.features import Features, class_picks
 from lit_modules.selection.kernels import error_of, with_bias
 from lit_modules.selection.rules import ClassRule
@@ -55,7 +56,7 @@ class GradMatch(ClassRule):
         ridge: added to the squares of weights.
     """
 
-    ridge: float = 1.0
+    ridge: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +138,7 @@ class Glister(ClassRule):
         deepcore_compat: never take the step, as DeepCore's code does by mistake.
     """
 
-    step: float = 0.1
+    step: PositiveFloat = 0.1
     deepcore_compat: bool = False
 
     @property

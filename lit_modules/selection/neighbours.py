@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt
 from lit_modules.selection.features import Features, class_picks
 from lit_modules.selection.rules import ClassRule
 from lit_modules.selection.scores import EL2N, ScoreRule
@@ -42,7 +43,7 @@ class CAL(ScoreRule):
         deepcore_compat: the most like instead, as DeepCore's code does.
     """
 
-    neighbours: int = 10
+    neighbours: PositiveInt = 10
     deepcore_compat: bool = False
 
     def __post_init__(self) -> None:
@@ -76,8 +77,8 @@ class D2(ClassRule):
         gamma: above 0; the larger, the fewer neighbours lose anything.
     """
 
-    neighbours: int = 10
-    gamma: float = 1.0
+    neighbours: PositiveInt = 10
+    gamma: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, Share
 from lit_modules.selection.features import Features, class_picks
 from lit_modules.selection.rules import ClassRule
 from lit_modules.selection.work import Advance
@@ -50,7 +51,7 @@ class EL2N(ScoreRule):
         epochs: the first so many are averaged, or all where fewer are recorded.
     """
 
-    epochs: int = 10
+    epochs: PositiveInt = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,9 +151,9 @@ class DUAL(ClassRule):
         power: how fast the density turns with the part that is left out; 4 in the code of its authors.
     """
 
-    epochs: int = 30
-    window: int = 10
-    power: float = 4.0
+    epochs: PositiveInt = 30
+    window: PositiveInt = 10
+    power: PositiveFloat = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,8 +193,8 @@ class CCS(ScoreRule):
         strata: of equal width between the smallest margin left and the largest.
     """
 
-    beta: float | None = None
-    strata: int = 50
+    beta: Share | None = None
+    strata: PositiveInt = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import ClientUpdate, Measurement, Selector, UserError
+from leanlight.contracts.ranges import NonNegativeInt
 
 Layers = Literal["all", "first", "middle", "last"]
 Order = Literal["top", "bottom", "random", "skip_top", "top_and_bottom"]
@@ -40,7 +41,7 @@ class CreditSelection(Selector):
     mode: Literal["total_abs", "signed", "class_abs"] = "total_abs"
     layers: Layers = "all"
     order: Order = "top"
-    skip: int = 1
+    skip: NonNegativeInt = 1
     per_step: bool = False
     scored = "after"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.neurons import SurrogateName, integrate_and_fire
 from lit_modules.nn.normalize import Normalize, PixelStatistic
@@ -45,21 +46,21 @@ class SpikingCNN(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        channels: Sequence[int] = (32, 64),
-        strides: Sequence[int] | None = None,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        channels: Sequence[PositiveInt] = (32, 64),
+        strides: Sequence[PositiveInt] | None = None,
         pools: Sequence[bool] | None = None,
-        padding: int = 1,
-        hidden: Sequence[int] = (128,),
+        padding: NonNegativeInt = 1,
+        hidden: Sequence[PositiveInt] = (128,),
         batch_norm: bool = False,
         bias: bool = True,
         spiking_output: bool = True,
-        time_steps: int = 12,
+        time_steps: PositiveInt = 12,
         coding: Literal["direct", "poisson"] = "direct",
-        v_threshold: float = 1.0,
+        v_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "atan",
-        image_size: int = 28,
+        image_size: PositiveInt = 28,
         mean: PixelStatistic = 0.0,
         std: PixelStatistic = 1.0,
     ) -> None:
@@ -110,16 +111,16 @@ class ReLUCNN(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        channels: Sequence[int] = (32, 64),
-        strides: Sequence[int] | None = None,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        channels: Sequence[PositiveInt] = (32, 64),
+        strides: Sequence[PositiveInt] | None = None,
         pools: Sequence[bool] | None = None,
-        padding: int = 1,
-        hidden: Sequence[int] = (128,),
+        padding: NonNegativeInt = 1,
+        hidden: Sequence[PositiveInt] = (128,),
         batch_norm: bool = False,
         bias: bool = True,
-        image_size: int = 28,
+        image_size: PositiveInt = 28,
         mean: PixelStatistic = 0.0,
         std: PixelStatistic = 1.0,
     ) -> None:

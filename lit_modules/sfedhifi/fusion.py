@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leanlight.contracts import ClientUpdate, UserError, to_device
 from leanlight.contracts.federated import State
+from leanlight.contracts.ranges import NonNegativeInt, PositiveInt, PositiveShare
 from lit_modules.federated.aggregation import FedAvg, Weighting, client_weights, weighted_mean
 
 Models = dict[float, State]  # the server's, by width p
@@ -135,9 +136,9 @@ class HIFI:
         residual: ``drop`` what the core leaves out, as published, or ``keep`` it.
     """
 
-    rounds: int = 225
-    every: int = 1
-    rank_ratio: float = 0.25
+    rounds: NonNegativeInt = 225
+    every: PositiveInt = 1
+    rank_ratio: PositiveShare = 0.25
     core: Core = "sign_aligned"
     residual: Residual = "drop"
 

@@ -25,6 +25,7 @@ from leanlight.contracts import (
     to_device,
 )
 from leanlight.contracts.federated import State
+from leanlight.contracts.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, PositiveShare, Seed, UnitInterval
 from lit_modules.classifier.losses import class_index
 from lit_modules.federated import FedAvg, FederatedClassifier, LocalObjective, LocalTraining
 from lit_modules.history import History
@@ -102,24 +103,24 @@ class WidthFederation(FederatedClassifier):
     def __init__(
         self,
         network: Callable[[float], nn.Module],
-        widths: Sequence[float] = WIDTHS,
+        widths: Sequence[PositiveShare] = WIDTHS,
         sharing: Literal["none", "basis", "slices"] = "basis",
         hifi: HIFI | None = None,
         layer: InformativeLayer | None = None,
         budgets: Literal["dynamic", "fixed"] = "dynamic",
         loss: Literal["tet", "mean_output"] = "tet",
-        tet_weight: float = 1e-3,
-        tet_target: float = 1.0,
-        orthogonality_weight: float = 10.0,
-        vote_images: int = 256,
-        vote_batch: int = 32,
+        tet_weight: UnitInterval = 1e-3,
+        tet_target: FiniteFloat = 1.0,
+        orthogonality_weight: NonNegativeFloat = 10.0,
+        vote_images: PositiveInt = 256,
+        vote_batch: PositiveInt = 32,
         local: LocalTraining | None = None,
         objective: LocalObjective | None = None,
         aggregator: FedAvg | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         buffers: Literal["average", "keep"] = "average",
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__(
             network=lambda: Widths(network, widths),

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, PositiveShare, UnitInterval
 from lit_modules.nn import Normalize, fold_time, integrate_and_fire, lif, repeat_time, reset, unfold_time
 from lit_modules.nn.checks import pooled_size, require_positive
 from lit_modules.nn.neurons import SurrogateName
@@ -267,15 +268,15 @@ class FactorisedSpikingResNet18(_ResNet18):
 
     def __init__(
         self,
-        width: float = 1.0,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        channels: Sequence[int] = (64, 128, 256, 512),
-        basis_fraction: float = 0.125,
-        n_basis: float = 0.25,
-        time_steps: int = 10,
-        tau: float = 0.5,
-        v_threshold: float = 1.0,
+        width: PositiveShare = 1.0,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        channels: Sequence[PositiveInt] = (64, 128, 256, 512),
+        basis_fraction: PositiveShare = 0.125,
+        n_basis: PositiveFloat = 0.25,
+        time_steps: PositiveInt = 10,
+        tau: UnitInterval = 0.5,
+        v_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "sigmoid",
         detach_reset: bool = False,
         output_neuron: bool = True,
@@ -314,12 +315,12 @@ class FactorisedResNet18(_ResNet18):
 
     def __init__(
         self,
-        width: float = 1.0,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        channels: Sequence[int] = (64, 128, 256, 512),
-        basis_fraction: float = 0.125,
-        n_basis: float = 0.25,
+        width: PositiveShare = 1.0,
+        in_channels: PositiveInt = 3,
+        num_classes: PositiveInt = 10,
+        channels: Sequence[PositiveInt] = (64, 128, 256, 512),
+        basis_fraction: PositiveShare = 0.125,
+        n_basis: PositiveFloat = 0.25,
         factorised: bool = True,
         mean: PixelStatistic = CIFAR_MEAN,
         std: PixelStatistic = CIFAR_STD,
@@ -347,7 +348,7 @@ class _CNN(WidthNetwork):
         image_size: int,
         norm: bool,
         inner_neuron: bool,
-        inner_threshold: float = 1.0,
+        inner_threshold: PositiveFloat = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(channels=channels, in_channels=in_channels, num_classes=num_classes, **options)
@@ -406,19 +407,19 @@ class FactorisedSpikingCNN(_CNN):
 
     def __init__(
         self,
-        width: float = 1.0,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        image_size: int = 28,
-        channels: Sequence[int] = (64, 128, 128),
-        basis_fraction: float = 0.125,
-        n_basis: float = 0.25,
-        time_steps: int = 10,
+        width: PositiveShare = 1.0,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        image_size: PositiveInt = 28,
+        channels: Sequence[PositiveInt] = (64, 128, 128),
+        basis_fraction: PositiveShare = 0.125,
+        n_basis: PositiveFloat = 0.25,
+        time_steps: PositiveInt = 10,
         leaky: bool = False,
-        tau: float = 0.5,
-        v_threshold: float = 0.5,
+        tau: UnitInterval = 0.5,
+        v_threshold: PositiveFloat = 0.5,
         inner_neuron: bool = True,
-        inner_threshold: float = 1.0,
+        inner_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "sigmoid",
         detach_reset: bool = False,
         norm: bool = False,
@@ -465,13 +466,13 @@ class FactorisedCNN(_CNN):
 
     def __init__(
         self,
-        width: float = 1.0,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        image_size: int = 28,
-        channels: Sequence[int] = (64, 128, 128),
-        basis_fraction: float = 0.125,
-        n_basis: float = 0.25,
+        width: PositiveShare = 1.0,
+        in_channels: PositiveInt = 1,
+        num_classes: PositiveInt = 10,
+        image_size: PositiveInt = 28,
+        channels: Sequence[PositiveInt] = (64, 128, 128),
+        basis_fraction: PositiveShare = 0.125,
+        n_basis: PositiveFloat = 0.25,
         inner_neuron: bool = True,
         norm: bool = False,
         factorised: bool = True,

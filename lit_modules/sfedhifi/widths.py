@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, derived_seed
+from leanlight.contracts.ranges import PositiveShare
 from lit_modules.sfedhifi.decomposition import factorised_layers
 
 _TRIES = 100_000
@@ -39,7 +40,7 @@ class DynamicWidths:
         widths: p, ascending.
     """
 
-    widths: tuple[float, ...] = WIDTHS
+    widths: tuple[PositiveShare, ...] = WIDTHS
 
     def draw(self, joined: Sequence[int], clients: int, seed: int, number: int) -> dict[int, float]:
         """Width by client; a function of the arguments alone.
@@ -68,7 +69,7 @@ class FixedWidths:
         widths: p, ascending.
     """
 
-    widths: tuple[float, ...] = WIDTHS
+    widths: tuple[PositiveShare, ...] = WIDTHS
 
     def draw(self, joined: Sequence[int], clients: int, seed: int, number: int) -> dict[int, float]:
         """As `DynamicWidths.draw`; a width may be missing."""

@@ -20,6 +20,7 @@ from leanlight.contracts import (
     UserError,
     data_of,
 )
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, Share
 from lit_modules.classifier import ClassifierHooks, class_index, cross_entropy
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
@@ -60,9 +61,9 @@ class TunedClassifier(ClassifierHooks):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "step",
-        prompt_lr: float | None = None,
-        prompt_weight_decay: float = 0.0,
-        label_smoothing: float = 0.0,
+        prompt_lr: PositiveFloat | None = None,
+        prompt_weight_decay: NonNegativeFloat = 0.0,
+        label_smoothing: Share = 0.0,
         store_frozen: bool = True,
     ) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, derived_seed, run_seed
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare, Share, UnitInterval
 from leanlight.ops.corruptions import item_keys, normal
 from lit_modules.nn import integrate_and_fire, lif
 from lit_modules.nn.checks import require_positive
@@ -66,7 +67,12 @@ class DensePrompts(Prompts):
     """
 
     def __init__(
-        self, layers: int, width: int, patch_values: int, length: int = 10, init_range: float | None = None
+        self,
+        layers: int,
+        width: int,
+        patch_values: int,
+        length: PositiveInt = 10,
+        init_range: PositiveFloat | None = None,
     ) -> None:
         super().__init__(layers, width, length)
         if init_range is not None and init_range <= 0:
@@ -122,23 +128,23 @@ class SpikingPrompts(Prompts):
         layers: int,
         width: int,
         patch_values: int,
-        length: int = 10,
+        length: PositiveInt = 10,
         use_sfl: bool = True,
         use_sdu: bool = True,
-        time_steps: int = 4,
-        v_threshold: float = 1.0,
+        time_steps: PositiveInt = 4,
+        v_threshold: PositiveFloat = 1.0,
         reset: Reset = "soft",
-        leak: float = 0.0,
+        leak: Share = 0.0,
         time_mode: TimeMode = "unrolled",
-        sigma: float = 0.0,
+        sigma: NonNegativeFloat = 0.0,
         sfl_readout: Readout = "rate",
-        theta: float | None = None,
+        theta: PositiveShare | None = None,
         levels: Literal[2, 3] = 2,
         surrogate: Surrogate = "sigmoid",
-        alpha: float = 2.0,
-        scale: float = 1.0,
+        alpha: PositiveFloat = 2.0,
+        scale: PositiveFloat = 1.0,
         scale_mode: ScaleMode = "fixed",
-        init_range: float = 1.0,
+        init_range: PositiveFloat = 1.0,
     ) -> None:
         super().__init__(layers, width, length)
         require_positive(time_steps=time_steps)
@@ -252,7 +258,13 @@ class RandomBits(Prompts):
     drawn: Tensor
 
     def __init__(
-        self, layers: int, width: int, patch_values: int, length: int = 10, density: float = 0.375, scale: float = 1.0
+        self,
+        layers: int,
+        width: int,
+        patch_values: int,
+        length: PositiveInt = 10,
+        density: UnitInterval = 0.375,
+        scale: PositiveFloat = 1.0,
     ) -> None:
         super().__init__(layers, width, length)
         if not 0 <= density <= 1:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from leanlight.contracts import MissingExtraError, UserError
+from leanlight.contracts.ranges import PositiveInt, Share
 from lit_modules.nn import TimmNet
 from lit_modules.nn.checks import require_positive
 from lit_modules.spike_nvpt.layers import AdaptedLayer, ScaledLayer
@@ -52,7 +53,7 @@ class PartialTuning(Tuning):
         blocks: how many, at least 1 and at most those of the network.
     """
 
-    blocks: int = 1
+    blocks: PositiveInt = 1
 
     def __post_init__(self) -> None:
         require_positive(blocks=self.blocks)
@@ -92,10 +93,10 @@ class LoRA(Tuning):
         dropout: of their inputs, in training, in [0, 1).
     """
 
-    rank: int = 8
-    alpha: int = 8
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 8
     targets: tuple[str, ...] = ("qkv",)
-    dropout: float = 0.0
+    dropout: Share = 0.0
 
     def __post_init__(self) -> None:
         require_positive(rank=self.rank, alpha=self.alpha)
@@ -126,7 +127,7 @@ class Adapter(Tuning):
         bottleneck: width of the small network, at least 1.
     """
 
-    bottleneck: int = 48
+    bottleneck: PositiveInt = 48
 
     def __post_init__(self) -> None:
         require_positive(bottleneck=self.bottleneck)
@@ -171,8 +172,8 @@ class PromptTuning(Tuning):
 
     prompts: Callable[[int, int, int], Prompts] = SpikingPrompts
     depth: Depth = "deep"
-    blocks: int | None = None
-    dropout: float = 0.0
+    blocks: PositiveInt | None = None
+    dropout: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.depth not in get_args(Depth):

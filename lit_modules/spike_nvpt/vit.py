@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeInt
 from lit_modules.nn import TimmNet
 from lit_modules.spike_nvpt.layers import ScaledLayer
 from lit_modules.spike_nvpt.prompts import Prompts
@@ -69,7 +70,7 @@ class TunedNetwork(nn.Module):
     def __init__(
         self,
         net: TimmNet,
-        frozen_blocks: int = 0,
+        frozen_blocks: NonNegativeInt = 0,
         head_only: bool = False,
         prompts: Prompts | None = None,
         whole: bool = False,

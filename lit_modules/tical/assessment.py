@@ -17,6 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+)
 from lit_modules.nn.checks import require_positive
 from lit_modules.tical.anchors import AnchorLists, range_of
 from lit_modules.tical.hyperbolic import Geometry, without_autocast
@@ -99,20 +107,20 @@ class ConsistencyAssessment:
 
     reading: Reading = "paper"
     geometry: Geometry = field(default_factory=Geometry)
-    dim: int = 32
-    length: int = 2048
-    theta: float = 0.8
-    temperature: float = 0.2
-    scale: float = 0.5
-    density: float = 4.0
+    dim: PositiveInt = 32
+    length: PositiveInt = 2048
+    theta: OpenUnitInterval = 0.8
+    temperature: NonNegativeFloat = 0.2
+    scale: NonNegativeFloat = 0.5
+    density: PositiveFloat = 4.0
     disagreement: Disagreement | None = None
     typicality: Typicality | None = None
     typicality_range: TypicalityRange = "running"
-    range_momentum: float = 0.05
-    warmup_epochs: int = 5
+    range_momentum: PositiveShare = 0.05
+    warmup_epochs: NonNegativeInt = 5
     consistency: bool = True
-    neighbours: int = 5
-    pseudo_temperature: float = 0.2
+    neighbours: PositiveInt = 5
+    pseudo_temperature: PositiveFloat = 0.2
 
     def __post_init__(self) -> None:
         self._check_choices()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from leanlight.contracts.emotion import Modality
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from lit_modules.nn.checks import require_positive, require_share
 from lit_modules.tical.encoders import (
     Answer,
@@ -151,7 +152,7 @@ class TensorFusion(nn.Module):
         modalities: Mapping[str, Modality],
         num_outputs: int,
         encoding: Encoding | None = None,
-        factor: int = 16,
+        factor: PositiveInt = 16,
     ) -> None:
         super().__init__()
         require_positive(num_outputs=num_outputs, factor=factor)
@@ -188,7 +189,7 @@ class LowRankFusion(nn.Module):
         modalities: Mapping[str, Modality],
         num_outputs: int,
         encoding: Encoding | None = None,
-        rank: int = 4,
+        rank: PositiveInt = 4,
     ) -> None:
         super().__init__()
         require_positive(num_outputs=num_outputs, rank=rank)
@@ -232,13 +233,13 @@ class MulT(nn.Module):
         self,
         modalities: Mapping[str, Modality],
         num_outputs: int,
-        dim: int = 50,
-        heads: int = 10,
-        levels: int = 4,
-        memory_levels: int = 4,
-        kernel: int = 1,
-        dropout: float = 0.1,
-        embedding_dropout: float = 0.25,
+        dim: PositiveInt = 50,
+        heads: PositiveInt = 10,
+        levels: PositiveInt = 4,
+        memory_levels: PositiveInt = 4,
+        kernel: PositiveInt = 1,
+        dropout: Share = 0.1,
+        embedding_dropout: Share = 0.25,
     ) -> None:
         super().__init__()
         require_positive(
@@ -330,10 +331,10 @@ class MISA(nn.Module):
         modalities: Mapping[str, Modality],
         num_outputs: int,
         encoding: Encoding | None = None,
-        similarity: float = 0.3,
-        difference: float = 0.1,
-        reconstruction: float = 1.0,
-        moments: int = 5,
+        similarity: NonNegativeFloat = 0.3,
+        difference: NonNegativeFloat = 0.1,
+        reconstruction: NonNegativeFloat = 1.0,
+        moments: PositiveInt = 5,
     ) -> None:
         super().__init__()
         require_positive(num_outputs=num_outputs, moments=moments)
@@ -466,8 +467,8 @@ class SelfMM(nn.Module):
         modalities: Mapping[str, Modality],
         num_outputs: int,
         encoding: Encoding | None = None,
-        limit: float = 3.0,
-        factor: float = 1.0,
+        limit: PositiveFloat = 3.0,
+        factor: NonNegativeFloat = 1.0,
     ) -> None:
         super().__init__()
         require_positive(num_outputs=num_outputs)

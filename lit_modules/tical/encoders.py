@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from leanlight.contracts.emotion import Modality
+from leanlight.contracts.ranges import PositiveInt, Share
 from lit_modules.nn.checks import require_positive, require_share
 
 SequenceKind = Literal["transformer", "lstm"]
@@ -96,11 +97,11 @@ class Encoding:
         sequence: what reads a sequence after the convolution.
     """
 
-    dim: int = 128
-    dropout: float = 0.2
-    layers: int = 2
-    heads: int = 4
-    kernel: int = 3
+    dim: PositiveInt = 128
+    dropout: Share = 0.2
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    kernel: PositiveInt = 3
     sequence: SequenceKind = "transformer"
 
     def __post_init__(self) -> None:

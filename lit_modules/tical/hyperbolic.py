@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveFloat
 
 Kind = Literal["poincare", "lorentz", "euclidean"]
 
@@ -58,8 +59,8 @@ class Geometry:
     """
 
     kind: Kind = "poincare"
-    curvature: float = 1.0
-    clip: float = 2.3
+    curvature: PositiveFloat = 1.0
+    clip: PositiveFloat = 2.3
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

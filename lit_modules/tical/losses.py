@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat
 from lit_modules.tical.anchors import AnchorLists
 from lit_modules.tical.assessment import Assessment
 from lit_modules.tical.encoders import Answer
@@ -119,10 +120,10 @@ class SoftLoss:
         temperature: τ_h, positive.
     """
 
-    gamma: float = 1.0
-    unimodal: float = 0.3
-    hyperbolic: float = 0.1
-    temperature: float = 0.5
+    gamma: NonNegativeFloat = 1.0
+    unimodal: NonNegativeFloat = 0.3
+    hyperbolic: NonNegativeFloat = 0.1
+    temperature: PositiveFloat = 0.5
 
     def __post_init__(self) -> None:
         for name, least in (("gamma", -1), ("unimodal", 0), ("hyperbolic", 0)):

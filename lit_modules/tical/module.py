@@ -31,6 +31,7 @@ from leanlight.contracts import (
     nearest,
     run_seed,
 )
+from leanlight.contracts.ranges import NonNegativeFloat, Seed, Share
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.processes import everyone
@@ -83,16 +84,16 @@ class EmotionRecognition(LightningModule):
         network: Network,
         assessment: ConsistencyAssessment | None = None,
         target: Literal["classes", "score"] = "classes",
-        missing: dict[str, float] | None = None,
+        missing: dict[str, Share] | None = None,
         tree: str = "flat",
-        tree_weight: float = 1.0,
+        tree_weight: NonNegativeFloat = 1.0,
         gather: bool = True,
         soft: SoftLoss | None = None,
         class_weights: bool = True,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
-        seed: int | None = None,
+        seed: Seed | None = None,
     ) -> None:
         super().__init__()
         save_hparams(self)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import EmotionMeta, Modality, UserError, isolated_rng
+from leanlight.contracts.ranges import Seed
 from lit_modules.nn.checks import device_of, first_line
 from lit_modules.tical.anchors import AnchorLists
 from lit_modules.tical.assessment import Assessment, ConsistencyAssessment
@@ -103,7 +104,7 @@ class EmotionNetwork(nn.Module):
         facts: Facts,
         num_outputs: int,
         assessment: ConsistencyAssessment | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.body: Any = body

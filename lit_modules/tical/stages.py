@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import UserError
 from leanlight.contracts.emotion import Modality
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.nn.checks import require_positive
 from lit_modules.tical.assessment import Assessment
 from lit_modules.tical.encoders import Answer, Attention, Encoded, Encoders, Encoding, Head, presence
@@ -135,8 +136,8 @@ class ThreeStages(nn.Module):
         modalities: Mapping[str, Modality],
         num_outputs: int,
         encoding: Encoding | None = None,
-        stages: int = 3,
-        layers: int = 1,
+        stages: PositiveInt = 3,
+        layers: PositiveInt = 1,
     ) -> None:
         super().__init__()
         _check_stages(stages)
@@ -209,8 +210,8 @@ class SoftStages(nn.Module):
         modalities: Mapping[str, Modality],
         num_outputs: int,
         encoding: Encoding | None = None,
-        stages: int = 3,
-        layers: int = 1,
+        stages: PositiveInt = 3,
+        layers: PositiveInt = 1,
     ) -> None:
         super().__init__()
         _check_stages(stages)
