@@ -96,6 +96,7 @@ class LeanlightCLI(LightningCLI):
         self._dump_config()
         self.resolved: dict[str, Any] = self.config_dump
         check_config(self.resolved)
+        check_optimizers(self.resolved["model"], "model")
 
     def _parse_ckpt_path(self) -> None:
         """Check that a checkpoint fits the model; the configuration, not the checkpoint, says what to build."""
@@ -121,7 +122,6 @@ class LeanlightCLI(LightningCLI):
         if self.parse_only:
             return
         with construction_errors(self.resolved):
-            check_optimizers(self.resolved["model"], "model")
             super().instantiate_classes()
         self.model._log_hyperparams = self.datamodule._log_hyperparams = False  # W&B gets the whole config once
 

@@ -68,6 +68,8 @@ def _bad_value(body: str, text: str) -> str:
         return f"expected one of {', '.join(valid)}, got {shown!r}{nearest(shown, valid)}"
     if expected := dict.fromkeys(_TYPE.findall(body)):
         return f"expected {' or '.join(expected)}, got {shown!r}"
+    if several := re.search(r"Multiple subclasses with name (\w+)\. .+?: ([\w., ]+?)\.?(?= - |$)", body):
+        return f"several classes are called {several[1]}; expected one of {several[2]}"
     if given := re.search(r"Unable to load config '(.+?)'", body):
         return f"expected keys and values, got {given[1]!r}"
     if re.search(r"has no attribute 'keys'|Not a valid subclass", text):

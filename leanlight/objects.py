@@ -62,7 +62,10 @@ def check_optimizers(named: Any, where: str) -> None:
     try:
         if issubclass(found, Optimizer):
             found(parameters, **given)
-        elif issubclass(found, (LRScheduler, ReduceLROnPlateau)):
-            found(Adam(parameters), **given)  # type: ignore[arg-type]
+        elif issubclass(found, LRScheduler):
+            scheduler = found(optimizer := Adam(parameters), **given)
+            if not isinstance(scheduler, ReduceLROnPlateau):  # some divide by what they are given at their first step
+                optimizer.step()
+                scheduler.step()
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: {name}: {error}") from error

@@ -30,7 +30,20 @@ class OrUnlimited(Range):
     base, low, expected = int, -1, "an integer of at least 0, or -1 for no limit"
 
 
+class Duration(Range):
+    """A time as the Trainer reads it."""
+
+    expected = "days:hours:minutes:seconds"
+
+    @classmethod
+    def read(cls, value: Any) -> Any:
+        if isinstance(value, str) and re.fullmatch(r"\d+(:\d\d){3}", value):
+            return value
+        raise ValueError(f"expected {cls.expected}, got {value!r}")
+
+
 register_range(OrUnlimited)
+register_range(Duration)
 
 # Lightning checks some of these when it builds the Trainer, others by a division by zero in the first epoch.
 _RANGES: dict[str, Any] = {
@@ -45,7 +58,7 @@ _RANGES: dict[str, Any] = {
     **{f"trainer.limit_{split}_batches": NonNegativeInt | UnitInterval | None for split in ("train", "val", "test")},
     "trainer.limit_predict_batches": NonNegativeInt | UnitInterval | None,
     "trainer.overfit_batches": NonNegativeInt | UnitInterval,
-    "trainer.val_check_interval": PositiveInt | PositiveShare | dict[str, int] | None,
+    "trainer.val_check_interval": PositiveInt | PositiveShare | Duration | dict[str, int] | None,
     "trainer.check_val_every_n_epoch": PositiveInt | None,
     "trainer.num_sanity_val_steps": OrUnlimited | None,
     "trainer.log_every_n_steps": NonNegativeInt | None,
