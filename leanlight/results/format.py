@@ -56,6 +56,9 @@ def paper_delta(row: Mapping[str, Any], metric: str, shown: Mapping[str, Any]) -
     return float(measured["mean"] * shown["scale"] - figure["value"])
 
 
+SEEDS_STAY = "On another kind of processor the same seeds give other figures."
+
+
 def show_machine(machine: Mapping[str, Any]) -> str:
     """One line: processor, cores, memory, GPUs, versions."""
     parts = [str(machine["cpu"])] if machine.get("cpu") else []

@@ -14,6 +14,7 @@ from leanlight.registry import methods
 from leanlight.results.claims import VERDICTS
 from leanlight.results.format import (
     MISSING,
+    SEEDS_STAY,
     columns,
     paper_delta,
     show_machine,
@@ -25,6 +26,7 @@ from leanlight.results.format import (
 )
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+_SOURCES_SHOWN = 5
 Document = Mapping[str, Any]
 
 
@@ -109,10 +111,12 @@ def warnings_of(document: Document) -> list[str]:
 
 
 def data_sources(document: Document) -> list[str]:
-    """Every data set the rows used, with source and the start of its fingerprint."""
+    """Data sets that the rows used, with source and the start of its fingerprint; of many the first."""
     found = (data for row in document["rows"] for data in row["data"])
     lines = (f"{d.get('name')}, {d.get('source')} (fingerprint {str(d.get('fingerprint'))[:12]})" for d in found)
-    return list(dict.fromkeys(lines))
+    different = list(dict.fromkeys(lines))
+    more = len(different) - _SOURCES_SHOWN  # rows whose data were themselves made by a run each have their own
+    return [*different[:_SOURCES_SHOWN], *([f"and {more} more, which the JSON names"] if more > 0 else [])]
 
 
 def document_markdown(document: Document, figures: Mapping[str, str]) -> str:
@@ -128,7 +132,8 @@ def document_markdown(document: Document, figures: Mapping[str, str]) -> str:
     if document["claims"]:
         parts += ["## Claims", claims_table(document)]
     commit = f"`{str(document['commit'] or 'unknown')[:12]}`" + (" (dirty)" if document["dirty"] else "")
-    facts = [f"Machine: {escape(show_machine(document['machine']))}", f"Commit: {commit}, {escape(document['date'])}"]
+    facts = [f"Machine: {escape(show_machine(document['machine']))}. {SEEDS_STAY}"]
+    facts.append(f"Commit: {commit}, {escape(document['date'])}")
     facts += [f"Data: {escape(source)}" for source in data_sources(document)]
     facts.append(f"Made by: `{document['command']}`".replace("\n", " "))
     parts += ["## Where it comes from", "\n".join(f"- {fact}" for fact in facts)]

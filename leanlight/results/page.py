@@ -14,6 +14,7 @@ from leanlight.registry import methods
 from leanlight.results.claims import VERDICTS
 from leanlight.results.format import (
     MISSING,
+    SEEDS_STAY,
     columns,
     paper_delta,
     show_machine,
@@ -116,7 +117,7 @@ def _table(view: TableView, anchor: str) -> dict[str, Any]:
         "rows": [_row(row, document, heads, view.pictures.get(row["name"], ())) for row in document["rows"]],
         "claims": [_claim(claim) for claim in document["claims"]],
         "figures": view.figures,
-        "machine": show_machine(document["machine"]),
+        "machine": f"{show_machine(document['machine'])}. {SEEDS_STAY}",
         "sources": data_sources(document),
     }
 

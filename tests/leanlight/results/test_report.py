@@ -22,7 +22,7 @@ from leanlight.contracts import UserError
 from leanlight.results import figures, pictures, report
 from leanlight.results.figures import LIGHT, _bar_panel, draw_means
 from leanlight.results.format import paper_delta, show_measured, show_seconds
-from leanlight.results.markdown import BEGIN, END
+from leanlight.results.markdown import BEGIN, END, data_sources
 from leanlight.results.pictures import load_picture
 from leanlight.results.profile import confidence_band, shares_above
 
@@ -400,3 +400,11 @@ def test_a_wrong_input_is_one_line(suite: Any, arguments: list[str], message: st
     Path("half.json").write_text(json.dumps({"format": 1, "rows": [], "claims": []}))
     with pytest.raises(UserError, match=re.escape(message)):
         main(arguments)
+
+
+def test_of_many_data_sets_a_page_names_the_first_and_says_how_many_there_are() -> None:
+    made = [{"name": "bank", "source": "a run", "fingerprint": f"{seed:012d}"} for seed in range(7)]
+    *named, rest = data_sources({"rows": [{"data": made}, {"data": made}]})
+    assert [line.split()[-1] for line in named] == [f"{seed:012d})" for seed in range(5)]
+    assert rest == "and 2 more, which the JSON names"
+    assert len(data_sources({"rows": [{"data": made[:5]}]})) == 5
