@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from leanlight import __version__
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.messages import disk_problem
 from leanlight.registry import commands, methods
+from leanlight.terminal import enduring_output
 
 
 def usage() -> str:
@@ -32,7 +35,11 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    with enduring_output():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     order_path()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -53,9 +60,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("leanlight: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except Exception as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        run = os.environ.get("LEANLIGHT_RUN_DIR")  # of a training that has begun
+        again = (
+            f", then go on with: leanlight {name} --resume {shlex.quote(run)}"
+            if run and name in ("fit", "predict")
+            else ""
+        )
+        print(f"leanlight: error: {problem}; free some space{again}", file=sys.stderr)
+        return 1
 
 
 def order_path() -> None:

@@ -136,8 +136,9 @@ class LeanlightCLI(LightningCLI):
         chosen = self.call.run_dir or (Path(inherited) if inherited else None)
         if inherited and os.environ["LOCAL_RANK"] != "0":
             chosen = Path(inherited)  # not what `--from` chose here, after the first process had made its folder
-        run_id = self.settings.id or runs.new_run_id(identity)
-        self.run_dir = (chosen or root / self.method / self.dataset / run_id).resolve()
+        place = root / self.method / self.dataset
+        run_id = self.settings.id or runs.new_run_id(identity, place)
+        self.run_dir = (chosen or place / run_id).resolve()
         self.title = self.settings.experiment or self.dataset
         self.fresh = chosen is None or not chosen.exists()
         self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)

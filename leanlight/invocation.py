@@ -16,6 +16,7 @@ from leanlight.runs import read_summary
 from lit_modules.admission import named_packages, trusted_packages
 
 _RESUMED = ("fit", "predict")
+_MOST_VALUES = 100_000
 
 
 @dataclass
@@ -102,12 +103,27 @@ def take_all(args: list[str], *flags: str) -> tuple[list[str], list[str]]:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a config file; UserError when it is none."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    check_size(content, f"config {path}")
     if content is not None and not isinstance(content, dict):
         raise UserError(f"config {path}: expected keys such as model, data, trainer, got a {type(content).__name__}")
     return content or {}
+
+
+def check_size(content: Any, where: str) -> None:
+    """Refuse what is small as a file, but endless to walk through: YAML whose aliases repeat other aliases."""
+    waiting, seen = [content], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise UserError(f"{where}: more than {_MOST_VALUES:,} values, counting what aliases (*name) repeat")
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def lies_in_a_run(path: Path) -> bool:

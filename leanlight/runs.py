@@ -329,8 +329,8 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def new_run_id(identity: str) -> str:
-    """A run folder's name: the same on every process of one launch, different for every launch."""
+def new_run_id(identity: str, place: Path) -> str:
+    """A run folder's name inside `place`: the same on every process of one launch, different for every launch."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"slurm-{job}"
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -338,7 +338,11 @@ def new_run_id(identity: str) -> str:
         if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
             raise UserError("run.id: torchrun on several nodes needs --run.id NAME, so that all nodes share one folder")
         return f"{stamp[:8]}-torchrun-{os.getppid()}"
-    return f"{stamp}-{identity[:6]}"
+    name = f"{stamp}-{identity[:6]}"
+    taken = 1  # two starts in a second, or a clock that was set back
+    while "LOCAL_RANK" not in os.environ and (place / (name if taken == 1 else f"{name}-{taken}")).exists():
+        taken += 1
+    return name if taken == 1 else f"{name}-{taken}"
 
 
 def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
@@ -353,8 +357,19 @@ def run_of(path: Path) -> Path:
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json atomically."""
-    atomic_write(run_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
+    """Write summary.json atomically; on a full disk at least what became of the run, into the space of the old one."""
+    path = run_dir / "summary.json"
+    try:
+        atomic_write(path, json.dumps(summary, indent=2, default=str) + "\n")
+    except OSError:
+        before = read_summary(run_dir)
+        if before is None or summary["status"] in ("running", "finished"):
+            raise
+        # Shorter than the old one, so that it needs no new block: a resumed run lists its code again.
+        short = {**before, "status": summary["status"], "error": str(summary["error"])[:200], "code_files": []}
+        with open(path, "r+") as file:
+            file.write(json.dumps(short, indent=2) + "\n")
+            file.truncate()
 
 
 def find_runs(root: Path | str) -> list[Path]:

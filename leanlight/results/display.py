@@ -28,8 +28,14 @@ class CellProgress:
         self._begin = time.monotonic()
         self._bar: Progress | None = None
         if self.console.is_terminal and total:
-            fields = (TextColumn(f"{{task.fields[{name}]}}") for name in ("state", "left"))
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *fields)
+            fields = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("state", "left"))
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TimeElapsedColumn(),
+                *fields,
+            )
             self._bar = Progress(*columns, console=self.console)
             self._all = self._bar.add_task("cells", total=total, state=f"0/{total}", left="")
 

@@ -10,6 +10,7 @@ import yaml
 
 from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.invocation import check_size
 from leanlight.runs import folder_name
 
 
@@ -35,12 +36,13 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _u
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the YAML mapping in `path`; UserError with file, line and reason when there is none."""
     try:
-        content = yaml.load(path.read_text(), _StrictLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path.name}{line}: {error.problem or 'not valid YAML'}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path.name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    check_size(content, path.name)
     if not isinstance(content, dict):
         raise UserError(f"{path.name}: expected keys and values, got {type(content).__name__}")
     return content

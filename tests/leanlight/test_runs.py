@@ -282,9 +282,9 @@ def test_a_run_id_that_is_no_folder_name_is_refused(value):
         runs.RunSettings(id=value)
 
 
-def test_runs_of_one_torchrun_launch_share_a_name(monkeypatch):
+def test_runs_of_one_torchrun_launch_share_a_name(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert runs.new_run_id("a" * 64) == runs.new_run_id("b" * 64)
+    assert runs.new_run_id("a" * 64, tmp_path) == runs.new_run_id("b" * 64, tmp_path)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"run\.id"):
-        runs.new_run_id("a" * 64)
+        runs.new_run_id("a" * 64, tmp_path)
