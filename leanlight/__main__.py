@@ -64,11 +64,8 @@ def _main(argv: list[str]) -> int:
         if (problem := disk_problem(error)) is None:
             raise
         run = os.environ.get("LEANLIGHT_RUN_DIR")  # of a training that has begun
-        again = (
-            f", then go on with: leanlight {name} --resume {shlex.quote(run)}"
-            if run and name in ("fit", "predict")
-            else ""
-        )
+        resumes = run and name in ("fit", "predict")
+        again = f", then go on with: leanlight {name} --resume {shlex.quote(str(run))}" if resumes else ""
         print(f"leanlight: error: {problem}; free some space{again}", file=sys.stderr)
         return 1
 

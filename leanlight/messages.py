@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from typing import Any
 
 from leanlight.contracts.errors import UserError, nearest
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What safetensors says, and PyTorch, whose writer only notices that a file is shorter than it should be.
+_DISK_WORDS = re.compile(r"No space left on device|File too large|inline_container\.cc.*unexpected pos|iostream error")
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
 _RANGE = re.compile(r"Not of type \w+: expected (.+?), got (.+?)(?=\. Got value| - |$)")
@@ -134,6 +138,19 @@ def _keys(parser: Any) -> list[str]:
         elif action.dest not in ("help", "subcommand"):
             keys.append(action.dest)
     return keys
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What to say of an error that a full or read-only disk, or a limit on sizes, has caused; None for any other."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
+            where = f": {link.filename}" if link.filename else ""
+            return f"cannot write ({link.strerror}){where}"
+        if _DISK_WORDS.search(str(link)):
+            return "cannot write (the disk is full, or a limit on sizes is reached)"
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:

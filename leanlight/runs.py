@@ -293,7 +293,8 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PROJECT), *arguments]
+    # Without the lock that `status` takes to refresh the index: one that is cut off by the timeout leaves it behind.
+    command = ["git", "--no-optional-locks", "-C", str(PROJECT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
