@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -19,13 +21,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.common import gather_objects, is_trial
 from callbacks.epoch_state import capture_epoch, restore_epoch, restore_newest
-from leanlight.contracts import ResumableLogger, UserError, atomic_path, capture_rng, progress_of, restore_rng
+from leanlight.contracts import (
+    ResumableLogger,
+    UserError,
+    atomic_path,
+    capture_rng,
+    note_digest,
+    progress_of,
+    restore_rng,
+    sha256_file,
+)
 from leanlight.contracts.ranges import PositiveInt
+
+_LAST, _PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 def last_checkpoint(trainer: Trainer) -> Path:
     """Where `ExactResume` writes; the file need not exist."""
-    return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    return Path(trainer.default_root_dir) / "checkpoints" / _LAST
 
 
 def best_checkpoint(trainer: Trainer) -> Path:
@@ -36,6 +49,8 @@ def best_checkpoint(trainer: Trainer) -> Path:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target, flushes it to disk and renames it: a crash leaves the old file or the new.
 
+    Its sha256 is noted in ``sha256.json`` beside it. A ``last.ckpt`` that it replaces stays as ``previous.ckpt``.
+
     Loading is the stock one, so ``weights_only`` keeps its meaning (PyTorch's default: true).
     """
 
@@ -44,8 +59,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        path = Path(path)
         with atomic_path(path) as part:
             torch.save(checkpoint, part)
+            note_digest(path, sha256_file(part))
+            if path.name == _LAST and path.is_file():
+                _keep(path, path.with_name(_PREVIOUS))
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Let `copy` be the file that `path` is now, which stays where it is."""
+    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, part)
+    os.replace(part, copy)
+    part.unlink(missing_ok=True)  # a rename does nothing where both are the same file
 
 
 class ExactResume(Checkpoint):
@@ -110,6 +140,8 @@ class ExactResume(Checkpoint):
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = state_dict
+        if trainer.is_global_zero:
+            _check_rows(trainer, state_dict["rows"])
         trainer.should_stop = state_dict["should_stop"]  # a run that stopped early and was finished stays finished
         trainer.num_sanity_val_steps = 0  # it would forget the newest metrics, and this run has validated already
 
@@ -148,6 +180,10 @@ class ExactResume(Checkpoint):
         self._release(trainer)
         self._save(trainer, pl_module)
         self._stop_if_interrupted()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is not None:  # nothing was left to train: the test comes as it did, or would have, then
+            self._rewind(trainer, self._resumed)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Anything may be half done here, so the checkpoint on disk stays the last word.
@@ -191,14 +227,18 @@ class ExactResume(Checkpoint):
     def _restore(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         own = self._rank_state(trainer, state)
         restore_epoch(trainer, pl_module, own["epoch"])
-        if trainer.is_global_zero:
-            for logger, position in zip(_resumable(trainer), state["rows"], strict=False):
-                logger.rewind(position)
         # Lightning would now skip a validation it takes for done, and an epoch's plateau schedulers: both were settled
         # before this checkpoint was written.
         trainer.fit_loop._restarting = False
         trainer.fit_loop.epoch_loop.restarting = False
-        restore_rng(own["rng"])
+        self._rewind(trainer, state)
+
+    def _rewind(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Bring loggers and random states to where the checkpoint was written."""
+        if trainer.is_global_zero:
+            for logger, position in zip(_resumable(trainer), state["rows"], strict=False):
+                logger.rewind(position)
+        restore_rng(self._rank_state(trainer, state)["rng"])
         self._resumed = None
 
     @staticmethod
@@ -281,6 +321,16 @@ def _ask_rarely(loop: Any, every: int) -> None:
     ask = getattr(loop, "_broadcast_sigterm_tensor", None)
     if ask is not None and every > 1:
         loop._broadcast_sigterm_tensor = lambda: ask() if loop.total_batch_idx % every == 0 else None
+
+
+def _check_rows(trainer: Trainer, saved: list[int]) -> None:
+    """Refuse loggers that hold less than they did when the checkpoint was written."""
+    for logger, rows in zip(_resumable(trainer), saved, strict=False):
+        if logger.position() < rows:
+            raise UserError(
+                f"{trainer.default_root_dir}: the run's rows were cut: {logger.position()} are there, and {rows} were "
+                "when the checkpoint was written; put the file (metrics.csv) back, or start the run anew"
+            )
 
 
 def _resumable(trainer: Trainer) -> list[ResumableLogger]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,8 +27,9 @@ from callbacks.sending import attempt, keep_from_stopping
 from leanlight import runs
 from leanlight.announce import Opening, closing
 from leanlight.checks import check_config
-from leanlight.contracts import CollectsPredictions, UserError
+from leanlight.contracts import CollectsPredictions, UserError, atomic_write, is_damaged, sweep_parts
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
+from leanlight.locks import locked
 from leanlight.loggers import RunCSVLogger, RunMLFlowLogger, RunTensorBoardLogger, RunWandbLogger
 from leanlight.messages import one_line, with_prefix
 from leanlight.objects import admitted_object, check_optimizers
@@ -97,6 +99,42 @@ class LeanlightCLI(LightningCLI):
         self.resolved: dict[str, Any] = self.config_dump
         check_config(self.resolved)
         check_optimizers(self.resolved["model"], "model")
+        self.before: dict[str, Any] = {}
+        self.changes: dict[str, list[Any]] = {}
+        inputs = self.resolved["run"]["inputs"] or {}
+        self.inputs = {} if self.parse_only else {name: runs.content_digest(path) for name, path in inputs.items()}
+        if self.call.resumes and not self.parse_only:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Find what has changed in a run that is gone on with; UserError when it decides numbers and is not allowed."""
+        assert self.call.run_dir is not None
+        self.before = runs.read_summary(self.call.run_dir) or {}
+        config = read_config(run_config(self.call.run_dir, "--resume"))
+        known = {**self.inputs, **(self.before.get("inputs") or {})}
+        inputs = (config.get("run") or {}).get("inputs") or {}
+        then = runs.identity(config, {path: known[name] for name, path in inputs.items() if name in known}, whole=True)
+        self.changes = runs.changes(then, runs.identity(self.resolved, self._digests(), whole=True))
+        refused = [
+            f"{key}: {old} in the run, {new} here"
+            for key, (old, new) in self.changes.items()
+            if not runs.computed_elsewhere(key)
+        ]
+        if refused and not self.call.allow_changes:
+            more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+            raise UserError(
+                f"{'; '.join(refused[:3])}{more}: no longer the same experiment; leave it out, or go on with "
+                "--allow-changes, which is recorded"
+            )
+
+    def _digests(self) -> dict[str, str]:
+        """Path of a stage input → sha256 of its content."""
+        return {path: self.inputs[name] for name, path in (self.resolved["run"]["inputs"] or {}).items()}
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether nothing is left to do for a run that shall be gone on with."""
+        return self.before.get("status") == "finished" and not self.before.get("resumed") and not self.changes
 
     def _parse_ckpt_path(self) -> None:
         """Check that a checkpoint fits the model; the configuration, not the checkpoint, says what to build."""
@@ -128,7 +166,7 @@ class LeanlightCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.settings = self._get(self.config_init, "run")
         _allow_tf32(self.settings.tf32)
-        identity = runs.config_hash(self.resolved, self.settings.inputs)
+        identity = runs.identity_hash(runs.identity(self.resolved, self._digests()))
         self.method = self.settings.method or method_of(self.resolved["model"]["class_path"])
         self.dataset = self.settings.dataset or dataset_of(self.resolved["data"])
         root = Path(self.resolved["trainer"]["default_root_dir"] or "runs")
@@ -141,7 +179,19 @@ class LeanlightCLI(LightningCLI):
         self.run_dir = (chosen or place / run_id).resolve()
         self.title = self.settings.experiment or self.dataset
         self.fresh = chosen is None or not chosen.exists()
-        self.recorder = RunRecorder(self.run_dir, self.only, self.method, self.dataset, self.resolved, identity)
+        self.recorder = RunRecorder(
+            self.run_dir,
+            self.only,
+            self.method,
+            self.dataset,
+            self.resolved,
+            identity,
+            inputs=self.inputs,
+            before=self.before,
+            changes=self.changes,
+            allow_changes=self.call.allow_changes,
+            on_changes=self.save_config,
+        )
         config = dict(self._get(self.config_init, "trainer"))
         return self._instantiate_trainer({**config, **self._standard(config), **kwargs}, [])
 
@@ -188,13 +238,19 @@ class LeanlightCLI(LightningCLI):
         """What LightningCLI would have done by itself."""
         super()._run_subcommand(self.only)
 
-    def save_config(self) -> None:
-        """Write config.yaml into the run folder, unless there is one."""
+    def save_config(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write config.yaml into the run folder, unless there is one; with changes in any case, and what they were."""
         path = self.run_dir / "config.yaml"
-        if not path.exists():
-            saved = self.config[self.only].clone()
-            saved.pop("config", None)
-            self._parser(self.only).save(saved, str(path), skip_none=False, skip_validation=True, multifile=False)
+        if path.exists() and not changes:
+            return
+        saved = self.config[self.only].clone()
+        saved.pop("config", None)
+        lines = [
+            f"# changed on {change['date']}: {key}: {json.dumps(old)} -> {json.dumps(new)}\n"
+            for change in changes
+            for key, (old, new) in change["keys"].items()
+        ]
+        atomic_write(path, "".join(lines) + self._parser(self.only).dump(saved, skip_none=False, skip_validation=True))
 
 
 class Session:
@@ -210,33 +266,48 @@ class Session:
         self._opened = False
 
     def run(self) -> None:
-        """Run the subcommand, after a fit also the test."""
+        """Run the subcommand, after a fit also the test; nothing of a run that has finished."""
+        if self.cli.has_finished:
+            self._say_finished()
+            return
         with self._cleaned_up_on_bad_input():
             ensure = getattr(self.cli.datamodule, "ensure_available", None)
             if ensure is not None:
                 ensure()
-            try:
-                self._open()
-                with self.cli.recorder.recording(self.trainer):
-                    self.cli.start()
-                    if self.cli.only == "fit":
-                        self._test()
-                    elif self.cli.only == "predict":
-                        self._collect()
-            except BaseException:
-                close_wandb(self.trainer.loggers, exit_code=1)
-                raise
-        self._tell_best()
-        close_wandb(self.trainer.loggers, exit_code=0)
+            with self._locked():
+                try:
+                    self._open()
+                    with self.cli.recorder.recording(self.trainer):
+                        self.cli.start()
+                        if self.cli.only == "fit":
+                            self._test()
+                        elif self.cli.only == "predict":
+                            self._collect()
+                except BaseException:
+                    close_wandb(self.trainer.loggers, exit_code=1)
+                    raise
+                self._tell_best()
+                close_wandb(self.trainer.loggers, exit_code=0)
         self._say_where()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process writes into the run folder: the first of a launch, while it lives."""
+        if not self.trainer.is_global_zero:
+            yield
+            return
+        self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
+        with locked(self.run_dir):
+            yield
 
     def _open(self) -> None:
         if self.trainer.is_global_zero:
             if self.cli.fresh and self.run_dir.exists():
                 raise UserError(
-                    f"run.id: {self.run_dir} exists already; choose another --run.id, or go on with --resume"
+                    f"run.id: {self.run_dir} exists already; choose another --run.id, or go on with --resume RUN_DIR"
                 )
-            self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
+            if self.cli.call.resumes:
+                self._take_over()
             try:
                 (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self._opened = True
@@ -246,6 +317,19 @@ class Session:
                 raise UserError(f"{where} ({error.strerror or error})") from error
             os.environ[_RUN_DIR] = str(self.run_dir)
         self._add_loggers()
+
+    def _take_over(self) -> None:
+        """What only the owner of the folder may look at or remove, and may have changed while this process started."""
+        if (runs.read_summary(self.run_dir) or {}) != self.cli.before:
+            raise UserError(f"--resume: another process has just worked in {self.run_dir}; run the command again")
+        sweep_parts(self.run_dir)
+        if self.cli.only == "fit" and not self.cli.resolved.get("ckpt_path"):
+            for path in self.run_dir.iterdir():  # killed before its first checkpoint: nothing counts but what was asked
+                if path.name not in ("config.yaml", "wandb"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.trainer.loggers = [
+            RunCSVLogger(self.run_dir) if isinstance(x, RunCSVLogger) else x for x in self.trainer.loggers
+        ]
 
     def _add_loggers(self) -> None:
         """Begin what tracks the run beside metrics.csv; what cannot begin is left out."""
@@ -288,6 +372,8 @@ class Session:
         best = self.run_dir / "checkpoints" / "best.ckpt"
         if which == "best" and not best.is_file():
             raise UserError("run.test: best, but there is no best.ckpt because no validation ran; use last")
+        if which == "best":
+            check_whole(best, "run.test")
         self.trainer.test(
             self.cli.model,
             datamodule=self.cli.datamodule,
@@ -321,8 +407,9 @@ class Session:
         except (UserError, MisconfigurationException) as error:
             if self._opened and self.cli.fresh and not self.cli.recorder.started:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
-                for parent in self._made:
-                    parent.rmdir()
+                with suppress(OSError):  # another run has come beside it
+                    for parent in self._made:
+                        parent.rmdir()
             raise with_prefix(error, self.cli.resolved) from error
 
     @rank_zero_only
@@ -335,6 +422,11 @@ class Session:
         for logger in self.trainer.loggers:
             if isinstance(logger, RunWandbLogger):
                 attempt(logger, "metrics", logger.tell_best, metric.name, best)
+
+    @rank_zero_only
+    def _say_finished(self) -> None:
+        longer = "; --trainer.max_epochs=N --allow-changes makes it longer" if self.cli.only == "fit" else ""
+        print(f"this run has finished, nothing is left to do{longer}\nrun: {self.run_dir}")
 
     @rank_zero_only
     def _say_where(self) -> None:
@@ -447,8 +539,20 @@ def _instantiate(kind: type, named: Mapping[str, Any], where: Path, trust: Seque
         raise UserError(f"{where}: {one_line(str(error), None)}") from error
 
 
+def check_whole(path: Path, argument: str) -> None:
+    """Refuse a checkpoint that is not what was written, and name the one before it."""
+    spare = path.with_name("previous.ckpt")
+    if not is_damaged(path, "last.ckpt" if path == spare else ""):
+        return
+    help = "start the run anew"
+    if path.name == "last.ckpt" and spare.is_file() and not is_damaged(spare, path.name):
+        help = f"the one before it is whole: {'--ckpt_path=' if argument == 'ckpt_path' else ''}{spare}"
+    raise UserError(f"{argument}: {path} is damaged: its sha256 is not that of what was written; {help}")
+
+
 def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
-    """Content of a checkpoint, nothing of it executed; UserError naming `argument` when it is none."""
+    """Content of a checkpoint, nothing of it executed; UserError naming `argument` when it is none or damaged."""
+    check_whole(path, argument)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of a file of any content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from lit_modules.admission import named_packages, trusted_packages
 
 _RESUMED = ("fit", "predict")
 _MOST_VALUES = 100_000
+_PLACES = ("--run.id", "--run.method", "--run.dataset", "--trainer.default_root_dir")  # name a run folder
 
 
 @dataclass
@@ -27,11 +30,15 @@ class Invocation:
         arguments: subcommand and options; configs stand first and are resolved to paths.
         run_dir: the run folder to go on in, or None for a new one.
         trusted: top-level packages that the user named, in configs of their own, on the command line or to trust.
+        resumes: whether `run_dir` is a run to go on with.
+        allow_changes: go on although the experiment is not the same any more.
     """
 
     arguments: list[str]
     run_dir: Path | None = None
     trusted: set[str] = field(default_factory=set)
+    resumes: bool = False
+    allow_changes: bool = False
 
 
 def expand(argv: list[str]) -> Invocation:
@@ -48,12 +55,16 @@ def expand(argv: list[str]) -> Invocation:
     packages, args = take_all(args, "--trust")
     trusted |= {package.split(".")[0] for package in packages}
     resume, args = take(args, "--resume")
+    allow_changes, args = "--allow-changes" in args, [word for word in args if word != "--allow-changes"]
+    if allow_changes and resume is None:
+        raise UserError("--allow-changes: goes with --resume RUN_DIR")
     source, args = take(args, "--from")
     trusted |= named_packages([word.partition("=")[2] if word.startswith("--") else word for word in args])
     if resume is not None:
         if command not in _RESUMED:
             raise UserError(f"--resume: goes with {' and '.join(_RESUMED)}; {command} takes --from RUN_DIR")
-        return Invocation(_resumed(command, Path(resume), [*configs, *args]), Path(resume), trusted)
+        arguments = _resumed(command, Path(resume), [*configs, *args])
+        return Invocation(arguments, Path(resume), trusted, resumes=True, allow_changes=allow_changes)
     if source is not None:
         if command == "fit":
             raise UserError("--from: goes with validate, test and predict; fit takes --resume RUN_DIR")
@@ -140,18 +151,39 @@ def run_config(folder: Path, flag: str) -> Path:
 
 
 def _resumed(command: str, folder: Path, args: list[str]) -> list[str]:
-    if command == "fit":
-        return _from_checkpoint(command, folder, "--resume", args)
+    for word in args:
+        if (key := word.partition("=")[0]) in _PLACES:
+            raise UserError(f"{key}: goes with a new run; --resume goes on in {folder}")
     config = run_config(folder, "--resume")
+    if command == "fit":
+        if not _last(folder).is_file() and not any(arg.startswith("--ckpt_path") for arg in args):
+            _check_never_trained(folder)
+            return [command, "--config", str(config), *args]
+        return _from_checkpoint(command, folder, "--resume", args)
     if "predict" not in (read_summary(folder) or {}).get("command", []):
         raise UserError(f"--resume: {folder} is no run of predict; `leanlight predict --from {folder}` starts one")
     return [command, "--config", str(config), *args]
 
 
+def _last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def _check_never_trained(folder: Path) -> None:
+    """A run that was killed before its first checkpoint starts anew; one whose checkpoint was removed does not."""
+    metrics = folder / "metrics.csv"
+    with open(metrics, newline="") if metrics.is_file() else io.StringIO() as file:
+        progress = [
+            value for row in csv.DictReader(file) for key, value in row.items() if (key or "").startswith("progress/")
+        ]
+    if any(value not in (None, "", "0") for value in progress):
+        raise UserError(f"--resume: no checkpoint at {_last(folder)}, but the run had trained; start it anew")
+
+
 def _from_checkpoint(command: str, folder: Path, flag: str, args: list[str]) -> list[str]:
-    config, checkpoint = run_config(folder, flag), folder / "checkpoints" / "last.ckpt"
+    config, checkpoint = run_config(folder, flag), _last(folder)
     if any(arg.startswith("--ckpt_path") for arg in args):
         return [command, "--config", str(config), *args]
     if not checkpoint.is_file():
-        raise UserError(f"{flag}: no checkpoint at {checkpoint}; the run stopped before its first one, start it anew")
+        raise UserError(f"{flag}: no checkpoint at {checkpoint}; the run stopped before its first one")
     return [command, "--config", str(config), *args, f"--ckpt_path={checkpoint}", "--weights_only=true"]

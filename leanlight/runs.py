@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from leanlight.contracts.bank import BANK_RECORD
 from leanlight.contracts.errors import UserError
-from leanlight.contracts.files import atomic_write, sha256_file
+from leanlight.contracts.files import DIGESTS, atomic_write, sha256_file
 
 PROJECT = Path(__file__).resolve().parent.parent
 _CODE_ROOTS = ("leanlight/contracts/", "leanlight/ops/", "lit_modules/", "datamodules/", "callbacks/")
@@ -68,7 +68,10 @@ _TRAINER_KEYS = [
     "plugins",
     "reload_dataloaders_every_n_epochs",
 ]
+_SCALE_KEYS = {"accelerator", "strategy", "devices", "num_nodes"}  # of the trainer: where a run is computed
+_CONFIG_KEYS = {"seed": "seed_everything", "test": "run.test", "tf32": "run.tf32", "inputs": "run.inputs"}
 _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data lies, not what it is
+_SPARE = ("previous.ckpt", DIGESTS)  # beside the checkpoints, in case they are damaged
 _MANY_FILES = 1000  # a folder of more artefacts than this is one line of a summary
 _PUBLISHED = Path("docs/results")
 
@@ -178,22 +181,34 @@ def _outputs(folder: Path) -> list[str]:
             inside = Path(place).relative_to(folder)
             prefix = "" if inside == Path() else f"{inside.as_posix()}/"
             if "media" not in inside.parts:
-                relative += [prefix + name for name in names]
+                relative += [prefix + name for name in names if part != "checkpoints" or name not in _SPARE]
     return sorted(relative)
 
 
 def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
-    """Identity of a run: what decides its numbers, and nothing else.
+    """Hash of the identity of a run, 64 hex digits.
 
     Args:
         resolved: the configuration as `leanlight.experiment.resolve` gives it.
         inputs: name → file or folder of the stage inputs; each counts by the sha256 of its content, wherever its path,
             or a path inside it, stands in the configuration.
-
-    Returns:
-        64 hex digits.
     """
-    digests = {str(path): content_digest(path) for path in (inputs or {}).values()}
+    return identity_hash(identity(resolved, {str(path): content_digest(path) for path in (inputs or {}).values()}))
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Hash of what `identity` gives, 64 hex digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def identity(resolved: Mapping[str, Any], digests: Mapping[str, str], whole: bool = False) -> dict[str, Any]:
+    """What decides a run's numbers, and nothing else.
+
+    Args:
+        resolved: the configuration as `leanlight.experiment.resolve` gives it.
+        digests: path of a stage input → sha256 of its content.
+        whole: also what is off or at a default that came after results had been published; for comparisons.
+    """
     folders = sorted(digests, key=len, reverse=True)  # the innermost of nested folders first
 
     def without_place(text: str) -> str:
@@ -204,7 +219,7 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
-            later = {k for k, v in _LATER_DEFAULTS.items() if value.get(k) == v}
+            later = {k for k, v in _LATER_DEFAULTS.items() if value.get(k) == v and not whole}
             return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS | later}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
@@ -212,21 +227,46 @@ def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = 
 
     trainer = resolved.get("trainer") or {}
     settings = resolved.get("run") or {}
-    identity = {
+    decides = {
         "model": resolved.get("model"),
         "data": resolved.get("data"),
         "trainer": {**{key: trainer.get(key) for key in _TRAINER_KEYS}, "devices": _devices(trainer)},
         "seed": resolved.get("seed_everything"),
         "test": settings.get("test"),
         "inputs": sorted(digests.values()),
-    } | ({"tf32": True} if settings.get("tf32") else {})
+    } | ({"tf32": settings.get("tf32")} if whole or settings.get("tf32") else {})
     compiled = resolved.get("compile") or {}
-    if compiled.get("backend") is not None:
-        identity["compile"] = compiled
+    if whole or compiled.get("backend") is not None:
+        decides["compile"] = compiled
     robustness = resolved.get("robustness") or {}
-    if robustness.get("corruptions"):
-        identity["robustness"] = robustness
-    return hashlib.sha256(json.dumps(clean(identity), sort_keys=True, default=str).encode()).hexdigest()
+    if whole or robustness.get("corruptions"):
+        decides["robustness"] = robustness
+    return dict(clean(decides))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Key of the configuration → [value before, value after] where two whole identities differ.
+
+    A key that only one of them has does not count: arguments come and go with versions of the suite, and where one
+    object took the place of another its ``class_path`` tells.
+    """
+    found = _differences(before, after)
+    return {_CONFIG_KEYS.get(key.split(".")[0], key): found[key] for key in sorted(found)}
+
+
+def computed_elsewhere(key: str) -> bool:
+    """Whether a key that changed only says where a run is computed: it goes on there, as exactly as that allows."""
+    return key.removeprefix("trainer.") in _SCALE_KEYS
+
+
+def _differences(before: Any, after: Any, key: str = "") -> dict[str, list[Any]]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        parts = [(f"{key}.{name}".lstrip("."), before[name], after[name]) for name in before if name in after]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        parts = [(f"{key}[{number}]", *pair) for number, pair in enumerate(zip(before, after, strict=True))]
+    else:
+        return {} if before == after else {key: [before, after]}
+    return {name: values for name, old, new in parts for name, values in _differences(old, new, name).items()}
 
 
 def _devices(trainer: Mapping[str, Any]) -> Any:
@@ -384,7 +424,7 @@ def list_artifacts(run_dir: Path) -> list[dict[str, Any]]:
     files = [*run_dir.glob("checkpoints/*.ckpt"), *run_dir.glob("artifacts/**/*")]
     places: dict[Path, list[Path]] = {}
     for path in files:
-        if path.is_file() and "media" not in path.relative_to(run_dir).parts:
+        if path.is_file() and path.name not in _SPARE and "media" not in path.relative_to(run_dir).parts:
             top = run_dir.joinpath(*path.relative_to(run_dir).parts[:2])  # checkpoints/last.ckpt, artifacts/export
             places.setdefault(top, []).append(path)
     whole = {top for top, inside in places.items() if len(inside) > _MANY_FILES or (top / BANK_RECORD).is_file()}

@@ -257,13 +257,15 @@ class GameDataModule(pl.LightningDataModule):
         games = [self._training_game(number, len(numbers) * world) for number in numbers]
         self.training = TrainingGames(games)
         self.training.values = self._values
+        # Killed in the test that follows training: the memories are gone, and nothing will be drawn from them.
+        trained = self._resumed is not None and self.trainer is not None and self.trainer.fit_loop.done
         if self._resumed is not None and world == 1:
-            self.training.load_state_dict(self._resumed)
+            self.training.load_state_dict(self._resumed, trained)
         elif self._resumed is not None:  # the checkpoint has rank zero's games only: go on with fresh memories
             for game in games:
                 game.decisions = self._resumed["games"][0]["decisions"]
         self._resumed = None
-        if self.training.rows < self.replay_start:
+        if self.training.rows < self.replay_start and not trained:
             self._fill()
         batches = max(1, self.decisions_per_epoch // self.decisions_per_update)
         rounds = self.decisions_per_update // self.training_games

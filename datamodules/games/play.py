@@ -163,11 +163,19 @@ class TrainingGame:
             **{name: getattr(self, name) for name in ("decisions", "total", "scores", "_score")},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Bring game and memory to where `state_dict` was taken; takes the time of at most a long game."""
+    def load_state_dict(self, state: Mapping[str, Any], trained: bool = False) -> None:
+        """Bring game and memory to where `state_dict` was taken; takes the time of at most a long game.
+
+        Args:
+            state: what `state_dict` gave.
+            trained: nothing will be played or drawn any more; only what was counted comes back.
+        """
+        self.decisions, self.total = state["decisions"], state["total"]
+        if trained:
+            self.scores = list(state["scores"])
+            return
         self.memory.load_state_dict(state["memory"])
         self.seed, self._seedings = state["seed"], state["seedings"]
-        self.decisions, self.total = state["decisions"], state["total"]
         self.scores, self._score = list(state["scores"]), state["_score"]
         self._block = -1
         self._log = state["log"].tolist()
@@ -249,13 +257,13 @@ class TrainingGames:
         """Everything that `load_state_dict` needs, in tensors, numbers and strings."""
         return {"games": [game.state_dict() for game in self.games]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Bring all games to where `state_dict` was taken. UserError for another number of games."""
+    def load_state_dict(self, state: Mapping[str, Any], trained: bool = False) -> None:
+        """Bring all games to where `state_dict` was taken, `trained` as there. UserError for another number."""
         if len(state["games"]) != len(self.games):
             asked, there = len(self.games), len(state["games"])
             raise UserError(f"training_games: got {asked}, but the checkpoint is of {there}")
         for game, own in zip(self.games, state["games"], strict=True):
-            game.load_state_dict(own)
+            game.load_state_dict(own, trained)
 
     def delete(self) -> None:
         """Remove the memories."""

@@ -112,15 +112,16 @@ def _numbers(texts: Sequence[str], option: str, expected: str, fits: Callable[[f
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Keep two audits from writing one folder."""
-    from leanlight.results.state import RunLock
+    from leanlight.locks import RunLock
 
+    lock = RunLock(output)
     try:
-        lock = RunLock(output, "audit")
+        free = lock.acquire()
     except OSError as error:
         raise UserError(f"--output: cannot write {output} ({error.strerror})") from error
+    if not free:
+        raise UserError(f"--output: another audit is writing there: {lock.busy()}, or name another folder")
     try:
-        if not lock.acquire(wait=False):
-            raise UserError(f"--output: another audit is writing {output}; wait for it, or name another folder")
         yield
     finally:
         lock.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     """Export a run's last or best model, or one checkpoint."""
     args = arguments(argv)
     from leanlight.experiment import load
+    from leanlight.locks import locked
 
     module: Any = load(args.source, args.checkpoint, args.trust, args.overrides)
     if not hasattr(module, "export"):
@@ -51,6 +53,7 @@ def main(argv: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: cannot write {output} ({error.strerror})") from error
-    for path in module.export(output):
-        print(path)
+    with locked(args.source) if output == folder and args.source.is_dir() else nullcontext():
+        for path in module.export(output):
+            print(path)
     return 0

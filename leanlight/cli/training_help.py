@@ -23,6 +23,7 @@ _WHAT = {
 _RUNS = {
     "fit": [
         ("--resume RUN_DIR", "go on with an interrupted run, in its folder"),
+        ("--allow-changes", "go on although keys that decide numbers, or the data, have changed; it is recorded"),
         ("--estimate", "print the memory of one training step, from shapes alone, and stop"),
     ],
     "validate": [("--from RUN_DIR", "take configuration and weights of a run")],

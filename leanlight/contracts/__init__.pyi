@@ -43,7 +43,10 @@ from .federated import (
 )
 from .files import atomic_path as atomic_path
 from .files import atomic_write as atomic_write
+from .files import is_damaged as is_damaged
+from .files import note_digest as note_digest
 from .files import sha256_file as sha256_file
+from .files import sweep_parts as sweep_parts
 from .games import (
     Episode as Episode,
 )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+DIGESTS = "sha256.json"  # beside files: name → sha256 that the file may have
+_KEPT_DIGESTS = 8
 
 
 @contextmanager
@@ -26,8 +31,26 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         os.replace(part, target)
+        _sync_folder(target.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename survive a loss of power."""
+    with suppress(OSError):  # some network file systems know no folder that could be flushed
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sweep_parts(folder: Path) -> None:
+    """Remove what killed writers of `atomic_path` left below a folder that nobody writes into now."""
+    for path in folder.rglob(".*.part"):
+        if re.search(r"\.\d+\.part$", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def atomic_write(target: Path | str, content: str | bytes) -> None:
@@ -40,3 +63,32 @@ def sha256_file(path: Path | str) -> str:
     """Hex digest of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def note_digest(target: Path, digest: str) -> None:
+    """Note in `DIGESTS` beside `target` which sha256 it will have once it is renamed to its place.
+
+    Before, so that a crash between the two leaves a file of a known digest: those that it had before stay known.
+    """
+    noted = _digests(target.parent)
+    noted = {name: known for name, known in noted.items() if (target.parent / name).exists()}
+    noted[target.name] = [digest, *noted.get(target.name, [])][:_KEPT_DIGESTS]
+    atomic_write(target.parent / DIGESTS, json.dumps(noted, indent=1) + "\n")
+
+
+def is_damaged(path: Path, noted_as: str = "") -> bool:
+    """Whether a file is not what `note_digest` knows of it; False for one that nothing is known of.
+
+    Args:
+        path: the file.
+        noted_as: the name that it was noted under, by default its own.
+    """
+    known = _digests(path.parent).get(noted_as or path.name)
+    return known is not None and sha256_file(path) not in known
+
+
+def _digests(folder: Path) -> dict[str, list[str]]:
+    try:
+        return dict(json.loads((folder / DIGESTS).read_bytes()))
+    except (OSError, ValueError):
+        return {}

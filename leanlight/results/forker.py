@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from leanlight.locks import RunLock, held_for_child
+
 _BYTES = 4  # of a process id or an exit code in the pipe
 _LONGEST = 2**20  # bytes of a command
 
@@ -83,19 +85,20 @@ class Forker:
                 start_new_session=True,
             )
 
-    def start(self, arguments: Sequence[str], log: int, lock: int) -> Forked:
+    def start(self, arguments: Sequence[str], log: int, lock: RunLock) -> Forked:
         """Start ``leanlight ARGUMENTS``.
 
         Args:
             arguments: of the program.
             log: descriptor of the file that its output goes to.
-            lock: descriptor that it holds until it ends.
+            lock: of its run folder, under which it works.
         """
         if self._process is None:
             self._begin()
         ours, theirs = os.pipe()
         with suppress(BrokenPipeError):  # it has ended, as `Forked` then says
-            socket.send_fds(self._requests, [json.dumps(list(arguments)).encode()], [log, lock, theirs])
+            text = json.dumps([list(arguments), str(lock.path)]).encode()
+            socket.send_fds(self._requests, [text], [log, lock.fd, theirs])
         os.close(theirs)
         return Forked(ours)
 
@@ -114,13 +117,13 @@ def _serve(requests: socket.socket) -> None:
             return
         if not os.fork():
             requests.close()
-            _watch(json.loads(text), *descriptors)
+            _watch(*json.loads(text), *descriptors)
             return
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _watch(arguments: list[str], log: int, lock: int, pipe: int) -> None:
+def _watch(arguments: list[str], lock_path: str, log: int, lock: int, pipe: int) -> None:
     """Fork the run and tell how it ends; returns in neither process but by an exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     run = os.fork()
@@ -128,6 +131,7 @@ def _watch(arguments: list[str], log: int, lock: int, pipe: int) -> None:
         os.setsid()
         os.write(pipe, os.getpid().to_bytes(_BYTES, "little"))  # only now can its group be signalled
         os.close(pipe)
+        os.environ |= held_for_child(lock, lock_path)
         _run(arguments, log)
     os.close(lock)  # the run's own hold is the one that counts
     code = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])

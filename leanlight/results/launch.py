@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanlight.locks import RunLock
 from leanlight.results.forker import Forked, Forker
-from leanlight.results.state import RunLock
 
 Child = subprocess.Popen[Any] | Forked
 GRACE_S = 60.0  # an interrupted run gets this long to write its checkpoint
@@ -103,6 +103,7 @@ def terminations_interrupt() -> Iterator[None]:
 
 def run_in_foreground(arguments: Sequence[str], env: Mapping[str, str], lock: RunLock) -> int:
     """Run a child that writes to this terminal; return its exit code. Ctrl-C stops it cleanly and is raised on."""
+    env = {**env, **lock.for_child()}
     process = subprocess.Popen(arguments, env=env, start_new_session=True, pass_fds=[lock.fd])
     try:
         return process.wait()
@@ -117,25 +118,30 @@ class Job:
 
     Args:
         key: how messages call it.
-        run_id: name of the run folder, which is locked while the child lives.
-        runs_root: folder of all runs.
+        run_dir: the run folder, which is locked while the child lives.
         log: where the child's output goes.
         prepare: called once the folder is locked; returns the command, or None when nothing is left to do.
     """
 
     key: str
-    run_id: str
-    runs_root: Path
+    run_dir: Path
     log: Path
     prepare: Callable[[], list[str] | None]
     started: float = field(default=0.0, init=False)
+    lock: RunLock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lock = RunLock(self.run_dir)
 
     def start(self, env: Mapping[str, str], forker: Forker | None = None) -> Child | int:
-        """Start the child, by `forker` if there is one; return it, or an exit code when there is none to start."""
-        lock = RunLock(self.runs_root, self.run_id)
+        """Start the child, by `forker` if there is one; return it, or an exit code when there is none to start.
+
+        Who gets a child calls `end` after it.
+        """
+        if not self.lock.acquire():
+            return _BUSY
+        process: Child | None = None
         try:
-            if not lock.acquire(wait=False):
-                return _BUSY
             arguments = self.prepare()
             if arguments is None:
                 return 0
@@ -143,18 +149,25 @@ class Job:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with open(self.log, "wb") as log:
                 if forker and arguments[: len(program := command())] == program:
-                    return forker.start(arguments[len(program) :], log.fileno(), lock.fd)
-                return subprocess.Popen(
+                    process = forker.start(arguments[len(program) :], log.fileno(), self.lock)
+                    return process
+                process = subprocess.Popen(
                     arguments,
-                    env=env,
+                    env={**env, **self.lock.for_child()},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                    pass_fds=[lock.fd],
+                    pass_fds=[self.lock.fd],
                 )
+            return process
         finally:
-            lock.release()  # the child keeps its own hold
+            if process is None:
+                self.lock.release()
+
+    def end(self) -> None:
+        """The child has ended."""
+        self.lock.release()
 
 
 def run_jobs(
@@ -196,10 +209,13 @@ def run_jobs(
                 code = process.poll()
                 if code is not None:
                     del running[slot]
+                    job.end()
                     ended(job, code)
             time.sleep(0.1 if running else 0)
     except BaseException:
         stop([process for _, process in running.values()])
+        for job, _ in running.values():
+            job.end()
         raise
     finally:
         if forker:
@@ -209,7 +225,7 @@ def run_jobs(
 def why_failed(job: Job, code: int, lines: int = 6) -> str:
     """Exit code and the last lines of a job's log."""
     if code == _BUSY:
-        return "another process works in this run folder; wait for it and run the command again"
+        return f"{job.lock.busy()} and run the command again"
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     text = job.log.read_text(errors="replace") if job.log.is_file() else ""
     tail = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-lines:]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from leanlight import runs
 from leanlight.configs_path import config_root, find_configs
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.invocation import option
+from leanlight.locks import RunLock, locked
 from leanlight.registry import MethodInfo
 from leanlight.results.launch import command, environment, run_in_foreground
 from leanlight.results.pipeline_spec import (
@@ -27,7 +29,7 @@ from leanlight.results.pipeline_spec import (
     substitute,
 )
 from leanlight.results.reading import read_mapping
-from leanlight.results.state import Decision, RunLock, clear, decide, resume_words
+from leanlight.results.state import Decision, clear, decide, resume_words
 
 Say = Callable[[str], None]
 
@@ -61,6 +63,9 @@ class PipelineRunner:
         self._resolved: Resolved = {} if resolved is None else resolved
         self._stages: list[dict[str, Any]] = []
         self._begin = time.monotonic()
+        before = runs.read_summary(self.folder) or {}
+        # A summary of status finished stands until something of the pipeline runs anew.
+        self._stands = before.get("status") == "finished" and before.get("config_hash") == pipeline_identity(spec)
 
     def run(self, *, fresh: bool = False, start_at: str = "", rerun_stale: bool = False) -> int:
         """Run what is missing; return 0 when every stage has finished, else the exit code of the one that failed.
@@ -75,6 +80,11 @@ class PipelineRunner:
             raise UserError(f"--from: no stage {start_at!r}{nearest(start_at, names)}; stages: {', '.join(names)}")
         self.check()
         repeat_from = 0 if fresh else names.index(start_at) if start_at else len(names)
+        with locked(self.folder, lambda: self.say("another process runs this pipeline; waiting")):
+            return self._run_stages(repeat_from, rerun_stale)
+
+    def _run_stages(self, repeat_from: int, rerun_stale: bool) -> int:
+        names = [stage.name for stage in self.spec.stages]
         for position, stage in enumerate(self.spec.stages):
             self._write("running")
             try:
@@ -96,16 +106,16 @@ class PipelineRunner:
         run_id = f"{self.spec.stem}-{stage.name}-{identity[:8]}"
         run_dir = self._place(run_id)
         self.run_dirs[stage.name] = run_dir
-        lock = RunLock(self.runs_root, run_id)
+        waiting = partial(self.say, f"[{place}] {stage.name}: another process works on it; waiting")
         try:
-            if not lock.acquire(wait=False):
-                self.say(f"[{place}] {stage.name}: another process works on it; waiting")
-                lock.acquire(wait=True)
-            decision = decide(run_dir, identity, fresh=fresh, rerun_stale=rerun_stale)
-            self.say(f"[{place}] {stage.name}: {decision.action} ({decision.why})  {run_dir}")
-            code = self._act(decision, stage, arguments, run_dir, identity, lock)
+            with locked(run_dir, waiting) as lock:
+                decision = decide(run_dir, identity, fresh=fresh, rerun_stale=rerun_stale)
+                self.say(f"[{place}] {stage.name}: {decision.action} ({decision.why})  {run_dir}")
+                if self._stands and decision.action != "reuse":
+                    self._stands = False
+                    self._write("running")
+                code = self._act(decision, stage, arguments, run_dir, identity, lock)
         finally:
-            lock.release()
             summary = runs.read_summary(run_dir) or {}
             status = summary.get("status", "not started")
             self._stages.append({"name": stage.name, "run_dir": self._relative(run_dir), "status": status})
@@ -273,6 +283,8 @@ class PipelineRunner:
         return path.relative_to(self.runs_root).as_posix()
 
     def _write(self, status: str) -> None:
+        if self._stands and status != "finished":
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         summaries = [runs.read_summary(run_dir) or {} for run_dir in self.run_dirs.values()]
         code_hash, code_files = runs.code_version({name for s in summaries for name in s.get("code_files", ())})

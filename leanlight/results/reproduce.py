@@ -126,7 +126,7 @@ def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: T
 
         flags = {"fresh": options.fresh, "rerun_stale": options.rerun_stale}
         jobs = [
-            Job(key, cell.run_id, cell.runs_root, logs / f"{cell.run_id}.log", partial(cell.prepare, **flags))
+            Job(key, cell.run_dir, logs / f"{cell.run_id}.log", partial(cell.prepare, **flags))
             for key, cell in todo.items()
         ]
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,27 +84,3 @@ def is_stale(summary: dict[str, Any]) -> bool:
     """Whether the project files that a run imported have changed since."""
     files = summary.get("code_files")
     return files is None or code_version(files)[0] != summary.get("code_hash")
-
-
-class RunLock:
-    """Keeps two processes from working in one run folder; a child that inherits `fd` keeps it locked while it lives.
-
-    The lock file stands beside the runs, since a fresh start removes the run folder itself.
-    """
-
-    def __init__(self, runs_root: Path, run_id: str) -> None:
-        path = runs_root / ".locks" / run_id
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-    def acquire(self, *, wait: bool) -> bool:
-        """Take the lock; without `wait` return False at once when another process has it."""
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Let go; a child that was given `fd` keeps its own hold while it lives."""
-        os.close(self.fd)

@@ -39,7 +39,7 @@ HOOKS = {
     "on_validation_end": 4,
     "on_train_epoch_start": 3,
     "on_train_epoch_end": 3,
-    "fsync": 5,
+    "fsync": 20,
 }
 
 
@@ -277,7 +277,7 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             plugin.save_checkpoint({"step": 2}, target)
     assert plugin.load_checkpoint(target) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [target]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "sha256.json"}
 
 
 def test_atomic_plugin_refuses_objects_when_loading_weights_only(tmp_path):

@@ -16,8 +16,8 @@ from audit_cases import ScriptedJudge, says, scores, write_picture, write_sample
 from leanlight.cli import audit
 from leanlight.contracts import UserError
 from leanlight.contracts.safety import SAFETY_FIELDS, Verdict
+from leanlight.locks import RunLock
 from leanlight.results.audit_judges import judge_maker, without_keys
-from leanlight.results.state import RunLock
 
 ANSWERS = ["red", "green", "red", "blue", "green", "green", "blue", "red", "green", "green"]
 
@@ -58,7 +58,7 @@ def test_a_second_audit_asks_nothing(ask: Any, data: Path, tmp_path: Path) -> No
     assert [judge.asked for judge in again] == [[], []]
     assert (tmp_path / "out" / "verdicts.jsonl").read_bytes() == before
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *(".locks", "verdicts.jsonl", "verdicts.parquet", "summary.json", "report.html")
+        *("verdicts.jsonl", "verdicts.parquet", "summary.json", "report.html")
     }
 
 
@@ -144,8 +144,8 @@ def test_a_damaged_line_is_named(ask: Any, data: Path, tmp_path: Path, damage: s
 
 
 def test_two_audits_do_not_write_one_folder(ask: Any, data: Path, tmp_path: Path) -> None:
-    lock = RunLock(tmp_path / "out", "audit")
-    assert lock.acquire(wait=False)
+    lock = RunLock(tmp_path / "out")
+    assert lock.acquire()
     judge = ScriptedJudge("one", says("red"))
     with pytest.raises(UserError, match="another audit"):
         ask(data, judge)

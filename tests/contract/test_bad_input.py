@@ -133,6 +133,7 @@ def test_resuming_without_a_checkpoint_is_refused(refuse, tmp_path):
     (tmp_path / "run").mkdir()
     refuse(["fit", "--resume", "run"], "--resume", "config.yaml")
     (tmp_path / "run" / "config.yaml").write_text("{}")
+    (tmp_path / "run" / "metrics.csv").write_text("step,progress/step\n0,1\n")
     refuse(["fit", "--resume", "run"], "--resume", "last.ckpt")
 
 

@@ -102,7 +102,7 @@ def test_a_module_without_the_suites_members_trains_resumes_and_says_what_it_can
     assert rows(run)[-1]["progress/step"] == "10"
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert not (run / "checkpoints" / "best.ckpt").exists()
-    done = leanlight("fit", "--resume", run, "--trust", "plain", "--trainer.max_epochs=3")
+    done = leanlight("fit", "--resume", run, "--trust", "plain", "--trainer.max_epochs=3", "--allow-changes")
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(rows(run)) == 15
     done = leanlight("export", run, "--trust", "plain")
@@ -137,7 +137,7 @@ def test_a_fit_without_an_optimiser_has_checkpoints_a_best_and_resumes_exactly(l
     last = torch.load(killed / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 0
     assert 0 < last["state_dict"]["seen"] < 2 * 1294
-    done = leanlight("fit", "--resume", killed, "--trust", "collect", "--model.init_args.pause=0")
+    done = leanlight("fit", "--resume", killed, "--trust", "collect", "--model.init_args.pause=0", "--allow-changes")
     assert done.returncode == 0, done.stderr[-2000:]
     ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, killed)]
     assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from leanlight import __version__
+from leanlight.locks import RunLock
 from leanlight.results.forker import Forked, Forker
 from leanlight.results.launch import command, environment, signal_group, stop
-from leanlight.results.state import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +25,21 @@ def start(forker: Forker, tmp_path: Path):
     """Starts a command, with a log and the lock of a run."""
 
     def start(*arguments: str) -> Forked:
-        lock = RunLock(tmp_path, "run")
-        assert lock.acquire(wait=False)
+        lock = RunLock(tmp_path / "run")
+        assert lock.acquire()
         with open(tmp_path / "log", "wb") as log:
-            child = forker.start(arguments, log.fileno(), lock.fd)
-        lock.release()
+            child = forker.start(arguments, log.fileno(), lock)
+        os.close(lock.fd)  # as if this process had died
         return child
 
     return start
 
 
 def locked(folder: Path) -> bool:
-    lock = RunLock(folder, "run")
-    try:
-        return not lock.acquire(wait=False)
-    finally:
+    lock = RunLock(folder / "run")
+    if free := lock.acquire():
         lock.release()
+    return not free
 
 
 def test_output_and_exit_codes_are_those_of_the_program(start, tmp_path: Path):
@@ -66,9 +65,10 @@ def test_a_run_holds_its_lock_and_is_stopped_by_signals(start, tmp_path: Path):
 
 def test_an_end_of_the_process_that_forks_is_said(tmp_path: Path):
     forker = Forker({**environment(), "PYTHONPATH": "", "PYTHONHOME": "nowhere"})  # a Python that cannot start
-    lock = RunLock(tmp_path, "run")
+    lock = RunLock(tmp_path / "run")
+    assert lock.acquire()
     with open(tmp_path / "log", "wb") as log, pytest.raises(ChildProcessError, match="has ended"):
-        forker.start(["--version"], log.fileno(), lock.fd)
+        forker.start(["--version"], log.fileno(), lock)
     lock.release()
     forker.close()
 

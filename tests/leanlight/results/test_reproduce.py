@@ -325,7 +325,7 @@ def test_one_job_alone_sees_every_gpu(suite: Any, monkeypatch: pytest.MonkeyPatc
 def test_a_run_another_process_works_on_is_left_alone(suite: Any, capsys: pytest.CaptureFixture[str]) -> None:
     suite.reproduced()
     run_dir = _run_dir("bad", 0)
-    with open(Path("runs/.locks") / run_dir.name) as lock:
+    with open(run_dir.with_name(f".{run_dir.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["two.yaml", "--only", "bad", "--seed", "0", "--fresh"]) == 1
     assert len(suite.commands()) == 6
@@ -374,7 +374,7 @@ def test_a_child_that_ignores_the_interrupt_is_killed(tmp_path: Path, monkeypatc
             started.append(process)
             return process
 
-    job = Watched("k", "id", tmp_path, tmp_path / "log", lambda: [sys.executable, "-c", code])
+    job = Watched("k", tmp_path / "id", tmp_path / "log", lambda: [sys.executable, "-c", code])
     with pytest.raises(KeyboardInterrupt):
         run_jobs([job], 1, started=interrupt)
     assert started[0].poll() == -signal.SIGKILL
