@@ -1,17 +1,14 @@
 """`leanlight predict`: in pieces, resumed after a kill, from any part of the data, also as a stage of a pipeline."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from kill import kill_when, start
 
 from leanlight.contracts import sha256_file
 from leanlight.predictions import describe_predictions, load_predictions
@@ -94,23 +91,11 @@ def call(folder, *arguments, **options):
 
 def killed(folder, pattern, *arguments, found="predictions/*_0.json", count=2, pause="0.2"):
     """Start a command that is slow, and kill it with all its children once some artefacts are there: two pieces."""
-    command = [sys.executable, "-m", "leanlight", *arguments]
-    process = subprocess.Popen(
-        command, cwd=folder, env={**os.environ, "PAUSE": pause}, start_new_session=True, stderr=subprocess.DEVNULL
+    kill_when(
+        start(folder, *arguments, PAUSE=pause),
+        folder,
+        lambda: len(list(folder.glob(f"{pattern}/artifacts/{found}"))) >= count,
     )
-    try:
-        while len(list(folder.glob(f"{pattern}/artifacts/{found}"))) < count:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for child in Path("/proc").glob("[0-9]*"):  # a pipeline's stages are in groups of their own
-            try:
-                if str(folder).encode() == os.readlink(child / "cwd").encode():
-                    os.kill(int(child.name), signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
 
 
 def same(left, right):

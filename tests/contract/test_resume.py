@@ -1,16 +1,20 @@
-"""A run that is killed and resumed ends as if it had never been disturbed: the same weights, the same metrics.csv."""
+"""A run that is killed and resumed ends as if it had never been disturbed: weights, metrics.csv, exports, summary."""
 
-import os
+import json
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from kill import finish, kill_when, start
 from smallest import words
 
+from leanlight.predictions import load_predictions
 from leanlight.registry import METHODS
 
 COMMON = [
@@ -35,18 +39,6 @@ def arguments(case):
     return CASES[case] or words(case)
 
 
-def launch(folder, *arguments):
-    command = [sys.executable, "-m", "leanlight", "fit", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
-
-
-def finish(process):
-    _, error = process.communicate(timeout=280)
-    assert process.returncode == 0, error.decode()[-3000:]
-
-
 def run_dir(folder):
     (found,) = folder.glob("runs/*/*/a")
     return found
@@ -57,77 +49,195 @@ def rows(folder):
     return found[0].read_bytes().count(b"\n") if found else 0
 
 
-def kill_when_written(folder, case, count):
-    """Start a run, kill it without warning once metrics.csv has `count` lines and a checkpoint is there."""
-    process = launch(folder, *arguments(case), *COMMON)
-    while process.poll() is None:
-        if rows(folder) >= count and list(folder.glob("runs/*/*/a/checkpoints/last.ckpt")):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stderr.close()
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"the run ended before line {count}: {process.stderr.read().decode()[-2000:]}")
+def has(folder, *patterns):
+    """Whether the run's folder holds something of each pattern."""
+    return all(any(folder.glob(f"runs/*/*/a/{pattern}")) for pattern in patterns)
+
+
+class End(NamedTuple):
+    """What counts of a run."""
+
+    folder: Path
+    checkpoint: dict
+    metrics: bytes
+    exports: dict
+    told: dict
+
+    @property
+    def lines(self):
+        return self.metrics.count(b"\n")
+
+
+def read(folder):
+    run = run_dir(folder)
+    exported = run / "artifacts" / "export"
+    summary = json.loads((run / "summary.json").read_text())
+    return End(
+        run,
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True),
+        (run / "metrics.csv").read_bytes(),
+        {path.relative_to(exported): path.read_bytes() for path in exported.rglob("*") if path.is_file()},
+        {key: summary[key] for key in ("status", "metrics", "config_hash", "samples_seen", "data", "changes")},
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Weights and metrics.csv of an undisturbed run, one a case."""
+    """The end of an undisturbed run, one a case."""
     done = {}
 
     def get(case):
         if case not in done:
             folder = tmp_path_factory.mktemp("undisturbed")
-            finish(launch(folder, *arguments(case), *COMMON))
-            found = run_dir(folder)
-            checkpoint = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
-            done[case] = checkpoint, (found / "metrics.csv").read_bytes()
+            finish(start(folder, "fit", *arguments(case), *COMMON))
+            done[case] = read(folder)
         return done[case]
 
     return get
 
 
-def check(folder, case, undisturbed, lines):
-    expected, metrics = undisturbed(case)
-    kill_when_written(folder, case, lines)
-    finish(launch(folder, "--resume", run_dir(folder)))
-    found = run_dir(folder)
-    resumed = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["global_step"] == expected["global_step"]
-    for name, value in expected["state_dict"].items():
-        assert torch.equal(value, resumed["state_dict"][name]), f"{name} after a kill at line {lines}"
-    told, again = (dict(saved.get("dynamics", {})) for saved in (expected, resumed))  # what training told of its items
+def assert_same(found, expected):
+    assert found.checkpoint["global_step"] == expected.checkpoint["global_step"]
+    for name, value in expected.checkpoint["state_dict"].items():
+        assert torch.equal(value, found.checkpoint["state_dict"][name]), name
+    # what training told of its items
+    told, again = (dict(end.checkpoint.get("dynamics", {})) for end in (expected, found))
     assert told.pop("data", "") == again.pop("data", "")
     torch.testing.assert_close(again, told, rtol=0, atol=0, equal_nan=True)
-    assert (found / "metrics.csv").read_bytes() == metrics, f"metrics.csv after a kill at line {lines}"
+    assert found.metrics == expected.metrics
+    assert found.exports == expected.exports
+    assert found.told == expected.told
+
+
+def check(folder, expected, case, *moments):
+    """Start a run, kill it at the first moment, go on, kill it at the next, …; go on to the end."""
+    command = [*arguments(case), *COMMON]
+    for moment in moments:
+        kill_when(start(folder, "fit", *command), folder, partial(moment, folder))
+        command = ["--resume", run_dir(folder)]
+    finish(start(folder, "fit", *command))
+    assert_same(read(folder), expected)
+
+
+def row(number):
+    """The moment at which metrics.csv has so many lines, and a checkpoint is there."""
+    return lambda folder: rows(folder) >= number and has(folder, "checkpoints/last.ckpt")
+
+
+def later(moment, seconds):
+    """Some time after another moment."""
+
+    def reached(folder):
+        if moment(folder):
+            time.sleep(seconds)
+            return True
+        return False
+
+    return reached
+
+
+def writing(folder):
+    return has(folder, "checkpoints/previous.ckpt", "checkpoints/.last.ckpt.*.part")
+
+
+def exporting(folder):
+    return has(folder, "artifacts/export")
 
 
 def test_a_killed_classifier_resumes_exactly(tmp_path, undisturbed):
-    lines = undisturbed("classifier")[1].count(b"\n")
-    check(tmp_path, "classifier", undisturbed, lines // 2)
+    expected = undisturbed("classifier")
+    check(tmp_path, expected, "classifier", row(expected.lines // 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(5))
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_run_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, case, moment):
-    lines = undisturbed(case)[1].count(b"\n")
-    check(tmp_path, case, undisturbed, random.Random(f"{case} {moment}").randint(6, lines - 2))
+    expected = undisturbed(case)
+    check(tmp_path, expected, case, row(random.Random(f"{case} {moment}").randint(6, expected.lines - 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_run_killed_again_and_again_resumes_exactly(tmp_path, undisturbed, case):
+    """Twice in training, while a checkpoint is written, while it exports, and in its test."""
+    expected = undisturbed(case)
+    first, second = sorted(random.Random(case).sample(range(6, expected.lines - 2), 2))
+    testing = later(row(expected.lines - 1), random.uniform(0, 0.3))
+    check(tmp_path, expected, case, row(first), row(second), writing, exporting, testing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_killed_prediction_resumes_exactly(tmp_path, undisturbed, case):
+    run = shutil.copytree(undisturbed(case).folder, tmp_path / "run")
+    options = ["--run.wandb=disabled", "--predictions.piece_items=16", "--trainer.enable_progress_bar=false"]
+    process = start(tmp_path, "predict", "--from", run, *options)
+    _, error = process.communicate(timeout=280)
+    if process.returncode == 2:
+        assert error.count(b"leanlight: error: ") == 1
+        assert b"predict" in error
+        return
+    assert process.returncode == 0, error.decode()[-2000:]
+    whole = (run / "predict").rename(tmp_path / "whole")
+    process = start(tmp_path, "predict", "--from", run, *options)
+    kill_when(process, tmp_path, lambda: any(run.glob("predict/artifacts/predictions/*_0.json")))
+    finish(start(tmp_path, "predict", "--resume", run / "predict"))
+    expected, found = load_predictions(whole), load_predictions(run / "predict")
+    assert expected.keys() == found.keys()
+    torch.testing.assert_close(
+        {name: value for name, value in found.items() if isinstance(value, torch.Tensor)},
+        {name: value for name, value in expected.items() if isinstance(value, torch.Tensor)},
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+    assert all(found[name] == value for name, value in expected.items() if not isinstance(value, torch.Tensor))
 
 
 @pytest.mark.parametrize("case", ["classifier", pytest.param("sfedca", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, undisturbed, case):
     """Of the federation: inside a round, some of whose clients have trained."""
-    expected, metrics = undisturbed(case)
-    process = launch(tmp_path, *arguments(case), *COMMON)
-    while rows(tmp_path) < metrics.count(b"\n") // 2:
+    expected = undisturbed(case)
+    process = start(tmp_path, "fit", *arguments(case), *COMMON)
+    while rows(tmp_path) < expected.lines // 2:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"--resume" in error
-    finish(launch(tmp_path, "--resume", run_dir(tmp_path)))
-    resumed = torch.load(run_dir(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
-    for name, value in expected["state_dict"].items():
-        assert torch.equal(value, resumed["state_dict"][name]), name
-    assert (run_dir(tmp_path) / "metrics.csv").read_bytes() == metrics
+    finish(start(tmp_path, "fit", "--resume", run_dir(tmp_path)))
+    assert_same(read(tmp_path), expected)
+
+
+PIPELINES = [name for info in METHODS.values() for name in info.pipelines if "_small" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_killed_in_each_of_its_stages_ends_like_an_undisturbed_one(tmp_path, name):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    finish(start(whole, "run", name, "--id=p"), timeout=1800)
+    expected = stages(whole)
+    for stage in expected:
+        condition = partial(later(lambda _, stage=stage: is_running(killed, stage), random.uniform(0, 5)), killed)
+        kill_when(start(killed, "run", name, "--id=p"), killed, condition)
+    finish(start(killed, "run", name, "--id=p"), timeout=1800)
+    assert stages(killed) == expected
+
+
+def stages(folder):
+    """Name → metrics of the stages of a pipeline, but for times."""
+    listed = json.loads((folder / "runs" / "pipelines" / "p" / "summary.json").read_text())["stages"]
+    summaries = {stage["name"]: folder / "runs" / stage["run_dir"] / "summary.json" for stage in listed}
+    metrics = {name: json.loads(path.read_text())["metrics"] for name, path in summaries.items()}
+    return {stage: {k: v for k, v in told.items() if not k.endswith("_s")} for stage, told in metrics.items()}
+
+
+def is_running(folder, stage):
+    for path in folder.glob(f"runs/*/*/*-{stage}-*/summary.json"):
+        return json.loads(path.read_text())["status"] == "running"
+    return False

@@ -82,14 +82,11 @@ def test_a_finished_run_is_left_as_it_is_and_says_so(run, capsys):
         "--data.init_args.batch_size=7",
         "--seed_everything=3",
         "--trainer.max_epochs=3",
-        "--run.test=best",
         "--run.tf32=true",
         "--model.init_args.network.init_args.width=5",
     ],
 )
-@pytest.mark.parametrize("status", ["finished", "running"])
-def test_a_change_that_decides_numbers_is_refused_by_name(run, capsys, change, status):
-    rewrite(status=status)
+def test_a_change_that_decides_numbers_is_refused_by_name(run, capsys, change):
     said = refused(capsys, "fit", "--resume", run, change)
     assert f"{change.removeprefix('--').split('=')[0]}: " in said
     assert "--allow-changes" in said

@@ -23,7 +23,7 @@ def test_a_file_is_known_before_and_after_it_is_replaced_and_no_other_content_is
         with atomic_path(target) as part:
             part.write_bytes(content)
             note_digest(target, sha256_file(part))
-            assert not is_damaged(target) or not target.exists(), "a crash at this moment"
+            assert not target.exists() or not is_damaged(target), "a crash at this moment"
         assert not is_damaged(target)
     target.write_bytes(b"thrEe")
     assert is_damaged(target)

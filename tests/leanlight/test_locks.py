@@ -92,7 +92,8 @@ def test_without_flock_the_number_of_a_living_process_refuses_and_that_of_a_dead
 def test_a_child_works_under_the_lock_that_was_taken_for_it(run, monkeypatch):
     parent, other = RunLock(run), RunLock(run)
     assert parent.acquire()
-    monkeypatch.setenv(*next(iter(parent.for_child().items())))
+    (name,) = parent.for_child()
+    monkeypatch.setenv(name, f"{os.dup(parent.fd)}:{parent.path}")  # as a child has it
     with locked(run):
         assert not other.acquire()
     assert not other.acquire(), "the parent has it still"
