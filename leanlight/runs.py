@@ -251,7 +251,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, li
     object took the place of another its ``class_path`` tells.
     """
     found = _differences(before, after)
-    return {_CONFIG_KEYS.get(key.split(".")[0], key): found[key] for key in sorted(found)}
+    return {_CONFIG_KEYS.get(re.split(r"[.\[]", key)[0], key): found[key] for key in sorted(found)}
 
 
 def computed_elsewhere(key: str) -> bool:
