@@ -62,19 +62,20 @@ def open_wandb(mode: str, directory: Path, make: Callable[[bool], WandbLogger]) 
     from callbacks.sending import keep_from_stopping, warn
 
     prepare_wandb(directory)
-    problem = ""
+    problems: list[str] = []
     for offline in (True,) if is_offline(mode) else (False, True):
         try:
             logger = make(offline)
             _ = logger.experiment  # begins the run
         except Exception as error:  # of W&B, the network or the disk
-            problem = _reason(error)
+            problems.append(_reason(error))
+            _forget_start()
             continue
-        if problem:
+        if problems:
             upload = f"wandb sync '{directory / 'wandb'}'/offline-run-*"
-            warn(f"W&B cannot be reached ({problem}): the run is kept offline; later: {upload}")
+            warn(f"W&B cannot be reached ({problems[0]}): the run is kept offline; later: {upload}")
         return keep_from_stopping(logger)
-    warn(f"W&B is left out of this run ({problem})")
+    warn(f"W&B is left out of this run ({'; offline: '.join(problems)})")
     return None
 
 
@@ -92,6 +93,16 @@ def prepare_wandb(directory: Path) -> None:
     for name, place in _HOMES.items():
         if name not in os.environ and not _can_be_made(place):
             os.environ[name] = str(directory / "wandb" / name.split("_")[1].lower())
+
+
+def _forget_start() -> None:
+    """After a start that failed: W&B's own process holds the run's id, and would refuse it to the next one."""
+    try:
+        import wandb
+
+        wandb.teardown()
+    except Exception:  # of a process that may not even have begun
+        return
 
 
 def _can_be_made(place: str) -> bool:

@@ -54,7 +54,7 @@ def maker(*fails):
         ("online", (), [False], ""),
         ("offline", (), [True], ""),
         ("online", (False,), [False, True], "is kept offline; later: wandb sync"),
-        ("online", (False, True), [False, True], "left out of this run (ConnectionError: no such host)"),
+        ("online", (False, True), [False, True], "no such host; offline: ConnectionError: no such host)"),
         ("offline", (True,), [True], "left out of this run (ConnectionError: no such host)"),
         ("auto", (True,), [True], "left out of this run (ConnectionError: no such host)"),
     ],
@@ -126,7 +126,7 @@ def test_a_wrong_key_leaves_an_offline_copy(tmp_path, monkeypatch, capsys, refus
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     logger = tracking.open_wandb(
-        "online", tmp_path, lambda offline: RunWandbLogger(save_dir=tmp_path, offline=offline, project="p")
+        "online", tmp_path, lambda offline: RunWandbLogger(save_dir=tmp_path, offline=offline, project="p", id="taken")
     )
     logger.log_metrics({"val/accuracy": 0.5}, 1)
     tracking.close_wandb([logger], 0)
