@@ -106,6 +106,9 @@ class ExactResume(Checkpoint):
     A finished run resumed with a larger limit goes on exactly when it had ended with an epoch (and the module draws no
     random numbers in `on_train_start`); one that `max_steps` had stopped inside an epoch goes on with the next epoch.
 
+    On another number of processes a run goes on, but not exactly: means over the running epoch leave out what was
+    before.
+
     A loader without length is read one batch ahead by Lightning, so its own state is saved one batch ahead, too.
 
     Args:
@@ -140,6 +143,8 @@ class ExactResume(Checkpoint):
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._resumed = state_dict
+        if (before := len(state_dict["ranks"])) != trainer.world_size:
+            rank_zero_warn(f"resuming on {trainer.world_size} processes a run of {before}: it will not be exact")
         if trainer.is_global_zero:
             _check_rows(trainer, state_dict["rows"])
         trainer.should_stop = state_dict["should_stop"]  # a run that stopped early and was finished stays finished
@@ -226,7 +231,8 @@ class ExactResume(Checkpoint):
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         own = self._rank_state(trainer, state)
-        restore_epoch(trainer, pl_module, own["epoch"])
+        if len(state["ranks"]) == trainer.world_size:  # else no sum of another number of processes: means begin anew
+            restore_epoch(trainer, pl_module, own["epoch"])
         # Lightning would now skip a validation it takes for done, and an epoch's plateau schedulers: both were settled
         # before this checkpoint was written.
         trainer.fit_loop._restarting = False
@@ -244,8 +250,6 @@ class ExactResume(Checkpoint):
     @staticmethod
     def _rank_state(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
         ranks = state["ranks"]
-        if len(ranks) != trainer.world_size:
-            rank_zero_warn(f"resuming on {trainer.world_size} processes a run of {len(ranks)}: it will not be exact")
         return ranks[trainer.global_rank % len(ranks)]
 
     # -- Ctrl-C

@@ -159,7 +159,9 @@ class RunRecorder(pl.Callback):
 
     def finish(self, trainer: pl.Trainer, status: str, error: str | None = None) -> None:
         """Write how the run ended; nothing of a resumed one that did not get as far as going on."""
-        if self.before and not self.started:
+        if status == "finished":
+            self._start(trainer)  # also one that had nothing left to do
+        elif self.before and not self.started:
             return
         self.summary |= {"status": status, "error": error}
         if status == "finished":

@@ -68,7 +68,8 @@ _TRAINER_KEYS = [
     "plugins",
     "reload_dataloaders_every_n_epochs",
 ]
-_SCALE_KEYS = {"accelerator", "strategy", "devices", "num_nodes"}  # of the trainer: where a run is computed
+# Of the trainer: where a run is computed.
+_SCALE_KEYS = {"accelerator", "strategy", "devices", "num_nodes", "use_distributed_sampler"}
 _CONFIG_KEYS = {"seed": "seed_everything", "test": "run.test", "tf32": "run.tf32", "inputs": "run.inputs"}
 _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data lies, not what it is
 _SPARE = ("previous.ckpt", DIGESTS)  # beside the checkpoints, in case they are damaged

@@ -259,7 +259,7 @@ class GameDataModule(pl.LightningDataModule):
         self.training.values = self._values
         # Killed in the test that follows training: the memories are gone, and nothing will be drawn from them.
         trained = self._resumed is not None and self.trainer is not None and self.trainer.fit_loop.done
-        if self._resumed is not None and world == 1:
+        if self._resumed is not None and world == self._resumed.get("processes", 1) == 1:
             self.training.load_state_dict(self._resumed, trained)
         elif self._resumed is not None:  # the checkpoint has rank zero's games only: go on with fresh memories
             for game in games:
@@ -311,7 +311,7 @@ class GameDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The training games' state; empty before training."""
-        return self.training.state_dict() if self.training else {}
+        return {**self.training.state_dict(), "processes": rank_and_world()[1]} if self.training else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the training games are made."""

@@ -243,13 +243,19 @@ def test_a_metric_that_is_never_logged_is_named(tmp_path):
         trainer.fit(module, resume_run.Loader(), resume_run.val_loader())
 
 
-def test_resume_on_another_number_of_processes_warns(tmp_path):
-    resume_run.run(tmp_path, max_epochs=1)
+def test_resume_on_another_number_of_processes_goes_on_and_warns(tmp_path):
+    """From inside an epoch, whose means were to be taken over two processes."""
+    train_in_a_process(tmp_path, -signal.SIGKILL, die=["on_train_batch_end", 10])
     state = torch.load(checkpoint(tmp_path), weights_only=True)
+    for result in state["callbacks"]["ExactResume"]["ranks"][0]["epoch"]["logged"].values():
+        result["sync"] = [True, False]
     state["callbacks"]["ExactResume"]["ranks"] *= 2
     torch.save(state, checkpoint(tmp_path))
     with pytest.warns(UserWarning, match="will not be exact"):
-        resume_run.run(tmp_path, checkpoint(tmp_path), max_epochs=2)
+        _, rows, trainer = resume_run.run(tmp_path, checkpoint(tmp_path))
+    assert trainer.global_step == 21
+    steps = [row["at"] for row in map(json.loads, rows) if "train/loss_step" in row]
+    assert steps == sorted(set(steps))
 
 
 def test_interval_below_one_is_refused():
