@@ -15,6 +15,7 @@ from typing import Any
 from leanlight import runs
 from leanlight.configs_path import config_root, find_configs
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.contracts.files import sweep_parts
 from leanlight.invocation import option
 from leanlight.locks import RunLock, locked
 from leanlight.registry import MethodInfo
@@ -81,6 +82,7 @@ class PipelineRunner:
         self.check()
         repeat_from = 0 if fresh else names.index(start_at) if start_at else len(names)
         with locked(self.folder, lambda: self.say("another process runs this pipeline; waiting")):
+            sweep_parts(self.folder)
             return self._run_stages(repeat_from, rerun_stale)
 
     def _run_stages(self, repeat_from: int, rerun_stale: bool) -> int:
