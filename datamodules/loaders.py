@@ -99,16 +99,18 @@ class TrainOrder:
         return {"epoch": self.epoch, "items_done": items_done, "items": self.size, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take over what `state_dict` gave; UserError when it stands inside an epoch of another order."""
-        position, rest = divmod(state["items_done"], self.global_batch)
-        same = (state["items"], state["seed"], 0) == (self.size, self.seed, rest)
-        if state["items_done"] and not same:
+        """Take over what `state_dict` gave; UserError when it stands inside an epoch of another order.
+
+        With another global batch, as of another number of processes, it goes on at the batch before, whose items come
+        in part again.
+        """
+        if state["items_done"] and (state["items"], state["seed"]) != (self.size, self.seed):
             raise UserError(
                 f"the checkpoint stands inside an epoch ({state['items_done']} of {state['items']} items, seed "
-                f"{state['seed']}) and cannot go on with {self.size} items, seed {self.seed}, global batch "
-                f"{self.global_batch}; keep dataset, fractions, seed and global batch"
+                f"{state['seed']}) and cannot go on with {self.size} items, seed {self.seed}; keep dataset, fractions "
+                "and seed"
             )
-        self.epoch, self.position = state["epoch"], position
+        self.epoch, self.position = state["epoch"], state["items_done"] // self.global_batch
 
 
 class TrainLoader(Generic[B]):

@@ -381,12 +381,22 @@ def test_epoch_cut_short_starts_the_next_at_its_beginning() -> None:
     assert len(positions(loader)) == 10
 
 
-@pytest.mark.parametrize("change", [{"size": 99}, {"seed": 1}, {"batch_size": 7}])
+@pytest.mark.parametrize("change", [{"size": 99}, {"seed": 1}])
 def test_position_of_another_order_is_refused(change: dict) -> None:
     loader = train_loader(100, 10)
     next(iter(loader))
     with pytest.raises(UserError, match="stands inside an epoch"):
         train_loader(**({"size": 100, "batch_size": 10, "seed": 0} | change)).load_state_dict(loader.state_dict())
+
+
+def test_position_in_batches_of_another_size_misses_no_item() -> None:
+    loader, other = train_loader(100, 10), train_loader(100, 7)
+    iterator = iter(loader)
+    seen = torch.cat([next(iterator).index for _ in range(3)])
+    other.load_state_dict(loader.state_dict())
+    rest = torch.cat([batch.index for batch in other])
+    assert len(rest) == 100 - 28
+    assert torch.equal(torch.cat([seen, rest]).unique(), torch.arange(100))
 
 
 def test_position_carries_over_to_two_processes_with_the_same_global_batch() -> None:
