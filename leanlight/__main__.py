@@ -6,10 +6,10 @@ import os
 import shlex
 import sys
 from importlib import import_module
-from pathlib import Path
 
 from leanlight import __version__
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.import_path import order_path
 from leanlight.messages import disk_problem
 from leanlight.registry import commands, methods
 from leanlight.terminal import enduring_output
@@ -68,17 +68,6 @@ def _main(argv: list[str]) -> int:
         again = f", then go on with: leanlight {name} --resume {shlex.quote(str(run))}" if resumes else ""
         print(f"leanlight: error: {problem}; free some space{again}", file=sys.stderr)
         return 1
-
-
-def order_path() -> None:
-    """Import a user's own module from the working directory, but let no folder there hide a package of the suite.
-
-    In a checkout all packages come from that one, also where another is installed: a run is of one state of the code,
-    which its hash can tell.
-    """
-    here, home = os.getcwd(), Path(__file__).resolve().parents[1]
-    first = [str(home)] if (home / "pyproject.toml").is_file() else []
-    sys.path[:] = [*first, *(entry for entry in sys.path if entry not in ("", here, *first)), here]
 
 
 if __name__ == "__main__":

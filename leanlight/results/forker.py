@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from leanlight.import_path import order_path
 from leanlight.locks import RunLock, held_for_child
 
 _BYTES = 4  # of a process id or an exit code in the pipe
@@ -147,13 +148,10 @@ def _run(arguments: list[str], log: int) -> None:
     os.close(log)
     random.seed()  # not that of the other runs
     sys.argv = ["leanlight", *arguments]
-    sys.modules.pop("leanlight.__main__")  # imported for its path alone; runpy warns of what is there already
     runpy.run_module("leanlight", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    from leanlight.__main__ import order_path
-
     order_path()
     import_module("leanlight.experiment")
     with socket.socket(fileno=int(sys.argv[1])) as incoming:
