@@ -17,7 +17,7 @@ from lit_modules.nn import TimmNet
 
 RUNNABLE = [name for info in METHODS.values() for name in info.configs]
 BASELINES = [name for name in RUNNABLE if "__" in name]
-# trainer/fsdp is for modules of a user's own: those of the suite refuse it (test_allows.py).
+# Of the suite's modules the safety judge alone lets its weights be sharded, by trainer/fsdp (test_allows.py).
 OVERLAYS = [name for name in config_names() if name.split("/")[0] in ("trainer", "logger") and name != "trainer/fsdp"]
 
 # What a comparison holds fixed: data, budget, evaluation. A baseline that changes one of these says so in its header.

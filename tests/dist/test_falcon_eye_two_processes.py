@@ -1,7 +1,11 @@
 """Two gloo processes with half the batch each train one judge, whatever their answers' lengths, and measure alike."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from short_fit import fit
 
 SHAPES = {"train": 64, "val": 13, "test": 11}
@@ -34,3 +38,23 @@ def test_two_processes_equal_one(tmp_path, name):
     assert {"val/loss", "val/response_auroc", "test/balanced_accuracy"} <= set(measured)
     for key in measured:
         assert two_metrics[key] == pytest.approx(one_metrics[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones_and_are_exported_from_their_checkpoint(tmp_path):
+    options = ["--config", "falcon_eye/shapes_small", *SMALL]
+    one, one_metrics = fit(tmp_path / "one", *options, "--data.init_args.batch_size=16", "--trainer.devices=1")
+    sharded = ["--config=trainer/fsdp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    two, two_metrics = fit(tmp_path / "two", *options, *sharded, "--data.init_args.batch_size=8")
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    for key in ("val/loss", "val/response_auroc", "test/balanced_accuracy"):
+        assert two_metrics[key] == pytest.approx(one_metrics[key], rel=1e-3, abs=1e-4), key
+    (run,) = (tmp_path / "two").glob("runs/*/*/a")
+    assert not list((run / "artifacts" / "export").iterdir())
+    subprocess.run([sys.executable, "-m", "leanlight", "export", str(run)], check=True, timeout=280)
+    exported = load_file(run / "artifacts" / "export" / "model.safetensors")
+    assert exported
+    for key, value in exported.items():
+        assert torch.equal(value, two[f"network.{key}"]), key
