@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Judge, summarise, and say where the page is; 1 where a share of harm is above its limit."""
+    """Judge, summarise, and say where the page is, or compare two; 1 where a share of harm is above its limit."""
     args = _arguments(argv)
+    if args.compare:
+        return _compare(args)
     makers = [judge_maker(name) for name in args.judge]
 
     from datamodules.safety.readers import read_samples
@@ -45,8 +47,8 @@ def _parser() -> Parser:
     judges = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
     parser = Parser(prog="leanlight audit", description=__doc__, epilog=f"Judges. {judges}.")
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL, CSV or parquet, or a folder")
-    parser.add_argument("--judge", action="append", required=True, metavar="NAME", help="as below; may be repeated")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL, CSV or parquet, or a folder")
+    parser.add_argument("--judge", action="append", default=[], metavar="NAME", help="as below; may be repeated")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that names of pictures start from")
     parser.add_argument("--format", default="auto", help="layout of the data (default: %(default)s)")
     parser.add_argument("--columns", **several, metavar="OURS=THEIRS", help="names of columns: instruction=question")
@@ -61,12 +63,29 @@ def _parser() -> Parser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: runs/audit/NAME_OF_DATA)")
     parser.add_argument("--estimate", action="store_true", help="say what it would take; judges a handful alone")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="instead: folders of two audits; say which verdicts have changed, and write a page",
+    )
     parser.add_argument("--batch", type=int, metavar="N", help="samples at a time (default: as each judge likes)")
     return parser
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     args = _parser().parse_args(argv)
+    if args.compare:
+        more = [
+            name for name in ("data", "judge", "threshold", "fail_above", "limit", "estimate") if getattr(args, name)
+        ]
+        if more:
+            raise UserError(f"--compare: expected --output alone beside it, got --{more[0].replace('_', '-')}")
+        return args
+    for name, what in (("data", "a file or a folder of samples"), ("judge", "a judge, such as keyword")):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: expected {what}; `leanlight audit --help` shows all")
     for name in ("limit", "batch"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
@@ -168,12 +187,16 @@ def _estimate(
     from leanlight.results.format import show_seconds
 
     table = Table("judge", "samples left", "tokens", "time")
+    limits: list[str] = []
     for make in makers:
         found = estimate(make(samples), samples, verdicts, args.batch)
         tokens = "not known" if found.tokens is None else f"about {found.tokens:,}"
         table.add_row(found.judge, f"{found.pending:,}", tokens, f"about {show_seconds(found.seconds)}")
+        limits += [f"{found.judge}: {found.limits}"] if found.limits else []
     print(f"{len(samples):,} samples, {verdicts.distinct:,} different ones; a few were judged, and are kept")
     Console(highlight=False, markup=False).print(table)
+    for line in limits:
+        print(line)
 
 
 def _panel(
@@ -203,11 +226,12 @@ def _finish(args: argparse.Namespace, panel: Panel, verdicts: Verdicts, troubles
     """Write what was found; the exit code."""
     from leanlight.contracts.files import atomic_write
     from leanlight.results.audit_page import write_page
-    from leanlight.results.audit_summary import describe, gate, summarise, write_parquet
+    from leanlight.results.audit_summary import SAMPLES, describe, gate, summarise, write_parquet, write_samples
 
     summary = describe(args.data.name, args.limit, verdicts, panel) | summarise(panel)
     summary["gate"] = gate(summary, args.fail_above)
     atomic_write(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_samples(output / SAMPLES, panel, verdicts)
     try:
         write_parquet(output / "verdicts.parquet", panel, verdicts)
     except MissingExtraError as error:
@@ -236,3 +260,49 @@ def _say(summary: dict[str, Any]) -> None:
         missing = f", {one['missing']:,} without a verdict" if one["missing"] else ""
         verdict = "within" if one["passed"] else "above"
         print(f"{field}: {one['harmful']:,} of {summary['items']:,} harmful{missing}: {verdict} {one['limit']:.1%}")
+
+
+# ---- two audits ----
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Say what has changed between two audits, and where the page about it is."""
+    from leanlight.results.audit_compare import Audit, Comparison, write_comparison
+
+    comparison = Comparison(*map(Audit.read, args.compare))
+    before, after = comparison.before.name, comparison.after.name
+    if not len(comparison.rows):
+        raise UserError(f"--compare: {args.compare[0]} and {args.compare[1]} have no sample in common, by their ids")
+    summary = comparison.summarise()
+    output = args.output or Path("runs/audit") / f"{before}-to-{after}"
+    _say_changes(summary, list(comparison.changes()))
+    try:
+        print(write_comparison(output, comparison, summary))
+    except OSError as error:
+        raise UserError(f"--output: cannot write {error.filename or output} ({error.strerror})") from error
+    return 0
+
+
+def _say_changes(summary: dict[str, Any], changes: Sequence[dict[str, Any]], most: int = 10) -> None:
+    """Shares before and after by judge and field, and the first verdicts that have changed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from leanlight.results.audit_compare import show_change, show_interval, show_percent
+
+    table = Table("harmful", "part", "before", "after", "change, points", "95 %", "to harmful", "to benign", "same")
+    for one in summary["figures"]:
+        shares = [show_percent(one[name]) for name in ("before", "after")]
+        turned = [f"{one[name]:,}" for name in ("to_harmful", "to_benign")]
+        moved = show_change(one), show_interval(one)
+        table.add_row(one["judge"], one["field"], *shares, *moved, *turned, show_percent(one["agreement"]))
+    Console(highlight=False, markup=False).print(table)
+    samples = summary["samples"]
+    print(
+        f"{samples['both']:,} samples in both, {samples['rewritten']:,} of them another one of that id; "
+        f"{len(samples['new']):,} new, {len(samples['absent']):,} gone"
+    )
+    for one in changes[:most]:
+        print(f"{one['id']}: {one['judge']}, {one['field']}: {one['before']} -> {one['after']}")
+    if len(changes) > most:
+        print(f"and {len(changes) - most:,} more verdicts that have changed, in changes.jsonl")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -257,6 +257,14 @@ def ask(
         advance(len(some))
 
 
+@runtime_checkable
+class Limited(Protocol):
+    """A judge that keeps to limits: of requests at a time, of time, of what it spends."""
+
+    def limits(self, samples: int, tokens: int | None) -> str:
+        """What they are, and for how many of so many samples, with so many tokens, they are enough; in words."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a judge has before it.
@@ -264,14 +272,16 @@ class Estimate:
     Args:
         judge: its name.
         pending: samples that it has not judged.
-        tokens: that it would read on them, where it can say.
+        tokens: that it would read on them, or has used on a few, where it can say.
         seconds: that it would take, from a few that it has judged for this.
+        limits: what it keeps to meanwhile, in words; empty for nothing.
     """
 
     judge: str
     pending: int
     tokens: int | None
     seconds: float
+    limits: str
 
 
 def estimate(
@@ -297,12 +307,17 @@ def estimate(
     some = _spread(rows, judged)
     begin = time.perf_counter()
     ask(judge, samples, verdicts, some, batch)
+    seconds = time.perf_counter() - begin
     left = len(rows) - len(some)
+    used = getattr(judge, "tokens", 0)  # of an endpoint, which counts them itself
+    a_sample = sum(lengths) / len(lengths) if lengths else used / max(len(some), 1)
+    tokens = round(left * a_sample) if a_sample else None
     return Estimate(
         judge=judge.name,
         pending=left,
-        tokens=round(left * sum(lengths) / len(lengths)) if lengths else None,
-        seconds=(time.perf_counter() - begin) / max(len(some), 1) * left,
+        tokens=tokens,
+        seconds=seconds / max(len(some), 1) * left,
+        limits=judge.limits(left, tokens) if isinstance(judge, Limited) else "",
     )
 
 

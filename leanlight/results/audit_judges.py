@@ -20,7 +20,9 @@ NAMES = {
     "keyword": "an answer is harmful unless it refuses, a floor",
     "features:FOLDER": "a saved regression on frozen features of text",
     "outputs:FORMAT:FILE": "answers of llama_guard, llava_guard or guard_reasoner_vl",
-    "http:URL#MODEL": "an endpoint with OpenAI's interface; its key is OPENAI_API_KEY in the environment",
+    "http:URL#MODEL": "an endpoint with OpenAI's interface; its key is OPENAI_API_KEY in the environment; "
+    "behind MODEL perhaps ,concurrency=8,timeout=60,requests=1000,tokens=200000: requests at a time, seconds, and "
+    "what a command may spend",
     "PATH": "a run folder, a checkpoint, or a folder of a vision-language model",
 }
 
@@ -82,10 +84,35 @@ def _http(rest: str, samples: Sequence[SafetySample]) -> Judge:
     from lit_modules.falcon_eye.parsing import parse
     from lit_modules.falcon_eye.prompt import Prompt
 
-    url, _, model = rest.rpartition("#")
+    url, _, named = rest.rpartition("#")
+    model, *settings = named.split(",")
     if not (url and model):
         raise UserError(f"--judge: expected http:URL#MODEL, got {without_keys(f'http:{rest}')!r}")
-    return HttpJudge(url, model, Prompt().text, lambda text: parse(text, strict=False))
+    limits = dict(map(_limit, settings))
+    return HttpJudge(url, model, Prompt().text, lambda text: parse(text, strict=False), **limits)
+
+
+#: Of an endpoint, by the name that a command line has for it, an argument of `HttpJudge` and its kind.
+_LIMITS: dict[str, tuple[str, type]] = {
+    "concurrency": ("concurrency", int),
+    "timeout": ("timeout", float),
+    "requests": ("max_requests", int),
+    "tokens": ("max_tokens", int),
+}
+
+
+def _limit(text: str) -> tuple[str, Any]:
+    """An argument and its value of ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in _LIMITS:
+        expected = ", ".join(f"{known}=…" for known in _LIMITS)
+        raise UserError(f"--judge http: expected {expected} behind the model, got {text!r}{nearest(name, _LIMITS)}")
+    argument, kind = _LIMITS[name]
+    try:
+        return argument, kind(value)
+    except ValueError:
+        what = "a whole number" if kind is int else "seconds"
+        raise UserError(f"--judge http: {name}: expected {what}, got {value!r}") from None
 
 
 def _network(path: Path, samples: Sequence[SafetySample]) -> Judge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import torch
 
 from leanlight import __version__
 from leanlight.contracts.errors import MissingExtraError
-from leanlight.contracts.files import atomic_path
+from leanlight.contracts.files import atomic_path, atomic_write
 from leanlight.contracts.safety import HARM_CATEGORIES, SAFETY_FIELDS, SafetySample
 from leanlight.results.audit import BENIGN, HARMFUL, MISSING, Column, JudgeFacts, Verdicts
 from lit_modules.falcon_eye.backbone import as_utf8
 from lit_modules.falcon_eye.metrics import Figure, Judgements, fleiss_kappa
 from lit_modules.falcon_eye.metrics import summary as measured
 
+SAMPLES = "samples.jsonl"  # which samples an audit was of; the samples themselves it does not keep
 _BLOCK = 5_000  # rows of the parquet file that are held at a time
 
 
@@ -187,6 +189,15 @@ def gate(summary: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, d
         share = (counts["harmful"] + counts["missing"]) / summary["items"]
         found[field] = {"limit": limit, "share": share, **counts, "passed": share <= limit}
     return found
+
+
+def write_samples(path: Path, panel: Panel, verdicts: Verdicts) -> None:
+    """Write a line for each sample: its id, what its verdicts are filed under, and its group."""
+    rows = [
+        {"id": as_utf8(sample.id), "sample": key, "group": as_utf8(sample.group)}
+        for sample, key in zip(panel.samples, verdicts.keys, strict=True)
+    ]
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_parquet(path: Path, panel: Panel, verdicts: Verdicts) -> None:

@@ -100,7 +100,11 @@ class HttpJudge:
         picture_format: PictureFormat = "jpeg",
         longest_side: int = 1024,
     ) -> None:
-        require_positive(concurrency=concurrency, longest_side=longest_side)
+        budget = {"max_requests": max_requests, "max_tokens": max_tokens}
+        given = {name: value for name, value in budget.items() if value is not None}
+        require_positive(concurrency=concurrency, longest_side=longest_side, **given)
+        if not timeout > 0:
+            raise UserError(f"timeout: expected a positive number of seconds, got {timeout}")
         if picture_format not in get_args(PictureFormat):
             raise UserError(f"picture_format: expected png or jpeg, got {picture_format!r}")
         self.url, self.name = _endpoint(url), model
@@ -133,6 +137,23 @@ class HttpJudge:
                 self._stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def limits(self, samples: int, tokens: int | None) -> str:
+        """What it keeps to, and for how many samples that is enough, in words.
+
+        Args:
+            samples: that are to be judged.
+            tokens: that they would take in all; None where that is not known.
+        """
+        words = f"{self.concurrency} requests at a time, {self.timeout:g} s each"
+        budget = [f"{self.max_requests:,} requests"] if self.max_requests is not None else []
+        budget += [f"{self.max_tokens:,} tokens"] if self.max_tokens is not None else []
+        if not budget:
+            return f"{words}; no budget"
+        enough = samples if self.max_requests is None else min(samples, self.max_requests)
+        if self.max_tokens is not None and tokens:
+            enough = min(enough, samples * self.max_tokens // tokens)
+        return f"{words}; at most {' and '.join(budget)} a command, enough for {enough:,} of {samples:,} samples"
 
     def _verdict(self, sample: SafetySample) -> Verdict:
         lacking: dict[str, bool | None] = dict.fromkeys(self.fields)

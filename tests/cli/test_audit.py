@@ -18,6 +18,7 @@ from leanlight.contracts import UserError
 from leanlight.contracts.safety import SAFETY_FIELDS, Verdict
 from leanlight.locks import RunLock
 from leanlight.results.audit_judges import judge_maker, without_keys
+from lit_modules.falcon_eye.http_judge import HttpJudge
 
 ANSWERS = ["red", "green", "red", "blue", "green", "green", "blue", "red", "green", "green"]
 
@@ -58,7 +59,7 @@ def test_a_second_audit_asks_nothing(ask: Any, data: Path, tmp_path: Path) -> No
     assert [judge.asked for judge in again] == [[], []]
     assert (tmp_path / "out" / "verdicts.jsonl").read_bytes() == before
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("verdicts.jsonl", "verdicts.parquet", "summary.json", "report.html")
+        *("verdicts.jsonl", "verdicts.parquet", "summary.json", "samples.jsonl", "report.html")
     }
 
 
@@ -289,6 +290,58 @@ def test_an_estimate_judges_a_handful_which_is_kept(ask: Any, tmp_path: Path, ca
     assert not (tmp_path / "out" / "report.html").exists()
     assert ask(data, judge) == 0
     assert sorted(judge.asked) == sorted(f"s{n}" for n in range(100))
+
+
+def test_an_estimate_says_what_an_endpoint_keeps_to_and_what_its_tokens_are_enough_for(
+    ask: Any, tmp_path: Path, capsys: Any
+) -> None:
+    class Counting(ScriptedJudge):
+        tokens = 0
+
+        def judge(self, samples: Any) -> list[Verdict]:
+            self.tokens += 50 * len(samples)
+            return super().judge(samples)
+
+        def limits(self, samples: int, tokens: int | None) -> str:
+            return f"at most so much, {samples} samples, {tokens} tokens"
+
+    data = write_samples(tmp_path / "data.jsonl", [f"answer {n}" for n in range(100)])
+    assert ask(data, Counting("one", says("red")), options=("--estimate",)) == 0
+    printed = capsys.readouterr().out
+    assert "about 4,200" in printed  # 84 samples left, 50 tokens each
+    assert "one: at most so much, 84 samples, 4200 tokens" in printed
+
+
+def test_an_endpoint_is_told_its_limits_behind_the_model() -> None:
+    url = "http:http://127.0.0.1:9/v1#some/model"
+    plain = judge_maker(url)([])
+    judge = judge_maker(f"{url},concurrency=3,timeout=2.5,requests=7,tokens=90")([])
+    assert isinstance(judge, HttpJudge)
+    assert (judge.name, judge.concurrency, judge.timeout) == ("some/model", 3, 2.5)
+    assert (judge.max_requests, judge.max_tokens) == (7, 90)
+    assert judge.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (
+            "concurency=3",
+            "expected concurrency=…, timeout=…, requests=…, tokens=… behind the model, got 'concurency=3'",
+        ),
+        ("concurency=3", "did you mean 'concurrency'"),
+        ("concurrency", "got 'concurrency'"),
+        ("concurrency=many", "concurrency: expected a whole number, got 'many'"),
+        ("concurrency=0", "concurrency: expected an integer of at least 1, got 0"),
+        ("timeout=soon", "timeout: expected seconds, got 'soon'"),
+        ("timeout=0", "timeout: expected a positive number of seconds, got 0"),
+        ("requests=-1", "max_requests: expected an integer of at least 1, got -1"),
+    ],
+)
+def test_a_limit_of_an_endpoint_that_cannot_be_is_one_line(limit: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        judge_maker(f"http:http://127.0.0.1:9/v1#m,{limit}")([])
+    assert message in str(error.value)
 
 
 def test_judges_of_one_name_are_told_apart_and_one_judge_comes_once(ask: Any, data: Path, tmp_path: Path) -> None:

@@ -347,6 +347,22 @@ def test_the_budget_of_tokens_ends_the_questions(endpoint):
     assert judge.tokens == 30
 
 
+@pytest.mark.parametrize(
+    ("options", "tokens", "enough"),
+    [
+        ({}, 4000, "no budget"),
+        ({"max_requests": 30}, None, "at most 30 requests a command, enough for 30 of 40 samples"),
+        ({"max_requests": 300}, 4000, "at most 300 requests a command, enough for 40 of 40 samples"),
+        ({"max_tokens": 1000}, 4000, "at most 1,000 tokens a command, enough for 10 of 40 samples"),
+        ({"max_requests": 5, "max_tokens": 1000}, 4000, "5 requests and 1,000 tokens a command, enough for 5 of 40"),
+    ],
+)
+def test_limits_say_for_how_many_samples_the_budget_is_enough(endpoint, options, tokens, enough):
+    words = judge_of(endpoint, concurrency=6, timeout=2.5, **options).limits(40, tokens)
+    assert words.startswith("6 requests at a time, 2.5 s each; ")
+    assert enough in words
+
+
 def test_a_key_that_is_refused_or_missing_is_one_line(endpoint, monkeypatch):
     with pytest.raises(UserError, match=r"the endpoint refuses the key in OPENAI_API_KEY \(401\)$"):
         ask(endpoint, "locked")

@@ -306,9 +306,7 @@ def test_predictions_of_a_part_that_is_never_shown_are_refused_and_a_test_of_it_
 
 def test_adapters_are_refused_where_weights_are_sharded_and_nothing_is_exported_there(tmp_path, base, monkeypatch):
     monkeypatch.setattr(SafetyJudge, "_sharded", True)
-    with pytest.raises(
-        UserError, match=r"^tuning: expected FullTuning of all weights with FSDP, .* got LoRA"
-    ):
+    with pytest.raises(UserError, match=r"^tuning: expected FullTuning of all weights with FSDP, .* got LoRA"):
         fit(tmp_path, make(PretrainedVLM(str(base)), tuning=LOW_RANK), max_steps=1)
     module, _ = fit(tmp_path, max_steps=1)
     with pytest.warns(UserWarning, match="leanlight export RUN"):
