@@ -6,6 +6,7 @@ import errno
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ _DISK_WORDS = re.compile(r"No space left on device|File too large|inline_contain
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
 _RANGE = re.compile(r"Not of type \w+: expected (.+?), got (.+?)(?=\. Got value| - |$)")
+_PATH = re.compile(r"Not of type (Path)\b")
 _GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[\w.]+', val=(?=.*\)$))?(.+?)(?= - |\)?$)")
 _TYPE = re.compile(r"Expected (?:a|an) <class '([\w.]+)'>")
 
@@ -70,13 +72,15 @@ def _bad_value(body: str, text: str) -> str:
     if match := re.search(r"Expected a typing\.Literal\[(.+?)\]", body):
         valid = [word.strip("'") for word in match[1].split(", ")]
         return f"expected one of {', '.join(valid)}, got {shown!r}{nearest(shown, valid)}"
-    if expected := dict.fromkeys(_TYPE.findall(body)):
+    if expected := dict.fromkeys([*_TYPE.findall(body), *_PATH.findall(body)]):
         return f"expected {' or '.join(expected)}, got {shown!r}"
     if several := re.search(r"Multiple subclasses with name (\w+)\. .+?: ([\w., ]+?)\.?(?= - |$)", body):
         return f"several classes are called {several[1]}; expected one of {several[2]}"
     if given := re.search(r"Unable to load config '(.+?)'", body):
         return f"expected keys and values, got {given[1]!r}"
-    if re.search(r"has no attribute 'keys'|Not a valid subclass", text):
+    if "expects a function or a callable class" in body:
+        return f"expected a function or a class, by its path; got {shown[:80]!r}"
+    if re.search(r"has no attribute 'keys'|Not a valid subclass|Expected an instantiatable class", text):
         return f"expected class_path and init_args, got {shown[:80]!r}"
     return body.split(": ", 1)[-1]
 
@@ -111,11 +115,12 @@ def _import(path: str) -> Any:
 def _arguments(class_path: str) -> list[str]:
     """Names a class accepts, its bases' included where it hands on **kwargs."""
     found = _import(class_path)
-    if found is None:
+    if not isinstance(found, type):
         return []
     names: list[str] = []
     for base in inspect.getmro(found):
-        names += inspect.signature(base).parameters
+        with suppress(ValueError):  # some classes written in C tell no signature
+            names += inspect.signature(base).parameters
     return [name for name in names if name not in ("args", "kwargs")]
 
 

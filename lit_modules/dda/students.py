@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import Seed
 from lit_modules.classifier.losses import cross_entropy, distillation_loss
 from lit_modules.nn import pooled_features
 
@@ -49,7 +50,7 @@ class RotationHead(nn.Module):
         seed: of the first weights.
     """
 
-    def __init__(self, features: int, num_classes: int, normalize: bool = True, seed: int = 0) -> None:
+    def __init__(self, features: int, num_classes: int, normalize: bool = True, seed: Seed = 0) -> None:
         super().__init__()
         self.hidden, self.output = nn.Linear(features, features), nn.Linear(features, 4 * num_classes)
         self.normalize = normalize

@@ -13,7 +13,7 @@ from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from leanlight.contracts.ranges import OpenUnitInterval, PositiveFloat, PositiveInt
+from leanlight.contracts.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, UnitInterval
 from lit_modules.nn.checks import pooled_size, require_positive
 from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.neurons import SurrogateName, lif
@@ -65,7 +65,12 @@ class ThresholdBatchNorm(nn.Module):
     """
 
     def __init__(
-        self, channels: int, v_threshold: float = 0.2, alpha: float = 1.0, dims: Literal[0, 2] = 2, **options: Any
+        self,
+        channels: int,
+        v_threshold: PositiveFloat = 0.2,
+        alpha: PositiveFloat = 1.0,
+        dims: Literal[0, 2] = 2,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.scale = alpha * v_threshold
@@ -88,7 +93,7 @@ class LeakyReadout(nn.Module):
         decay: share of the potential kept from step to step, in [0, 1]; 1 is the plain sum.
     """
 
-    def __init__(self, decay: float = 0.8) -> None:
+    def __init__(self, decay: UnitInterval = 0.8) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise UserError(f"decay: expected a number in [0, 1], got {decay}")

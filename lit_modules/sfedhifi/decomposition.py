@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveInt
 
 # What the memory traffic of one intermediate number costs, in multiplications: fitted to measured forward and backward
 # passes on a CPU core (docs/methods/sfedhifi.md). Only speed depends on it. A GPU needs no other: an H100 makes about
@@ -48,8 +49,8 @@ class DecomConv(nn.Module):
         out_channels: int,
         group_channels: int,
         filters: int,
-        kernel_size: int = 3,
-        stride: int = 1,
+        kernel_size: PositiveInt = 3,
+        stride: PositiveInt = 1,
         inner: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ def make_orthonormal(convolutions: Sequence[DecomConv]) -> None:
             basis.copy_(part.view_as(basis))
 
 
-def group_responses(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
+def group_responses(x: Tensor, basis: Tensor, stride: PositiveInt = 1) -> Tensor:
     """Every group of a1 channels of x through the basis → (N, g·a2, H', W').
 
     On a CPU one grouped convolution with channels last in memory, which was measured to be faster there. Elsewhere
@@ -136,7 +137,7 @@ def group_responses(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
     return fold_groups(x, basis, stride)
 
 
-def fold_groups(x: Tensor, basis: Tensor, stride: int = 1) -> Tensor:
+def fold_groups(x: Tensor, basis: Tensor, stride: PositiveInt = 1) -> Tensor:
     """`group_responses` with groups folded into the batch.
 
     Args:

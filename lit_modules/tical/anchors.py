@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.nn.checks import require_positive
 
 _RESERVE = 3  # samples a class that stand in for its anchors
@@ -41,7 +42,7 @@ class AnchorLists(nn.Module):
     #: (M, 2) least and greatest distance from the nearest anchor in training; infinite until there is one.
     range: Tensor
 
-    def __init__(self, modalities: Sequence[str], num_classes: int, dim: int, length: int = 2048) -> None:
+    def __init__(self, modalities: Sequence[str], num_classes: int, dim: int, length: PositiveInt = 2048) -> None:
         super().__init__()
         require_positive(num_classes=num_classes, dim=dim, length=length)
         self.modalities, self.num_classes, self.length = tuple(modalities), num_classes, length
