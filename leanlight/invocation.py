@@ -8,6 +8,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ import yaml
 from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError
 from leanlight.runs import read_summary
+from leanlight.yaml_files import load_yaml
 from lit_modules.admission import named_packages, trusted_packages
 
 _RESUMED = ("fit", "predict")
@@ -114,12 +116,17 @@ def take_all(args: list[str], *flags: str) -> tuple[list[str], list[str]]:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a config file; UserError when it is none."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     check_size(content, f"config {path}")
     if content is not None and not isinstance(content, dict):
         raise UserError(f"config {path}: expected keys such as model, data, trainer, got a {type(content).__name__}")
+    for key, value in (content or {}).items():
+        if not isinstance(key, str):
+            raise UserError(f"config {path}: expected keys such as model, data, trainer, got {key!r}")
+        if isinstance(value, list) or (key in ("trainer", "run") and not isinstance(value, (dict, NoneType))):
+            raise UserError(f"config {path}: {key}: expected keys and values, got {str(value)[:80]}")
     return content or {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,13 @@ from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.invocation import check_size
 from leanlight.runs import folder_name
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where YAML would silently keep the last."""
-
-
-def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Hashable] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+from leanlight.yaml_files import load_yaml
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the YAML mapping in `path`; UserError with file, line and reason when there is none."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path.name}{line}: {error.problem or 'not valid YAML'}") from None
