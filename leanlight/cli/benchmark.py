@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
         names = [method(args.method).name]
     if args.output and len(names) > 1:
         raise UserError("--output: names one file, but there are several benchmarks; name a method, too")
+    if args.output and args.output.suffix != ".json":
+        raise UserError(f"--output: expected a .json file, got {args.output}")
     if args.output and args.publish:
         raise UserError("--publish: writes to docs/results, --output somewhere else; give one of them")
     folder = None if args.quick and not args.publish else results_folder(args.runs_root, args.publish)

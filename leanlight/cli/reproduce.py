@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from leanlight.cli.arguments import Parser
+from leanlight.contracts.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +32,8 @@ def main(argv: list[str]) -> int:
     from leanlight.results.table_spec import load_table
 
     devices = [device.strip() for device in args.devices.split(",") if device.strip()]
+    if strange := [device for device in devices if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", device)]:
+        raise UserError(f"--devices: expected GPUs by index or UUID, e.g. 0,1, got {strange[0]!r}")
     options = Options(
         jobs=args.jobs if args.jobs is not None else max(1, len(devices)),
         devices=devices,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
 _ONE_ARGUMENT = ("abs", "log")
 _DEVIATION = "deviation"
 _LONGEST = 1000  # characters; more would only serve to exhaust the parser
+_DEEPEST = 100  # levels; evaluation takes two calls a level
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def parse_expression(text: str, rows: Collection[str], metrics: Collection[str],
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{where}: expr {text[:80]!r} is not an arithmetic expression") from None
+    if _depth(tree) > _DEEPEST:
+        raise UserError(f"{where}: expr {text[:80]!r} is nested more than {_DEEPEST} levels deep")
     references: list[Reference] = []
     _check(tree, rows, metrics, f"{where}: expr", references)
     if not references:
@@ -70,9 +74,18 @@ def parse_expression(text: str, rows: Collection[str], metrics: Collection[str],
     return Expression(text, tuple(dict.fromkeys(references)), tree)
 
 
+def _depth(tree: ast.AST) -> int:
+    level, depth = [tree], 0
+    while level:
+        level, depth = [child for node in level for child in ast.iter_child_nodes(node)], depth + 1
+    return depth
+
+
 def _check(node: ast.expr, rows: Collection[str], metrics: Collection[str], where: str, found: list[Reference]) -> None:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            if abs(value) > sys.float_info.max:
+                raise UserError(f"{where}: expected numbers up to {sys.float_info.max:.0e}, got {str(value)[:20]}")
             return
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             children = [left, right]

@@ -330,15 +330,17 @@ def read_document(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `leanlight reproduce TABLE` writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: expected a JSON file of results, got a folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: expected a JSON file of results, got what is no JSON ({error})") from None
     anew = "write it anew with `leanlight reproduce TABLE`"
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path}: not a result table of format {FORMAT}; {anew}")
     parts = [("table", document)]
-    parts += [(kind, item) for kind in ("row", "claim") for item in document.get(f"{kind}s", [])]
+    parts += [(kind, item) for kind in ("row", "claim") for item in document.get(f"{kind}s") or []]
     for kind, part in parts:
-        missing = set(_KEYS[kind].split()) - set(part)
+        missing = set(_KEYS[kind].split()) - set(part if isinstance(part, dict) else ())
         if missing:
             raise UserError(f"{path}: a {kind} has no {min(missing)!r}; {anew}")
     if curve := document.pop("curve", None):  # what tables wrote that could have one over a setting alone

@@ -57,7 +57,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(refuse, tmp_path, yaml, wo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--trainer.max_epochs=many"], ["trainer.max_epochs", "expected int", "many"]),
+        (["--trainer.max_epochs=many"], ["trainer.max_epochs: expected an integer", "many"]),
         (
             ["--data.init_args.batch_size=big"],
             ["data.init_args.batch_size", "an integer of at least 1", "big"],
