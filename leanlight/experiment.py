@@ -274,6 +274,7 @@ class Session:
             ensure = getattr(self.cli.datamodule, "ensure_available", None)
             if ensure is not None:
                 ensure()
+            self._warn_of_fresh_weights()
             with self._locked():
                 try:
                     self._open()
@@ -299,6 +300,17 @@ class Session:
         self._made = [parent for parent in self.run_dir.parents if not parent.exists()]
         with locked(self.run_dir):
             yield
+
+    @rank_zero_only
+    def _warn_of_fresh_weights(self) -> None:
+        """A pre-trained network may be measured as it comes, so this is no error."""
+        trains = any(parameter.requires_grad for parameter in self.cli.model.parameters())
+        if self.cli.only in ("validate", "test") and trains and not self.cli.resolved.get("ckpt_path"):
+            print(
+                "leanlight: warning: ckpt_path: none given, so weights are measured that no run has trained; "
+                "--from RUN_DIR takes those of a run",
+                file=sys.stderr,
+            )
 
     def _open(self) -> None:
         if self.trainer.is_global_zero:

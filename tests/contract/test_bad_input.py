@@ -74,6 +74,22 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(refuse, tmp_path, yaml, wo
         (["--ckpt_path=nowhere.ckpt"], ["ckpt_path", "nowhere.ckpt"]),
         (["--seed_everything=often"], ["seed_everything"]),
         (["surplus"], ["surplus"]),
+        (["--ckpt_path=best"], ["ckpt_path", "best", "--resume"]),
+        (["--seed_everything=-1"], ["seed_everything", "from 0 to 4294967295", "-1"]),
+        (["--trainer.val_check_interval=0"], ["trainer.val_check_interval", "at least 1", "'0'"]),
+        (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "at least 1", "'0'"]),
+        (["--data.init_args.batch_size=null"], ["data.init_args.batch_size", "at least 1", "None"]),
+        (
+            ["--model.init_args.optimizer.init_args.lr=-1"],
+            ["model.init_args.optimizer", "AdamW", "learning rate", "-1"],
+        ),
+        (
+            ["--model.init_args.lr_scheduler=StepLR", "--model.init_args.lr_scheduler.step_size=0"],
+            ["model.init_args.lr_scheduler", "StepLR"],
+        ),
+        (["--model.init_args.network.init_args.norm=bath"], ["network.init_args.norm", "did you mean 'batch'"]),
+        (["--model.init_args=3"], ["model: expected class_path and init_args", "'3'"]),
+        (["--trainer=3"], ["trainer: expected keys and values", "'3'"]),
     ],
 )
 def test_a_wrong_value_is_named(refuse, arguments, words):
@@ -90,6 +106,27 @@ def test_an_overlay_that_is_not_there_is_named_with_the_nearest_one(refuse):
 
 def test_a_config_that_is_no_yaml_is_named(refuse, tmp_path):
     refuse(["fit", "--config", CONFIG, "--config", overlay(tmp_path, "trainer: [1, 2")], "overlay.yaml", "YAML")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trainer: [1, 2]", ["trainer: expected keys and values", "[1, 2]"]),
+        ("trainer: 3", ["trainer: expected keys and values", "got 3"]),
+        ("run: {id: a}\nrun: {id: b}", ["key 'run' stands twice", "line 2"]),
+        ("1: 2", ["expected keys", "got 1"]),
+        ("x: &x {a: *x}", ["not valid YAML", "recursive"]),
+    ],
+)
+def test_a_config_of_another_shape_is_named_with_what_is_wrong(refuse, tmp_path, text, words):
+    refuse(["fit", "--config", CONFIG, "--config", overlay(tmp_path, text)], "overlay.yaml", *words)
+
+
+def test_weights_that_no_run_has_trained_are_measured_with_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--run.wandb=disabled"]
+    assert main(["test", "--config", CONFIG, *few]) == 0
+    assert "warning: ckpt_path: none given" in capsys.readouterr().err
 
 
 def test_an_interpolation_that_leads_nowhere_is_named(refuse, tmp_path):

@@ -403,6 +403,6 @@ def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str
 def test_an_unreadable_result_file_is_found_before_anything_runs(suite: Any) -> None:
     RESULT.parent.mkdir(parents=True)
     RESULT.write_text("{ half")
-    with pytest.raises(UserError, match=r"two.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"two.json: expected a JSON file of results"):
         main([str(suite.table())])
     assert suite.commands() == []

@@ -199,6 +199,10 @@ def test_a_key_written_twice_is_refused(suite: Any) -> None:
         "abs()",
         "log(1, good['test/accuracy'])",
         "-" * 2000 + "1",
+        "-" * 900 + "good['test/accuracy']",
+        "1 + " * 200 + "good['test/accuracy']",
+        "good['test/accuracy'] + 1e400",
+        "good['test/accuracy'] + " + "9" * 400,
     ],
 )
 def test_an_expression_admits_nothing_but_arithmetic(text: str) -> None:
