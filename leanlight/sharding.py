@@ -27,9 +27,9 @@ class _BatchPrecision(FSDPPrecision):
         self._strategy = strategy
 
     @property
-    def mixed_precision_config(self) -> MixedPrecision | None:
-        config = super().mixed_precision_config
-        return config and replace(config, cast_root_forward_inputs=False)  # autocast casts them where they are used
+    def mixed_precision_config(self) -> MixedPrecision:
+        # Autocast casts inputs where they are used.
+        return replace(super().mixed_precision_config, cast_root_forward_inputs=False)
 
     def convert_input(self, data: Any) -> Any:
         return data if isinstance(data, Batch) else super().convert_input(data)
@@ -50,7 +50,7 @@ class ShardedStrategy(FSDPStrategy):
     _wrapped: nn.Module | None = None
 
     @property
-    def precision_plugin(self) -> Precision:
+    def precision_plugin(self) -> FSDPPrecision:
         return super().precision_plugin
 
     @precision_plugin.setter
@@ -79,6 +79,7 @@ class ShardedStrategy(FSDPStrategy):
         if self.root_device.type != "cpu" or self._state_dict_type != "full":
             return super().lightning_module_state_dict()
         # Lightning asks for weights to be brought to the CPU; of those that are there PyTorch frees what it hands out.
-        kind = StateDictType.FULL_STATE_DICT
-        with FullyShardedDataParallel.state_dict_type(self.model, kind, FullStateDictConfig(rank0_only=True)):
-            return self.model.state_dict()
+        model, kind = self.model, StateDictType.FULL_STATE_DICT
+        assert model is not None
+        with FullyShardedDataParallel.state_dict_type(model, kind, FullStateDictConfig(rank0_only=True)):
+            return model.state_dict()
