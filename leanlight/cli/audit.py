@@ -290,16 +290,16 @@ def _say_changes(summary: dict[str, Any], changes: Sequence[dict[str, Any]], mos
 
     from leanlight.results.audit_compare import show_change, show_interval, show_percent
 
-    table = Table("harmful", "part", "before", "after", "change, points", "95 %", "to harmful", "to benign", "same")
+    table = Table("harmful", "before", "after", "change, points", "turned", "same")
     for one in summary["figures"]:
         shares = [show_percent(one[name]) for name in ("before", "after")]
-        turned = [f"{one[name]:,}" for name in ("to_harmful", "to_benign")]
-        moved = show_change(one), show_interval(one)
-        table.add_row(one["judge"], one["field"], *shares, *moved, *turned, show_percent(one["agreement"]))
+        moved = f"{show_change(one)}\n{show_interval(one)}"
+        turned = f"{one['to_harmful']:,} to harmful\n{one['to_benign']:,} to benign"
+        table.add_row(f"{one['judge']}\n{one['field']}", *shares, moved, turned, show_percent(one["agreement"]))
     Console(highlight=False, markup=False).print(table)
     samples = summary["samples"]
     print(
-        f"{samples['both']:,} samples in both, {samples['rewritten']:,} of them another one of that id; "
+        f"{samples['both']:,} samples in both, {samples['rewritten']:,} of them with other text or picture; "
         f"{len(samples['new']):,} new, {len(samples['absent']):,} gone"
     )
     for one in changes[:most]:
