@@ -16,6 +16,9 @@ from leanlight.contracts.ranges import NonNegativeInt, PositiveFloat, PositiveIn
 
 Parts = list[np.ndarray]
 _TRIES = 1000
+# A split whose first draws each leave so many clients short is not drawn on: the chance of a draw that leaves none is
+# about e^-20, since clients fall short nearly independently.
+_FIRST, _HOPELESS = 10, 20
 
 
 class Partition:
@@ -77,14 +80,19 @@ class Dirichlet(Partition):
         if self.alpha <= 0:
             raise UserError(f"alpha: expected a positive number, got {self.alpha}")
         _check(labels, clients, self.min_size)
-        generator = _generator(seed)
-        for _ in range(_TRIES):
+        generator, fewest = _generator(seed), clients
+        for tries in range(1, _TRIES + 1):
             parts = self._draw(labels, clients, generator)
-            if min(map(len, parts)) >= self.min_size:
+            short = sum(len(part) < self.min_size for part in parts)
+            if not short:
                 return parts
+            fewest = min(fewest, short)
+            if tries == _FIRST and fewest > _HOPELESS:
+                break
         raise UserError(
-            f"partition: no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} "
-            f"clients gave each {self.min_size} items in {_TRIES} tries; lower min_size or clients, or raise alpha"
+            f"partition: no Dirichlet({self.alpha}) split of {len(labels):,} items over {clients} clients gave each "
+            f"{self.min_size} items in {tries} tries, {fewest} clients were short at best; lower min_size or clients, "
+            "or raise alpha"
         )
 
     def _draw(self, labels: np.ndarray, clients: int, generator: np.random.Generator) -> Parts:

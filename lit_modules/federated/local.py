@@ -41,9 +41,13 @@ class LocalTraining:
         find_augmentation(self.augment, "local.augment")
 
     def batches(self, items: int, generator: torch.Generator, work: float = 1.0) -> Iterator[Tensor]:
-        """Positions (up to `batch_size`,) of each local step: every pass in a new order, the share `work` of all."""
+        """Positions (up to `batch_size`,) of each local step: every pass in a new order.
+
+        Of all steps the share `work` is made, at least one.
+        """
         passes = (torch.randperm(items, generator=generator).split(self.batch_size) for _ in range(self.epochs))
-        steps = round(work * self.epochs * -(-items // self.batch_size))
+        total = self.epochs * -(-items // self.batch_size)
+        steps = min(total, max(1, round(work * total)))
         return itertools.islice(itertools.chain.from_iterable(passes), steps)
 
 

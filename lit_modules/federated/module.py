@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,11 +34,13 @@ from lit_modules.classifier.evaluation import ClassifierEvaluation
 from lit_modules.classifier.hooks import EvaluatedClassifier
 from lit_modules.federated.aggregation import Aggregator, FedAvg
 from lit_modules.federated.batched import check_batchable, train_clients
-from lit_modules.federated.controls import ControlVariates
+from lit_modules.federated.controls import ControlVariates, sweep
 from lit_modules.federated.firing import Reduce, measure
 from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, make_update, train_client
 from lit_modules.hparams import save_hparams
-from lit_modules.nn.checks import check_classifier
+from lit_modules.nn.checks import check_classifier, device_of
+
+CONTROLS = "controls"  # folder of a run with SCAFFOLD's controls of clients
 
 
 class FederatedClassifier(EvaluatedClassifier):
@@ -107,6 +110,7 @@ class FederatedClassifier(EvaluatedClassifier):
         self._compile: dict[str, Any] | None = None  # options of `torch.compile` for them
         self._lr: list[float] = []  # of this round, by parameter group
         self._controls = ControlVariates()
+        self._control_files: dict[int, str] = {}  # of a checkpoint, until training begins
         self.evaluation = ClassifierEvaluation()
 
     # ---- set-up ----
@@ -120,6 +124,7 @@ class FederatedClassifier(EvaluatedClassifier):
             self._check_fit()
 
     def _check_fit(self) -> None:
+        self._check_batches_of_one()
         optimizer = self.make_optimizer(self.network.parameters())
         if (self.objective.has_control or self.clients_at_once > 1) and not _is_plain_sgd(optimizer):
             needs = "Scaffold" if self.objective.has_control else "clients_at_once above 1"
@@ -128,6 +133,24 @@ class FederatedClassifier(EvaluatedClassifier):
             check_batchable(self.network, self.local)
         if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
             raise UserError("lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
+
+    def _check_batches_of_one(self) -> None:
+        """Refuse clients with a last batch of one image where a norm of the network needs more than one value."""
+        data, size = data_of(self, FederatedData), self.local.batch_size
+        single = [client for client, items in enumerate(data.client_sizes) if items % size == 1 or items == size == 1]
+        if not single or not self.local.epochs:
+            return
+        network = copy.deepcopy(self._largest()).train()
+        try:
+            with isolated_rng(), torch.no_grad():
+                network(torch.zeros(1, *data_of(self, ImageData).meta.shape, device=device_of(network)))
+        except ValueError as error:
+            client = single[0]
+            raise UserError(
+                f"local.batch_size: {size} leaves client {client}, of {data.client_sizes[client]} images, and "
+                f"{len(single) - 1} others a last batch of one, which this network cannot normalise ({error}); "
+                "choose another, or a network with group norm"
+            ) from error
 
     def compile_networks(self, **options: Any) -> None:
         if self.clients_at_once > 1:
@@ -145,6 +168,13 @@ class FederatedClassifier(EvaluatedClassifier):
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] → (N, K) logits of the global network."""
         return self.network(image)
+
+    def on_fit_start(self) -> None:
+        if self._control_files:
+            own = Path(self.trainer.default_root_dir)
+            run = Path(self.trainer.ckpt_path).parent.parent if self.trainer.ckpt_path else own
+            self._controls.read(run / CONTROLS, self._control_files, own=run.resolve() == own.resolve())
+            self._control_files = {}
 
     def on_train_start(self) -> None:
         # Clients that waited when a run was interrupted: checkpoints are read on the CPU.
@@ -341,16 +371,21 @@ class FederatedClassifier(EvaluatedClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        files: dict[int, str] = {}
+        if self.objective.has_control and self.trainer.is_global_zero:
+            run = Path(self.trainer.default_root_dir)
+            files = self._controls.write(run / CONTROLS, self.global_step)
+            sweep(run / CONTROLS, run / "checkpoints", files.values())
         checkpoint["federated"] = {
             "server_control": self._controls.server,
-            "client_controls": self._controls.clients,
+            "client_controls": files,
             "waiting": [{**vars(batch), "data": vars(batch.data)} for batch in self._waiting],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._controls.server = checkpoint["federated"]["server_control"]
-        self._controls.clients = checkpoint["federated"]["client_controls"]
+        self._control_files = checkpoint["federated"]["client_controls"]
         self._waiting = [
             ClientBatch(**{**batch, "data": ImageBatch(**batch["data"])})
             for batch in checkpoint["federated"]["waiting"]

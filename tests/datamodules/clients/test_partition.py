@@ -123,3 +123,12 @@ def test_class_imbalance_keeps_a_third_of_the_later_classes(spread):
 def test_what_cannot_be_split_is_said_in_one_line(scheme, clients, words):
     with pytest.raises(UserError, match=words):
         scheme.split(LABELS, clients, seed=0)
+
+
+def test_an_impossible_split_is_found_after_few_draws(monkeypatch):
+    draws, draw = [], Dirichlet._draw
+    monkeypatch.setattr(Dirichlet, "_draw", lambda *given: draws.append(1) or draw(*given))
+    labels = np.arange(3000) % 10
+    with pytest.raises(UserError, match="clients were short at best; lower min_size"):
+        Dirichlet(0.3).split(labels, 1000, seed=0)
+    assert len(draws) <= 10

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from waits import Waits, waits
 
-from callbacks import FederatedRounds
+from callbacks import ExactResume, FederatedRounds
 from callbacks.federated.exchange import mean_over_processes
 from datamodules import ClassesPerClient, Dirichlet, FederatedDataModule
 from leanlight.benchmarks.federated import mlp, simulate
@@ -226,6 +226,73 @@ def test_scaffold_equals_its_algorithm_written_out():
             server = [c + sum(moves) / clients for c, *moves in zip(server, *changes, strict=True)]
     for a, b in zip(module.network.parameters(), x.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def scaffold_run(folder, rounds, resume=None, every=1):
+    """Train with control variates in a run folder; return module and checkpoint."""
+    torch.manual_seed(0)
+    module = FederatedClassifier(SMALL, local=LocalTraining(1, 16), objective=Scaffold(), seed=0)
+    data = FederatedDataModule(dataset="digits", clients=12, partition=Dirichlet(0.5), partition_seed=0, seed=0)
+    rules = [FederatedRounds(RandomClients(), participants=4, probe=0, every_n_epochs=0, seed=0), ExactResume(every)]
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu", callbacks=rules, default_root_dir=folder, max_epochs=rounds, limit_val_batches=0, **quiet
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return module, folder / "checkpoints" / "last.ckpt"
+
+
+def test_controls_lie_in_files_of_their_own_and_a_resumed_run_goes_on_with_them(tmp_path):
+    whole, _ = scaffold_run(tmp_path / "whole", 4)
+    _, half = scaffold_run(tmp_path / "parts", 2)
+    saved = torch.load(half, weights_only=True)["federated"]["client_controls"]
+    assert all(isinstance(name, str) for name in saved.values()), "no tensor of a client's in the checkpoint"
+    resumed, _ = scaffold_run(tmp_path / "parts", 4, resume=half)
+    elsewhere, _ = scaffold_run(tmp_path / "elsewhere", 4, resume=half)  # which is by now at round 4
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+    for client, control in whole._controls.clients.items():
+        for name, value in control.items():
+            assert torch.equal(resumed._controls.clients[client][name], value)
+            assert torch.equal(elsewhere._controls.clients[client][name], value)
+
+
+def test_files_of_controls_that_no_checkpoint_names_are_deleted(tmp_path):
+    _, last = scaffold_run(tmp_path, 8)
+    needed = set()
+    for path in last.parent.glob("*.ckpt"):
+        needed |= set(torch.load(path, weights_only=True)["federated"]["client_controls"].values())
+    there = {path.name for path in (tmp_path / "controls").iterdir()}
+    assert needed <= there
+    assert len(there) <= len(needed) + 1  # those of the checkpoint that `previous` has replaced go with the next one
+
+
+def test_a_missing_file_of_controls_is_named(tmp_path):
+    _, last = scaffold_run(tmp_path, 1)
+    next((tmp_path / "controls").glob("*.pt")).unlink()
+    with pytest.raises(UserError, match=r"controls.*cannot be read"):
+        scaffold_run(tmp_path, 2, resume=last)
+
+
+@pytest.mark.parametrize(("items", "work", "steps"), [(3, 0.1, 1), (40, 0.5, 4), (40, 0.01, 1), (0, 0.5, 0)])
+def test_a_straggler_makes_its_share_of_the_steps_and_at_least_one(items, work, steps):
+    generator = torch.Generator().manual_seed(0)
+    # 40 images in batches of 10, twice: 8 steps
+    assert len(list(LocalTraining(epochs=2, batch_size=10).batches(items, generator, work))) == steps
+
+
+def test_a_last_batch_of_one_is_refused_where_a_norm_needs_more(tmp_path):
+    flat = functools.partial(WithBatchNorm1d)
+    sizes = federation(rounds=1)[1].client_sizes
+    single = next(size for size in sizes if size > 8) - 1
+    with pytest.raises(UserError, match=r"local.batch_size: .* last batch of one"):
+        federation(network=flat, local=LocalTraining(1, single))
+    federation(network=WITH_NORM, rounds=1, local=LocalTraining(1, single))  # a map of pixels has values enough
+
+
+class WithBatchNorm1d(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
 
 
 def test_scaffold_refuses_an_optimiser_with_momentum():
