@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +102,14 @@ class LeanlightCLI(LightningCLI):
         check_optimizers(self.resolved["model"], "model")
         self.before: dict[str, Any] = {}
         self.changes: dict[str, list[Any]] = {}
-        inputs = self.resolved["run"]["inputs"] or {}
-        self.inputs = {} if self.parse_only else {name: runs.content_digest(path) for name, path in inputs.items()}
+        self.other_weights = False
         if self.call.resumes and not self.parse_only:
             self._compare()
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Name → sha256 of the stage inputs; UserError where there is nothing."""
+        return {name: runs.content_digest(path) for name, path in (self.resolved["run"]["inputs"] or {}).items()}
 
     def _compare(self) -> None:
         """Find what has changed in a run that is gone on with; UserError when it decides numbers and is not allowed."""
@@ -113,6 +117,7 @@ class LeanlightCLI(LightningCLI):
         self.before = runs.read_summary(self.call.run_dir) or {}
         config = read_config(run_config(self.call.run_dir, "--resume"))
         known = {**self.inputs, **(self.before.get("inputs") or {})}
+        self.other_weights = self.only == "predict" and config.get("ckpt_path") != self.resolved.get("ckpt_path")
         inputs = (config.get("run") or {}).get("inputs") or {}
         then = runs.identity(config, {path: known[name] for name, path in inputs.items() if name in known}, whole=True)
         self.changes = runs.changes(then, runs.identity(self.resolved, self._digests(), whole=True))
@@ -135,7 +140,8 @@ class LeanlightCLI(LightningCLI):
     @property
     def has_finished(self) -> bool:
         """Whether nothing is left to do for a run that shall be gone on with."""
-        return self.before.get("status") == "finished" and not self.before.get("resumed") and not self.changes
+        changed = self.changes or self.other_weights or self.before.get("resumed")
+        return self.before.get("status") == "finished" and not changed
 
     def _parse_ckpt_path(self) -> None:
         """Check that a checkpoint fits the model; the configuration, not the checkpoint, says what to build."""

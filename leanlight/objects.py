@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonargparse
 import torch
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from leanlight.contracts import UserError
@@ -63,7 +63,7 @@ def check_optimizers(named: Any, where: str) -> None:
         if issubclass(found, Optimizer):
             found(parameters, **given)
         elif issubclass(found, LRScheduler):
-            scheduler = found(optimizer := Adam(parameters), **given)
+            scheduler = found(optimizer := SGD(parameters, lr=0.1, momentum=0.9), **given)
             if not isinstance(scheduler, ReduceLROnPlateau):  # some divide by what they are given at their first step
                 optimizer.step()
                 scheduler.step()
