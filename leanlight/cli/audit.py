@@ -70,6 +70,19 @@ def _parser() -> Parser:
         metavar=("BEFORE", "AFTER"),
         help="instead: folders of two audits; say which verdicts have changed, and write a page",
     )
+    parser.add_argument(
+        "--build",
+        type=Path,
+        metavar="DIR",
+        help="also write data to train on: labels that judges agree on, in parts that share no picture, and a queue",
+    )
+    parser.add_argument(
+        "--agree",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of --build: a label stands where more than this share of the judges say it (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=int, metavar="N", help="samples at a time (default: as each judge likes)")
     return parser
 
@@ -78,7 +91,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     args = _parser().parse_args(argv)
     if args.compare:
         more = [
-            name for name in ("data", "judge", "threshold", "fail_above", "limit", "estimate") if getattr(args, name)
+            name
+            for name in ("data", "judge", "threshold", "fail_above", "limit", "estimate", "build")
+            if getattr(args, name)
         ]
         if more:
             raise UserError(f"--compare: expected --output alone beside it, got --{more[0].replace('_', '-')}")
@@ -92,6 +107,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name in args.judge:
         if args.judge.count(name) > 1:
             raise UserError(f"--judge: {without_keys(name)} is named twice")
+    if not 0.5 <= args.agree < 1:
+        raise UserError(f"--agree: expected a share in [0.5, 1), got {args.agree}")
+    if args.build and len(args.judge) < 2:
+        raise UserError("--build: expected two judges at least, whose agreement makes labels; got one")
     args.columns = _pairs(args.columns, "--columns") or None
     args.threshold = _numbers(args.threshold, "--threshold", "a number in (0, 1)", lambda x: 0 < x < 1)
     limits = [text if "=" in text else f"response={text}" for text in args.fail_above]
@@ -239,6 +258,8 @@ def _finish(args: argparse.Namespace, panel: Panel, verdicts: Verdicts, troubles
     write_page(output / "report.html", panel, verdicts, summary, troubles)
     _say(summary)
     print(output / "report.html")
+    if args.build:
+        _build(args.build, panel, verdicts, args.agree)
     return 0 if all(one["passed"] for one in summary["gate"].values()) else 1
 
 
@@ -260,6 +281,17 @@ def _say(summary: dict[str, Any]) -> None:
         missing = f", {one['missing']:,} without a verdict" if one["missing"] else ""
         verdict = "within" if one["passed"] else "above"
         print(f"{field}: {one['harmful']:,} of {summary['items']:,} harmful{missing}: {verdict} {one['limit']:.1%}")
+
+
+def _build(folder: Path, panel: Panel, verdicts: Verdicts, agree: float) -> None:
+    """Write data of what judges agree on, and say how much it is."""
+    from leanlight.results.audit_build import build, write_built
+
+    told = write_built(folder, build(panel, verdicts, agree))
+    parts = ", ".join(f"{count:,} {part}" for part, count in told["parts"].items())
+    print(
+        f"{folder}: {parts}; {told['queue']:,} in the queue for people, {len(told['duplicates']):,} duplicates left out"
+    )
 
 
 # ---- two audits ----

@@ -155,7 +155,7 @@ def _write_shapes(folder: Path) -> str:
     from datamodules.safety.shapes import Shapes
 
     found = Shapes().make()
-    there = "written to" if write_samples(found, folder) else "already in"
+    there = "written to" if write_samples([(sample, str(part)) for sample, part in found], folder) else "already in"
     return f"{len(found):,} samples with pictures {there} {folder}; test.jsonl is for leanlight audit"
 
 
