@@ -84,8 +84,8 @@ def build(panel: Panel, verdicts: Verdicts, agree: float = 0.5, seed: int = 0) -
             else:
                 agreeing = [j for j in range(len(panel.judges)) if _agrees(panel, j, row, labels[row], judged)]
                 samples.append(_explained(made, [read(int(panel.columns[j].offsets[row])) for j in agreeing]))
-    parts = deal(samples, "group", list(SHARES.values()), seed, "build") if samples else []
-    dealt = [(sample, [*SHARES][part]) for sample, part in zip(samples, parts, strict=True)]
+    parts = deal(samples, "group", list(SHARES.values()), seed, "build")
+    dealt = [(sample, [*SHARES][part]) for sample, part in zip(samples, parts.tolist(), strict=True)]
     return Built(dealt, queue, notes, duplicates, unreadable)
 
 

@@ -59,12 +59,13 @@ def write_verdicts(pieces: Iterator[Mapping[str, Any]], fields: Sequence[str], p
     Returns:
         ``verdicts``, and by field ``FIELD_harmful_share``.
     """
+    by_field = [column for name in fields for column in (name, f"p_{name}")]
+    names = ["sample", *by_field, "categories", "explanation", "text", "failure"]  # pieces have them in any order
     verdicts, harmful = 0, dict.fromkeys(fields, 0)
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as file:
         for piece in pieces:
-            columns = {name: _column(values) for name, values in piece.items() if name != "index"}
-            for row in zip(*columns.values(), strict=True):
-                file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+            for row in zip(*(_column(piece[name]) for name in names), strict=True):
+                file.write(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n")
             verdicts += len(piece["index"])
             for name in fields:
                 harmful[name] += sum(word == "harmful" for word in piece[name])

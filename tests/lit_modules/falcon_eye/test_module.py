@@ -197,7 +197,9 @@ def test_predictions_become_a_line_a_sample(fitted, tmp_path):
     assert [row["sample"] for row in rows] == [sample.id for sample in samples]
     assert told["verdicts"] == len(rows) == 6
     scores = module.eval()._asking().harm(module._asking().encode(samples))
+    columns = [column for name in SAFETY_FIELDS for column in (name, f"p_{name}")]
     for row, score in zip(rows, scores, strict=True):
+        assert list(row) == ["sample", *columns, "categories", "explanation", "text", "failure"]
         assert [row[f"p_{name}"] for name in SAFETY_FIELDS] == pytest.approx(score.tolist(), abs=1e-4)
         assert row["response"] in ("harmful", "benign", "")
         assert isinstance(row["text"], str)
