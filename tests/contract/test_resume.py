@@ -113,35 +113,35 @@ def check(folder, expected, case, *moments):
     """Start a run, kill it at the first moment, go on, kill it at the next, …; go on to the end."""
     command = [*arguments(case), *COMMON]
     for moment in moments:
-        kill_when(start(folder, "fit", *command), folder, partial(moment, folder))
+        begin = time.time()
+        kill_when(start(folder, "fit", *command), folder, partial(moment, folder, begin))
         command = ["--resume", run_dir(folder)]
     finish(start(folder, "fit", *command))
     assert_same(read(folder), expected)
 
 
+# A moment is asked, again and again, whether it has come in the run in `folder` since the process began.
+
+
 def row(number):
-    """The moment at which metrics.csv has so many lines, and a checkpoint is there."""
-    return lambda folder: rows(folder) >= number and has(folder, "checkpoints/last.ckpt")
+    """metrics.csv has so many lines, and a checkpoint is there."""
+    return lambda folder, begin: rows(folder) >= number and has(folder, "checkpoints/last.ckpt")
 
 
-def later(moment, seconds):
-    """Some time after another moment."""
-
-    def reached(folder):
-        if moment(folder):
-            time.sleep(seconds)
-            return True
-        return False
-
-    return reached
-
-
-def writing(folder):
+def writing(folder, begin):
     return has(folder, "checkpoints/previous.ckpt", "checkpoints/.last.ckpt.*.part")
 
 
-def exporting(folder):
+def exporting(folder, begin):
     return has(folder, "artifacts/export")
+
+
+def testing(folder, begin):
+    """Some time after a process that found nothing left to train has begun its test: it then says that it runs."""
+    if (run_dir(folder) / "summary.json").stat().st_mtime <= begin:
+        return False
+    time.sleep(random.uniform(0, 0.3))
+    return True
 
 
 def test_a_killed_classifier_resumes_exactly(tmp_path, undisturbed):
@@ -162,8 +162,7 @@ def test_a_run_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, 
 def test_a_run_killed_again_and_again_resumes_exactly(tmp_path, undisturbed, case):
     """Twice in training, while a checkpoint is written, while it exports, and in its test."""
     expected = undisturbed(case)
-    first, second = sorted(random.Random(case).sample(range(6, expected.lines - 2), 2))
-    testing = later(row(expected.lines - 1), random.uniform(0, 0.3))
+    first, second = sorted(random.Random(case).choices(range(min(6, expected.lines - 2), expected.lines - 1), k=2))
     check(tmp_path, expected, case, row(first), row(second), writing, exporting, testing)
 
 
@@ -223,7 +222,7 @@ def test_a_pipeline_killed_in_each_of_its_stages_ends_like_an_undisturbed_one(tm
     finish(start(whole, "run", name, "--id=p"), timeout=1800)
     expected = stages(whole)
     for stage in expected:
-        condition = partial(later(lambda _, stage=stage: is_running(killed, stage), random.uniform(0, 5)), killed)
+        condition = partial(is_running, killed, stage, random.uniform(0, 5))
         kill_when(start(killed, "run", name, "--id=p"), killed, condition)
     finish(start(killed, "run", name, "--id=p"), timeout=1800)
     assert stages(killed) == expected
@@ -237,7 +236,10 @@ def stages(folder):
     return {stage: {k: v for k, v in told.items() if not k.endswith("_s")} for stage, told in metrics.items()}
 
 
-def is_running(folder, stage):
+def is_running(folder, stage, seconds):
+    """Whether a stage has run for so long."""
     for path in folder.glob(f"runs/*/*/*-{stage}-*/summary.json"):
-        return json.loads(path.read_text())["status"] == "running"
+        if json.loads(path.read_text())["status"] == "running":
+            time.sleep(seconds)
+            return True
     return False
