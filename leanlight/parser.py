@@ -63,7 +63,7 @@ _RANGES: dict[str, Any] = {
     "trainer.num_sanity_val_steps": OrUnlimited | None,
     "trainer.log_every_n_steps": NonNegativeInt | None,
     "trainer.accumulate_grad_batches": PositiveInt,
-    "trainer.gradient_clip_val": NonNegativeFloat | None,
+    "trainer.gradient_clip_val": NonNegativeInt | NonNegativeFloat | None,
     "trainer.reload_dataloaders_every_n_epochs": NonNegativeInt,
 }
 
