@@ -12,7 +12,6 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from leanlight.contracts import UserError
-from leanlight.parser import LeanlightParser
 from lit_modules.admission import only_admitted
 
 
@@ -32,7 +31,7 @@ def admitted_object(
         jsonargparse.ArgumentError: and ValueError, TypeError, ImportError; `leanlight.messages.one_line` reads them.
     """
     jsonargparse.set_parsing_settings(subclasses_enabled=[kind])  # of a dataclass it would take no heirs
-    parser = LeanlightParser(exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, key, fail_untyped=False)
     wanted = {"class_path": named["class_path"], "init_args": named.get("init_args") or {}}
     with only_admitted(trust):

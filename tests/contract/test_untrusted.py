@@ -83,6 +83,8 @@ def attack(honest, tmp_path, monkeypatch, capsys):
         named = {"_class_path": whole["model"].pop("class_path", checkpoint["hyper_parameters"]["_class_path"])}
         checkpoint["hyper_parameters"] = whole["model"].get("init_args", {}) | named
         torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+        # Whoever changes a checkpoint can change what is noted of it.
+        (run / "checkpoints" / "sha256.json").unlink(missing_ok=True)
         shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "alone.ckpt")
         words = [word.replace("RUN", str(run)).replace("FILE", str(tmp_path / "alone.ckpt")) for word in command]
         code = main(words)

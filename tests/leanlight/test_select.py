@@ -241,7 +241,10 @@ def test_a_config_that_came_with_a_run_does_not_decide_which_code_runs(run, plac
         (["--rule=own_rule.Weighted", "--keep=1", "--set=power=high"], "--set power: expected float, got 'high'"),
         (["--rule=own_rule.Weighted", "--keep=1", "--set=bins=2.5"], "--set bins: expected int, got '2.5'"),
         (["--rule=own_rule.Weighted", "--keep=1", "--set=exact=1"], "--set exact: expected bool, got '1'"),
-        (["--rule=own_rule.Weighted", "--keep=1", "--set=sign=middle"], "--set sign: Expected a typing.Literal"),
+        (
+            ["--rule=own_rule.Weighted", "--keep=1", "--set=sign=middle"],
+            "--set sign: expected one of largest, smallest, got 'middle'",
+        ),
         (
             ["--rule=own_rule.Weighted", "--keep=1", "--set=bins"],
             "--set: expected KEY=VALUE or a JSON mapping",
@@ -570,7 +573,10 @@ def test_patches_are_left_out_of_pictures_and_counted(place):
     ("words", "message"),
     [
         (["--images=pictures", "--patches=drop=0.2"], "--patches .*drop"),
-        (["--images=pictures", "--patches=drop_ratio=1"], r"--patches drop_ratio: expected a share in \[0, 1\), got 1"),
+        (
+            ["--images=pictures", "--patches=drop_ratio=1"],
+            r"--patches drop_ratio: expected a number in \[0, 1\), got 1",
+        ),
         (["--images=pictures", *PATCHES, "--patches=patch=3"], "patch: expected a side that divides 8 x 8 pixels"),
         (["--images=pictures", *PATCHES, "--patches=drop_ratio=0.99"], "drop_ratio: 0.99 of 16 patches keeps none"),
         (["--images=pictures", "--patches=patch=2"], "--patches: patch_select gradcam needs the weights"),
