@@ -199,7 +199,7 @@ class SafetyJudge(LightningModule):
         padding = 1 - batch.attention_mask.float().mean()
         values = {"train/loss": mean.detach(), "train/padding": padding, "train/learned_tokens": weight}
         log_step(self, values, len(batch), over_processes=True)
-        return mean * self._share(weight)
+        return (mean + self._unseen(batch)) * self._share(weight)
 
     def _loss(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed cross entropy of the tokens that are learned, and their number, both by their weights."""
@@ -214,6 +214,14 @@ class SafetyJudge(LightningModule):
             weights = torch.where(words, self.field_loss_weight, weights)
         kept = batch.learned if self.loss_on == "answer" else 0
         return token_loss(self(batch, kept), labels, weights)
+
+    def _unseen(self, batch: TokenBatch) -> Tensor | float:
+        """0, by way of the weights that see pictures where the batch shows none: other processes wait for gradients."""
+        if self.trainer.world_size == 1 or any(len(patches) for patches in batch.pixel_values):
+            return 0.0
+        trained = [(name, weights) for name, weights in self.network.named_parameters() if weights.requires_grad]
+        seeing = [weights.sum() for name, weights in trained if "visual" in name or "vision" in name]
+        return 0 * torch.stack(seeing).sum() if seeing else 0.0
 
     def _share(self, weight: Tensor) -> Tensor | float:
         """By how much the mean over this process' tokens counts in that over all."""
