@@ -69,13 +69,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _keep(path: Path, copy: Path) -> None:
     """Let `copy` be the file that `path` is now, which stays where it is."""
-    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-    try:
-        os.link(path, part)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, part)
-    os.replace(part, copy)
-    part.unlink(missing_ok=True)  # a rename does nothing where both are the same file
+    with atomic_path(copy) as part:
+        try:
+            os.link(path, part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, part)
 
 
 class ExactResume(Checkpoint):

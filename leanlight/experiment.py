@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import callbacks
 from callbacks.bar import progress_callback
-from callbacks.sending import attempt, keep_from_stopping
+from callbacks.sending import attempt, keep_from_stopping, warn
 from leanlight import runs
 from leanlight.announce import Opening, closing
 from leanlight.checks import check_config
@@ -313,10 +312,9 @@ class Session:
         """A pre-trained network may be measured as it comes, so this is no error."""
         trains = any(parameter.requires_grad for parameter in self.cli.model.parameters())
         if self.cli.only in ("validate", "test") and trains and not self.cli.resolved.get("ckpt_path"):
-            print(
-                "leanlight: warning: ckpt_path: none given, so weights are measured that no run has trained; "
-                "--from RUN_DIR takes those of a run",
-                file=sys.stderr,
+            warn(
+                "ckpt_path: none given, so weights are measured that no run has trained; --from RUN_DIR takes those of "
+                "a run"
             )
 
     def _open(self) -> None:

@@ -22,11 +22,11 @@ from leanlight.results.audit_page import printable
 from leanlight.results.audit_summary import SAMPLES, Panel
 from leanlight.results.page import style, template
 from lit_modules.falcon_eye.backbone import as_utf8
-from lit_modules.falcon_eye.metrics import fleiss_kappa
+from lit_modules.falcon_eye.metrics import fleiss_kappa, group_draws
 
 VOTE = "vote of all"  # how tables call what most judges say
 SHOWN = 300  # changes on the page
-_RESAMPLES, _AT_ONCE = 1000, 2**22  # draws of the bootstrap, and numbers of them that are held
+_RESAMPLES = 1000  # draws of the bootstrap
 _WORDS = {HARMFUL: "harmful", BENIGN: "benign", MISSING: "no verdict"}
 
 
@@ -214,13 +214,9 @@ def paired(said: np.ndarray, group: np.ndarray, seed: int = 0) -> dict[str, Any]
 
 def _interval(change: np.ndarray, group: np.ndarray, seed: int) -> tuple[float, float]:
     """The 95 % interval of the mean of `change` (n,), when groups are drawn with replacement."""
-    _, place = np.unique(group, return_inverse=True)
-    sums = np.stack([np.bincount(place, change), np.bincount(place)], 1)
-    generator, means = np.random.default_rng(seed), []
-    for drawn in np.array_split(np.arange(_RESAMPLES), -(-_RESAMPLES * len(sums) // _AT_ONCE)):
-        total = sums[generator.integers(len(sums), size=(len(drawn), len(sums)))].sum(1)
-        means.append(total[:, 0] / total[:, 1])
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    place, moved = (torch.from_numpy(a) for a in (np.unique(group, return_inverse=True)[1], change.astype(np.float64)))
+    means = torch.cat([times @ moved / times.sum(1) for times in group_draws(place, _RESAMPLES, seed)])
+    low, high = np.quantile(means.numpy(), (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -293,7 +293,7 @@ def summary(
     """
     fields, counts = judgements.fields, judgements.counts()
     drawn: dict[str, list[Tensor]] = {}
-    for weights in _draws(judgements.group, resamples, seed):
+    for weights in group_draws(judgements.group, resamples, seed):
         draw = figures(weights @ counts, fields) | _rankings(fields, judgements.scores, judgements.labels, weights)
         for name, (values, _) in draw.items():
             drawn.setdefault(name, []).append(values)
@@ -305,7 +305,7 @@ def summary(
     return found
 
 
-def _draws(group: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
+def group_draws(group: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
     """How often each sample is drawn, (R, N) float64, R at a time, when groups are drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     groups = int(group.max()) + 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kill import finish, kill_when, start
+from kill import finish, kill_when, rows, run_dir, start
 from smallest import words
 
 from leanlight.predictions import load_predictions
@@ -37,16 +37,6 @@ CASES["dsqn on two Atari games side by side"] = [
 
 def arguments(case):
     return CASES[case] or words(case)
-
-
-def run_dir(folder):
-    (found,) = folder.glob("runs/*/*/a")
-    return found
-
-
-def rows(folder):
-    found = list(folder.glob("runs/*/*/a/metrics.csv"))
-    return found[0].read_bytes().count(b"\n") if found else 0
 
 
 def has(folder, *patterns):
@@ -136,7 +126,7 @@ def exporting(folder, begin):
     return has(folder, "artifacts/export")
 
 
-def testing(folder, begin):
+def in_test(folder, begin):
     """Some time after a process that found nothing left to train has begun its test: it then says that it runs."""
     if (run_dir(folder) / "summary.json").stat().st_mtime <= begin:
         return False
@@ -163,7 +153,7 @@ def test_a_run_killed_again_and_again_resumes_exactly(tmp_path, undisturbed, cas
     """Twice in training, while a checkpoint is written, while it exports, and in its test."""
     expected = undisturbed(case)
     first, second = sorted(random.Random(case).choices(range(min(6, expected.lines - 2), expected.lines - 1), k=2))
-    check(tmp_path, expected, case, row(first), row(second), writing, exporting, testing)
+    check(tmp_path, expected, case, row(first), row(second), writing, exporting, in_test)
 
 
 @pytest.mark.slow

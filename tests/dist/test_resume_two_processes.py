@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill import finish, kill_when, start
+from kill import finish, kill_when, rows, run_dir, start
 from smallest import words
 
 from leanlight.registry import METHODS
@@ -24,18 +24,13 @@ TWO = ["--config=trainer/ddp", "--trainer.accelerator=cpu", "--trainer.devices=2
 CONFIG = ["--config=classifier/digits_small"]
 
 
-def run_of(folder):
-    (found,) = folder.glob("runs/*/*/a")
-    return found
-
-
-def has_trained(folder, rows):
+def has_trained(folder, least):
     found = list(folder.glob("runs/*/*/a/checkpoints/previous.ckpt"))
-    return found and (run_of(folder) / "metrics.csv").read_bytes().count(b"\n") >= rows
+    return found and rows(folder) >= least
 
 
 def result(folder):
-    run = run_of(folder)
+    run = run_dir(folder)
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], (run / "metrics.csv").read_bytes()
 
 
@@ -74,7 +69,7 @@ def test_a_run_one_of_whose_processes_was_killed_resumes_exactly(tmp_path, whole
     os.kill(other, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    finish(start(tmp_path, "fit", "--resume", run_of(tmp_path)))
+    finish(start(tmp_path, "fit", "--resume", run_dir(tmp_path)))
     assert_equal(result(tmp_path), whole)
 
 
@@ -83,11 +78,11 @@ def test_a_run_one_of_whose_processes_was_killed_resumes_exactly(tmp_path, whole
 def test_a_run_goes_on_with_another_number_of_processes_and_says_that_it_is_not_exact(tmp_path, method, before, after):
     process = start(tmp_path, "fit", *words(method), *COMMON, *before)
     kill_when(process, tmp_path, lambda: has_trained(tmp_path, 6))
-    process = start(tmp_path, "fit", "--resume", run_of(tmp_path), *after)
+    process = start(tmp_path, "fit", "--resume", run_dir(tmp_path), *after)
     _, error = process.communicate(timeout=280)
     assert process.returncode == 0, error.decode()[-3000:]
     assert b"it will not be exact" in error
-    assert json.loads((run_of(tmp_path) / "summary.json").read_text())["status"] == "finished"
+    assert json.loads((run_dir(tmp_path) / "summary.json").read_text())["status"] == "finished"
 
 
 def test_two_nodes_make_the_run_of_one_node_with_two_processes(tmp_path, whole):

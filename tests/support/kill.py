@@ -45,3 +45,15 @@ def finish(process, timeout=280):
     """Wait for a command that must end well."""
     _, error = process.communicate(timeout=timeout)
     assert process.returncode == 0, error.decode()[-3000:]
+
+
+def run_dir(folder):
+    """The only run below `folder`, whose id is ``a``."""
+    (found,) = folder.glob("runs/*/*/a")
+    return found
+
+
+def rows(folder):
+    """Lines of that run's ``metrics.csv`` so far; 0 before there is one."""
+    found = list(folder.glob("runs/*/*/a/metrics.csv"))
+    return found[0].read_bytes().count(b"\n") if found else 0

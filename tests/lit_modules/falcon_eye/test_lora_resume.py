@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from kill import finish, kill_when, start
+from kill import finish, kill_when, rows, run_dir, start
 
 TINY = {"hidden": 32, "intermediate": 32, "layers": 1, "heads": 2, "kv_heads": 1, "vision_layers": 1, "vocab_size": 500}
 COMMON = [
@@ -16,16 +16,6 @@ COMMON = [
 QUIET = ["--run.wandb=disabled", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 
 
-def run_of(folder):
-    (found,) = folder.glob("runs/*/*/a")
-    return found
-
-
-def lines(folder):
-    found = list(folder.glob("runs/*/*/a/metrics.csv"))
-    return found[0].read_bytes().count(b"\n") if found else 0
-
-
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """A fit of LoRA with dropout around a base that has been exported."""
@@ -34,7 +24,7 @@ def command(tmp_path_factory):
     steps = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
     finish(start(folder, "fit", "--config=falcon_eye/shapes_small", *COMMON, *sizes, *steps))
     base = {"class_path": "lit_modules.falcon_eye.PretrainedVLM"}
-    base["init_args"] = {"path": str(run_of(folder) / "artifacts" / "export")}
+    base["init_args"] = {"path": str(run_dir(folder) / "artifacts" / "export")}
     lora = ["--config=falcon_eye/shapes_small__lora", f"--model.init_args.backbone={json.dumps(base)}"]
     return ["fit", *lora, "--model.init_args.tuning.init_args.dropout=0.2", *COMMON]
 
@@ -46,19 +36,19 @@ def test_a_killed_adapter_goes_on_and_so_do_its_predictions(tmp_path, command):
     for folder in (whole, killed):
         folder.mkdir()
     finish(start(whole, *command))
-    kill_when(start(killed, *command), killed, lambda: lines(killed) >= 8)  # of twelve steps of the first epoch
-    finish(start(killed, "fit", "--resume", run_of(killed)))
-    expected, found = (torch.load(run_of(f) / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, killed))
+    kill_when(start(killed, *command), killed, lambda: rows(killed) >= 8)  # of twelve steps of the first epoch
+    finish(start(killed, "fit", "--resume", run_dir(killed)))
+    expected, found = (torch.load(run_dir(f) / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, killed))
     assert 0 < len(expected["state_dict"]) == len(found["state_dict"])
     assert all("lora_" in name for name in expected["state_dict"])
     for name, value in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][name], value), name
-    assert (run_of(killed) / "metrics.csv").read_bytes() == (run_of(whole) / "metrics.csv").read_bytes()
+    assert (run_dir(killed) / "metrics.csv").read_bytes() == (run_dir(whole) / "metrics.csv").read_bytes()
 
     verdicts = {}
     for folder in (whole, killed):
-        out = run_of(folder) / "predict"
-        process = start(folder, "predict", "--from", run_of(folder), *QUIET, "--predictions.piece_items=4")
+        out = run_dir(folder) / "predict"
+        process = start(folder, "predict", "--from", run_dir(folder), *QUIET, "--predictions.piece_items=4")
         if folder == killed:
             kill_when(process, folder, lambda out=out: any(out.glob("artifacts/predictions/*_0.json")))
             process = start(folder, "predict", "--resume", out)
