@@ -38,6 +38,7 @@ from leanlight.contracts import (
     learned_positions,
     nearest,
 )
+from leanlight.contracts.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt, Seed, Share
 
 PARTS: tuple[Split, ...] = get_args(Split)
 
@@ -176,20 +177,20 @@ class SafetyDataModule(PartLoaders[TokenBatch], pl.LightningDataModule):
         path: str | Path | None = None,
         images: str | Path | None = None,
         columns: dict[str, str | None] | None = None,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
+        batch_size: PositiveInt = 16,
+        eval_batch_size: PositiveInt | None = None,
         split: Scheme | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        fold: int | None = None,
-        folds: int = 5,
-        train_items: int | None = None,
-        split_seed: int = 0,
-        seed: int | None = None,
+        val_fraction: Share = 0.1,
+        test_fraction: OpenUnitInterval = 0.2,
+        fold: NonNegativeInt | None = None,
+        folds: PositiveInt = 5,
+        train_items: PositiveInt | None = None,
+        split_seed: Seed = 0,
+        seed: Seed | None = None,
         drop_last: bool = False,
         predict_split: Split = "test",
-        length_window: int = 100,
-        cache_mb: int = 1024,
+        length_window: NonNegativeInt = 100,
+        cache_mb: NonNegativeInt = 1024,
         shapes: Shapes | None = None,
         xstest: XSTest | None = None,
     ) -> None:

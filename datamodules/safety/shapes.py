@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.safety.layouts import Found
 from datamodules.safety.pictures import TensorPicture
 from leanlight.contracts import HARM_CATEGORIES, SafetySample, Split, UserError, derived_seed
+from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from leanlight.ops import counter
 
 SIDE = 56
@@ -75,14 +76,14 @@ class Shapes:
         seed: makes the samples; no other seed has a part in them.
     """
 
-    train: int = 2000
-    val: int = 200
-    test: int = 1000
+    train: PositiveInt = 2000
+    val: NonNegativeInt = 200
+    test: PositiveInt = 1000
     templates: Templates = "a"
-    jitter: int = 6
-    noise: float = 0.03
+    jitter: NonNegativeInt = 6
+    noise: NonNegativeFloat = 0.03
     shuffle_images: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.templates not in (known := get_args(Templates)):

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from datamodules.safety.pictures import TextPicture
 from datamodules.safety.tables import read_table
 from leanlight.contracts import SafetySample, UserError
+from leanlight.contracts.ranges import PositiveInt
 
 TABLES = "xstest_v2_completions_*.csv"
 _NEEDED = ("id", "type", "prompt", "completion", "annotation_1", "annotation_2", "final_label")
@@ -39,7 +40,7 @@ class XSTest:
     """
 
     as_pictures: bool = False
-    size: int = 224
+    size: PositiveInt = 224
     opinion: Opinion = "final_label"
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import SafetySample, TokenBatch, UserError, Verdict, nearest, uncompiled
+from leanlight.contracts.ranges import FiniteFloat, PositiveInt
 from lit_modules.falcon_eye.encoding import SafetyEncoder, harm_scores
 from lit_modules.falcon_eye.judges import refused
 from lit_modules.falcon_eye.parsing import parse
@@ -34,9 +35,9 @@ class Asking:
     model: Any
     encoder: SafetyEncoder
     mode: Mode = "generate"
-    max_new_tokens: int = 512
+    max_new_tokens: PositiveInt = 512
     strict: bool = False
-    thresholds: tuple[tuple[str, float], ...] = ()
+    thresholds: tuple[tuple[str, FiniteFloat], ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):

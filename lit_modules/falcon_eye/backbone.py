@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from leanlight.contracts import MissingExtraError, UserError, isolated_rng, run_seed, sha256_file
+from leanlight.contracts.ranges import PositiveInt, Seed
 from lit_modules.nn.checks import first_line, require_positive
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -176,18 +177,18 @@ class TinyVLM(VLMSource):
         seed: of the weights; None: that of the run.
     """
 
-    hidden: int = 64
-    intermediate: int = 128
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    positions: int = 2048
-    vision_hidden: int = 32
-    vision_intermediate: int = 64
-    vision_layers: int = 2
-    vision_heads: int = 2
-    vocab_size: int = 700
-    seed: int | None = None
+    hidden: PositiveInt = 64
+    intermediate: PositiveInt = 128
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    positions: PositiveInt = 2048
+    vision_hidden: PositiveInt = 32
+    vision_intermediate: PositiveInt = 64
+    vision_layers: PositiveInt = 2
+    vision_heads: PositiveInt = 2
+    vocab_size: PositiveInt = 700
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
         require_positive(**{name: value for name, value in asdict(self).items() if name != "seed"})

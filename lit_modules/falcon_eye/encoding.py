@@ -28,6 +28,7 @@ from leanlight.contracts import (
     learned_positions,
     nearest,
 )
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.falcon_eye.backbone import Backbone, as_utf8
 from lit_modules.falcon_eye.prompt import END_OF_TEXT, PictureSlot, Prompt, Text
 from lit_modules.nn.checks import first_line, require_positive
@@ -83,9 +84,9 @@ class SafetyEncoder:
         self,
         backbone: Backbone,
         prompt: Prompt | None = None,
-        max_length: int = 8192,
-        min_pixels: int = 56 * 56,
-        max_pixels: int = 360 * 360,
+        max_length: PositiveInt = 8192,
+        min_pixels: PositiveInt = 56 * 56,
+        max_pixels: PositiveInt = 360 * 360,
         answer_eos: AnswerEnd = "im_end",
         fields: Sequence[str] = SAFETY_FIELDS,
     ) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from leanlight.contracts import SAFETY_FIELDS, Picture, SafetySample, UnreadablePictureError, UserError, Verdict
+from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lit_modules.falcon_eye.judges import digest, refused
 from lit_modules.nn.checks import require_positive
 
@@ -90,15 +91,15 @@ class HttpJudge:
         fields: Sequence[str] = SAFETY_FIELDS,
         key_variable: str = "OPENAI_API_KEY",
         options: Mapping[str, Any] | None = None,
-        concurrency: int = 8,
-        timeout: float = 60.0,
-        retries: int = 5,
-        backoff: float = 1.0,
-        longest_wait: float = 120.0,
-        max_requests: int | None = None,
-        max_tokens: int | None = None,
+        concurrency: PositiveInt = 8,
+        timeout: PositiveFloat = 60.0,
+        retries: NonNegativeInt = 5,
+        backoff: NonNegativeFloat = 1.0,
+        longest_wait: NonNegativeFloat = 120.0,
+        max_requests: PositiveInt | None = None,
+        max_tokens: PositiveInt | None = None,
         picture_format: PictureFormat = "jpeg",
-        longest_side: int = 1024,
+        longest_side: PositiveInt = 1024,
     ) -> None:
         budget = {"max_requests": max_requests, "max_tokens": max_tokens}
         given = {name: value for name, value in budget.items() if value is not None}

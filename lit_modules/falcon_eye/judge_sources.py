@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leanlight.contracts import Judge, SafetySample, TokenBatch, UserError
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.falcon_eye.answering import Mode
 from lit_modules.falcon_eye.guards import GuardFormat, OutputsJudge
 from lit_modules.falcon_eye.judges import (
@@ -112,7 +113,7 @@ class Model(JudgeSource):
 
     path: str
     mode: Mode = "generate"
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
 
     def make(self, train: Sequence[SafetySample], val: Sequence[SafetySample]) -> Judge:
         return VLMJudge.from_source(Path(self.path), mode=self.mode, batch_size=self.batch_size)

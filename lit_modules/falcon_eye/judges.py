@@ -26,6 +26,7 @@ from leanlight.contracts import (
     nearest,
     sha256_file,
 )
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.falcon_eye.metrics import choose_threshold, ranking
 
 Reads = Literal["prompt", "answer", "both"]
@@ -162,7 +163,9 @@ class SentenceFeatures:
         device: where the encoder runs.
     """
 
-    def __init__(self, path: Path | str, batch_size: int = 32, max_length: int = 256, device: str = "cpu") -> None:
+    def __init__(
+        self, path: Path | str, batch_size: PositiveInt = 32, max_length: PositiveInt = 256, device: str = "cpu"
+    ) -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError:

@@ -33,6 +33,7 @@ from leanlight.contracts import (
     isolated_rng,
     run_seed,
 )
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt
 from lit_modules.falcon_eye import checkpoints, pictures
 from lit_modules.falcon_eye.answering import Asking, language_layers
 from lit_modules.falcon_eye.backbone import Backbone, PretrainedVLM, VLMSource
@@ -82,17 +83,17 @@ class SafetyJudge(LightningModule):
         backbone: VLMSource,
         tuning: Tuning | None = None,
         prompt: Prompt | None = None,
-        max_length: int = 8192,
-        min_pixels: int = 56 * 56,
-        max_pixels: int = 360 * 360,
+        max_length: PositiveInt = 8192,
+        min_pixels: PositiveInt = 56 * 56,
+        max_pixels: PositiveInt = 360 * 360,
         answer_eos: AnswerEnd = "im_end",
         loss_on: Literal["answer", "answer+prompt"] = "answer",
-        field_loss_weight: float = 1.0,
+        field_loss_weight: PositiveFloat = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "step",
         gradient_checkpointing: bool = False,
-        max_new_tokens: int = 512,
+        max_new_tokens: PositiveInt = 512,
         strict_parser: bool = False,
         export_merged: bool = False,
     ) -> None:

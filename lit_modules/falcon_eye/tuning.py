@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from leanlight.contracts import MissingExtraError, UserError
+from leanlight.contracts.ranges import PositiveInt, Share
 
 Targets = Literal["attention", "attention+mlp", "attention+mlp+merger", "attention+mlp+vision"]
 
@@ -64,9 +65,9 @@ class LoRATuning(Tuning):
             pictures to it, or of the vision tower as well.
     """
 
-    rank: int = 128
-    alpha: int = 4
-    dropout: float = 0.05
+    rank: PositiveInt = 128
+    alpha: PositiveInt = 4
+    dropout: Share = 0.05
     targets: Targets = "attention"
 
     def __post_init__(self) -> None:

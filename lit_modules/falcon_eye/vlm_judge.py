@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from leanlight.contracts import MissingExtraError, SafetySample, UserError, Verdict, sha256_file
+from leanlight.contracts.ranges import PositiveInt
 from lit_modules.falcon_eye.answering import Asking
 from lit_modules.falcon_eye.backbone import Backbone, PretrainedVLM
 from lit_modules.falcon_eye.encoding import SafetyEncoder
@@ -30,7 +31,7 @@ class VLMJudge:
         batch_size: samples that are asked about at a time.
     """
 
-    def __init__(self, asking: Asking, name: str = "", weights: str = "", batch_size: int = 8) -> None:
+    def __init__(self, asking: Asking, name: str = "", weights: str = "", batch_size: PositiveInt = 8) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: expected at least 1, got {batch_size}")
         backbone = asking.encoder.backbone
