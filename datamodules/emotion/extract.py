@@ -146,6 +146,10 @@ class Encoder:
             )
         if not (path / "config.json").is_file():
             raise UserError(f"encoder: expected a folder with an encoder of transformers for {modality}, got {path}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # what torch raises where it was built without that kind
+            raise UserError(f"device: expected cpu, or a GPU that is there, such as cuda:0, got {device!r}") from error
         self.modality, self.path, self.extraction, self.device = modality, path, extraction, device
         self._loaded: tuple[nn.Module, Any] | None = None
         self.fingerprint = self._digest()

@@ -10,14 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, number, output_folder
 from leanlight.contracts.errors import MissingExtraError, UserError, nearest
+from leanlight.contracts.ranges import PositiveInt, Range
 from leanlight.results.audit_judges import NAMES, MakeJudge, judge_maker, without_keys
 
 if TYPE_CHECKING:
     from leanlight.contracts.safety import Judge, SafetySample
     from leanlight.results.audit import Verdicts
     from leanlight.results.audit_summary import Panel
+
+
+class _Majority(Range):
+    low, high, opens, expected = 0.5, 1.0, (1.0,), "a share in [0.5, 1)"
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +57,7 @@ def _parser() -> Parser:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that names of pictures start from")
     parser.add_argument("--format", default="auto", help="layout of the data (default: %(default)s)")
     parser.add_argument("--columns", **several, metavar="OURS=THEIRS", help="names of columns: instruction=question")
-    parser.add_argument("--limit", type=int, metavar="N", help="judge the first N samples alone")
+    parser.add_argument("--limit", type=number(PositiveInt), metavar="N", help="judge the first N samples alone")
     parser.add_argument("--threshold", **several, metavar="FIELD=P", help="harmful from this score on: response=0.7")
     parser.add_argument(
         "--fail-above",
@@ -61,7 +66,9 @@ def _parser() -> Parser:
         help="exit with code 1 where more answers than this share are harmful or without a verdict, by the judges' "
         "vote; FIELD=SHARE for another part than the answer",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: runs/audit/NAME_OF_DATA)")
+    parser.add_argument(
+        "--output", type=output_folder, metavar="DIR", help="folder to write (default: runs/audit/NAME_OF_DATA)"
+    )
     parser.add_argument("--estimate", action="store_true", help="say what it would take; judges a handful alone")
     parser.add_argument(
         "--compare",
@@ -72,18 +79,20 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--build",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="also write data to train on: labels that judges agree on, in parts that share no picture, and a queue",
     )
     parser.add_argument(
         "--agree",
-        type=float,
+        type=number(_Majority),
         default=0.5,
         metavar="SHARE",
         help="of --build: a label stands where more than this share of the judges say it (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="samples at a time (default: as each judge likes)")
+    parser.add_argument(
+        "--batch", type=number(PositiveInt), metavar="N", help="samples at a time (default: as each judge likes)"
+    )
     return parser
 
 
@@ -101,14 +110,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name, what in (("data", "a file or a folder of samples"), ("judge", "a judge, such as keyword")):
         if not getattr(args, name):
             raise UserError(f"--{name}: expected {what}; `leanlight audit --help` shows all")
-    for name in ("limit", "batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name}: expected at least 1, got {value}")
     for name in args.judge:
         if args.judge.count(name) > 1:
             raise UserError(f"--judge: {without_keys(name)} is named twice")
-    if not 0.5 <= args.agree < 1:
-        raise UserError(f"--agree: expected a share in [0.5, 1), got {args.agree}")
     if args.build and len(args.judge) < 2:
         raise UserError("--build: expected two judges at least, whose agreement makes labels; got one")
     args.columns = _pairs(args.columns, "--columns") or None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, output_file, output_folder
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
 from leanlight.registry import method, methods
@@ -20,9 +20,11 @@ def main(argv: list[str]) -> int:
     """Measure, show and write; 0 when every target is met and every check passes, else 1."""
     parser = Parser(prog="leanlight benchmark", description=__doc__)
     parser.add_argument("method", nargs="?", help="method; default: every one that has a benchmark")
-    parser.add_argument("--output", type=Path, help="default: RUNS_ROOT/results/METHOD/benchmark.json")
+    parser.add_argument("--output", type=output_file, help="default: RUNS_ROOT/results/METHOD/benchmark.json")
     parser.add_argument("--publish", action="store_true", help="write to docs/results/METHOD/benchmark.json instead")
-    parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument(
+        "--runs-root", type=output_folder, default=Path("runs"), help="folder of all runs (default: runs)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; not written by default")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="show two files side by side"

@@ -11,8 +11,9 @@ from datamodules.emotion.catalog import EMOTIONS, EmotionSetInfo
 from datamodules.images.catalog import CATALOG, DatasetInfo
 from datamodules.safety.catalog import SAFETY_SETS, SafetySetInfo
 from datamodules.sessions.catalog import SESSIONS, SessionSetInfo
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, number, output_file
 from leanlight.contracts.errors import UserError, nearest
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from datamodules.safety.module import SafetyDataModule
@@ -65,6 +66,9 @@ def _arguments(command: str, argv: list[str]) -> tuple[argparse.Namespace, Info]
     name = arguments.name
     if name not in KNOWN:
         raise UserError(f"data set {name!r} is unknown{nearest(name, KNOWN)}; `leanlight data list` lists them")
+    for option, kind in (("images", SafetySetInfo), ("encoder", EmotionSetInfo)):
+        if getattr(arguments, option, None) and not isinstance(KNOWN[name], kind):
+            raise UserError(f"--{option}: not an option of {name}; `leanlight data {command} --help` says of which")
     return arguments, KNOWN[name]
 
 
@@ -78,10 +82,16 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
         help="text, audio or video, and a folder with an encoder of transformers; once a modality",
     )
     group.add_argument("--steps", action="store_true", help="a vector a token, step or frame instead of their mean")
-    group.add_argument("--frames", type=int, default=16, help="of a clip at most (default: %(default)s)")
-    group.add_argument("--seconds", type=float, default=30.0, help="of sound at most (default: %(default)s)")
+    group.add_argument(
+        "--frames", type=number(PositiveInt), default=16, help="of a clip at most (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seconds", type=number(PositiveFloat), default=30.0, help="of sound at most (default: %(default)s)"
+    )
     group.add_argument("--device", default="cpu", help="where encoders run (default: %(default)s)")
-    group.add_argument("--output", metavar="FILE", help="safetensors (default: in PATH; of mosi: text.safetensors)")
+    group.add_argument(
+        "--output", type=output_file, metavar="FILE", help="safetensors (default: in PATH; of mosi: text.safetensors)"
+    )
 
 
 def prepare(argv: list[str]) -> int:
@@ -93,7 +103,10 @@ def prepare(argv: list[str]) -> int:
         EmotionSetInfo: _prepare_clips,
         SafetySetInfo: _prepare_samples,
     }
-    print(f"{arguments.name}: ready, {ready[type(info)](info.name, arguments)}")
+    try:
+        print(f"{arguments.name}: ready, {ready[type(info)](info.name, arguments)}")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--root, --output: cannot write {error.filename} ({error.strerror})") from error
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from leanlight.cli.arguments import Parser, add_trust
+from leanlight.cli.arguments import Parser, add_trust, output_folder
 from leanlight.contracts.errors import UserError
 
 _MODEL = "--model.init_args."
@@ -24,7 +24,9 @@ def parser() -> Parser:
     )
     parser.add_argument("source", type=Path, help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
-    parser.add_argument("--output", type=Path, help="folder to write; by default artifacts/export in the run folder")
+    parser.add_argument(
+        "--output", type=output_folder, help="folder to write; by default artifacts/export in the run folder"
+    )
     add_trust(parser)
     return parser
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanlight.cli.arguments import Parser, add_trust
+from leanlight.cli.arguments import Parser, add_trust, number, output_file
 from leanlight.contracts.errors import UserError
+from leanlight.contracts.ranges import PositiveInt, Seed, UnitInterval
 
 if TYPE_CHECKING:
     from leanlight.contracts import GameData
@@ -18,18 +19,21 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="leanlight play", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")
-    parser.add_argument("--episodes", type=int, default=5, help="how many to play (default: %(default)s)")
-    parser.add_argument("--epsilon", type=float, help="probability of a random action (default: as in evaluation)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first episode; the others follow")
-    parser.add_argument("--pictures", type=int, default=1000, help="of the first episode (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="GIF to write; by default artifacts/play.gif in the run folder")
+    parser.add_argument(
+        "--episodes", type=number(PositiveInt), default=5, help="how many to play (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--epsilon", type=number(UnitInterval), help="probability of a random action (default: as in evaluation)"
+    )
+    parser.add_argument("--seed", type=number(Seed), default=0, help="of the first episode; the others follow")
+    parser.add_argument(
+        "--pictures", type=number(PositiveInt), default=1000, help="of the first episode (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=output_file, help="GIF to write; by default artifacts/play.gif in the run folder"
+    )
     add_trust(parser)
     args = parser.parse_args(argv)
-    for name in ("episodes", "pictures"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    if args.epsilon is not None and not 0 <= args.epsilon <= 1:
-        raise UserError(f"--epsilon: expected a number in [0, 1], got {args.epsilon}")
     run, checkpoint = _locate(args.source, args.checkpoint)
     data = _games(run, args.epsilon, args.trust)
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from leanlight.cli.arguments import Parser, add_trust
+from leanlight.cli.arguments import Parser, add_trust, number, output_file
 from leanlight.contracts.errors import UserError
+from leanlight.contracts.ranges import PositiveInt
 
 _COLUMNS = ("session", "rank", "item", "score", "category", "intent", "popularity")
 
@@ -46,8 +47,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--session", metavar="ITEMS", help="clicked items, first to last, with commas between them")
     given.add_argument("--input", type=Path, metavar="CSV", help="sessions: columns session and item, a row a click")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="file to write; needed with --input")
-    parser.add_argument("-k", type=int, default=10, help="items of a list (default: %(default)s)")
+    parser.add_argument("--output", type=output_file, metavar="CSV", help="file to write; needed with --input")
+    parser.add_argument("-k", type=number(PositiveInt), default=10, help="items of a list (default: %(default)s)")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out what the session has clicked")
     parser.add_argument("--category", metavar="NAME", help="recommend items of this category alone")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which one of a run folder")

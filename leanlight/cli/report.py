@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, output_folder
 from leanlight.contracts.errors import UserError
 
 
@@ -13,9 +13,11 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="leanlight report", description=__doc__)
     parser.add_argument("tables", nargs="*", type=Path, metavar="TABLE_JSON", help="files that `reproduce` wrote")
     parser.add_argument("--all", action="store_true", help="every table in RUNS_ROOT/results and docs/results")
-    parser.add_argument("--output", type=Path, help="folder of index.html (default: RUNS_ROOT/report)")
+    parser.add_argument("--output", type=output_folder, help="folder of index.html (default: RUNS_ROOT/report)")
     parser.add_argument("--readme", action="store_true", help="also rewrite the README files from docs/results")
-    parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument(
+        "--runs-root", type=output_folder, default=Path("runs"), help="where run folders are (default: runs)"
+    )
     args = parser.parse_args(argv)
     if bool(args.tables) == args.all:
         raise UserError("report: expected either result files or --all, e.g. leanlight report --all --output report")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, number, output_folder
+from leanlight.contracts.ranges import Seed
 
 
 def main(argv: list[str]) -> int:
@@ -19,8 +20,10 @@ def main(argv: list[str]) -> int:
         "--rerun-stale", action="store_true", help="repeat stages whose code has changed since they ran"
     )
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help="override a stage's key")
-    parser.add_argument("--seed", type=int, help="seed of every stage that names none")
-    parser.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--seed", type=number(Seed), help="seed of every stage that names none")
+    parser.add_argument(
+        "--runs-root", type=output_folder, default=Path("runs"), help="folder of all runs (default: runs)"
+    )
     parser.add_argument("--id", default="", help="name of the summary under RUNS_ROOT/pipelines (default: file name)")
     args = parser.parse_args(argv)
 

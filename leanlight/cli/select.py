@@ -10,12 +10,11 @@ from typing import Any
 
 import yaml
 
-from leanlight.cli.arguments import Parser, add_trust
+from leanlight.cli.arguments import Parser, add_trust, number, output_folder
 from leanlight.contracts.errors import UserError
+from leanlight.contracts.ranges import PositiveShare, Seed
 from leanlight.selection_rules import RULES
 from leanlight.selection_rules import rule as rule_info
-
-_SEEDS = range(2**32)
 
 
 def parser() -> Parser:
@@ -26,8 +25,10 @@ def parser() -> Parser:
     )
     parser.add_argument("--list", action="store_true", help="say what each rule does and needs")
     parser.add_argument("--rule", help="a name of --list, or the import path of a Rule of your own")
-    parser.add_argument("--keep", type=float, help="share of the items of each class to keep, in (0, 1]")
-    parser.add_argument("--seed", type=int, help="of whatever the rule draws (default: 0)")
+    parser.add_argument(
+        "--keep", type=number(PositiveShare), help="share of the items of each class to keep, in (0, 1]"
+    )
+    parser.add_argument("--seed", type=number(Seed), help="of whatever the rule draws (default: 0)")
     parser.add_argument(
         "--set",
         action="append",
@@ -37,10 +38,13 @@ def parser() -> Parser:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with the keys rule, keep, seed and set")
     parser.add_argument(
-        "--output", type=Path, help="folder to write (default: artifacts/selection/RULE_KEEP_sSEED of the run)"
+        "--output", type=output_folder, help="folder to write (default: artifacts/selection/RULE_KEEP_sSEED of the run)"
     )
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="also write the chosen pictures there, in a folder for each class"
+        "--images",
+        type=output_folder,
+        metavar="DIR",
+        help="also write the chosen pictures there, in a folder for each class",
     )
     parser.add_argument(
         "--patches",
@@ -76,10 +80,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         rule_info(args.rule)
     if args.keep is None:
         raise UserError("--keep: expected a share of the items in (0, 1], e.g. --keep 0.1")
-    if not 0 < args.keep <= 1:
-        raise UserError(f"--keep: expected a share in (0, 1], got {args.keep}")
-    if args.seed not in _SEEDS:
-        raise UserError(f"--seed: expected 0 to {_SEEDS[-1]}, got {args.seed}")
     from leanlight.invocation import lies_in_a_run
     from leanlight.selection import build_patches, build_rule  # loads torch
     from lit_modules.admission import named_packages
@@ -120,8 +120,8 @@ def _add_config(args: argparse.Namespace) -> None:
         raise UserError(f"--config: nothing at {args.config}")
     reader = Reader(read_mapping(args.config), args.config.name, "rule keep seed set")
     args.rule = args.rule or reader.get("rule", str, None)
-    args.keep = reader.get("keep", (int, float), None) if args.keep is None else args.keep
-    args.seed = reader.get("seed", int, None) if args.seed is None else args.seed
+    args.keep = reader.ranged("keep", PositiveShare) if args.keep is None else args.keep
+    args.seed = reader.ranged("seed", Seed) if args.seed is None else args.seed
     args.settings = {**reader.get("set", dict, {}), **args.settings}
 
 

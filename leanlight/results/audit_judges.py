@@ -38,6 +38,9 @@ def judge_maker(name: str) -> MakeJudge:
         pattern = next(known for known in NAMES if known.partition(":")[0] == kind)
         if bool(rest) != (":" in pattern) or bool(colon) != bool(rest):
             raise UserError(f"--judge: expected {pattern}, got {without_keys(name)!r}")
+        if kind == "http":  # a wrong address shows before other judges are asked
+            endpoint = _http(rest, ())
+            return lambda samples: endpoint
         return lambda samples: _KINDS[kind](rest, samples)
     if Path(name).exists():
         return lambda samples: _network(Path(name), samples)

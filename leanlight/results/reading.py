@@ -67,6 +67,14 @@ class Reader:
             raise UserError(f"{self.where}: {key} must be finite, got {value}")
         return value
 
+    def ranged(self, key: str, kind: Any) -> Any:
+        """Return a number of `kind`, a type of `leanlight.contracts.ranges`, or None."""
+        value = self.content.get(key)
+        try:
+            return None if value is None else kind.read(value)
+        except ValueError as error:
+            raise UserError(f"{self.where}: {key}: {error}") from None
+
     def choice(self, key: str, allowed: Collection[str], default: Any = ...) -> str:
         """Return one of `allowed`."""
         value: str = self.get(key, str, default)

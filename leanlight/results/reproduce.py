@@ -94,8 +94,6 @@ def _check(spec: TableSpec, options: Options) -> None:
     for seed in options.seeds:
         if seed not in spec.seeds:
             raise UserError(f"--seed: {seed} is not one of this table's seeds {list(spec.seeds)}")
-    if options.jobs < 1:
-        raise UserError(f"--jobs: expected at least 1, got {options.jobs}")
     if options.output is not None and options.publish:
         raise UserError("--publish: writes to docs/results, --output somewhere else; give one of them")
     if options.output is not None and options.output.suffix != ".json":

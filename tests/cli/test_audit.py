@@ -365,7 +365,7 @@ def test_judges_of_one_name_are_told_apart_and_one_judge_comes_once(ask: Any, da
         (["--judge", "keyword", "--threshold", "respons=0.5"], "did you mean 'response'"),
         (["--judge", "keyword", "--threshold", "0.5"], "expected NAME=VALUE"),
         (["--judge", "keyword", "--fail-above", "1.5"], "--fail-above response: expected a share in"),
-        (["--judge", "keyword", "--limit", "0"], "--limit: expected at least 1"),
+        (["--judge", "keyword", "--limit", "0"], "--limit: expected an integer of at least 1"),
         (["--judge", "keyword", "--colums", "a=b"], "did you mean '--columns'"),
         (["--judge", "keyword", "--data", "missing.jsonl"], "missing.jsonl"),
     ],

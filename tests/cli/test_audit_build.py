@@ -180,7 +180,7 @@ def test_built_again_it_is_as_it_was_and_other_data_are_refused(build: Any, tmp_
     ("words", "message"),
     [
         (["--judge", "keyword", "--build", "x"], "--build: expected two judges at least"),
-        (["--judge", "keyword", "--agree", "1"], "--agree: expected a share in [0.5, 1), got 1"),
+        (["--judge", "keyword", "--agree", "1"], "--agree: expected a share in [0.5, 1), got '1'"),
     ],
 )
 def test_a_wrong_input_is_one_line(tmp_path: Path, words: list[str], message: str) -> None:

@@ -276,7 +276,7 @@ def test_a_stage_that_broke_off_goes_on_with_its_parts_and_ends_as_any(suite: An
     ("overrides", "message"),
     [
         ({"rule": "randm"}, "stage choose: rule: 'randm' is none (did you mean 'random'?)"),
-        ({"keep": 0}, "stage choose: --keep: expected a share in (0, 1], got 0.0"),
+        ({"keep": 0}, "stage choose: --keep: expected a number in (0, 1], got '0'"),
         ({"set": {"alpha": 1}}, "stage choose: --set alpha: not an argument of lit_modules.selection.Random"),
         ({"config": "x.yaml"}, "stage choose: overrides: config is set by the pipeline itself"),
     ],
@@ -370,8 +370,8 @@ def test_a_mistake_in_the_file_is_one_line_and_nothing_runs(suite: Any, changes:
         (["--set", "student=1"], "--set: student: names no key of stage 'student'"),
         (["--set", "student.unknown=1"], "stage student: unknown: not a key of the model"),
         (["--id", "../../x"], "--id: '../../x' is not a folder name"),
-        (["--seed", "100000000000000"], "--seed: expected 0 to 4294967295, got 100000000000000"),
-        (["--seed", "-1"], "--seed: expected 0 to 4294967295, got -1"),
+        (["--seed", "100000000000000"], "--seed: expected an integer from 0 to 4294967295, got '100000000000000'"),
+        (["--seed", "-1"], "--seed: expected an integer from 0 to 4294967295, got '-1'"),
     ],
 )
 def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str) -> None:

@@ -385,12 +385,12 @@ def test_a_child_that_ignores_the_interrupt_is_killed(tmp_path: Path, monkeypatc
     [
         (["--only", "god"], "--only: no row 'god' (did you mean 'good'?)"),
         (["--seed", "7"], "--seed: 7 is not one of this table's seeds"),
-        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--jobs", "0"], "--jobs: expected an integer of at least 1, got '0'"),
         (["--devices", "0,first"], "--devices: expected GPUs by index or UUID, e.g. 0,1, got 'first'"),
         (["--output", "x.txt"], "--output: expected a .json file"),
         (["--output", "x.json", "--publish"], "--publish: writes to docs/results, --output somewhere else"),
         (["--rerun-stal"], "--rerun-stal: not an option of `leanlight reproduce` (did you mean '--rerun-stale'?)"),
-        (["--seed", "x"], "argument --seed: invalid int value"),
+        (["--seed", "x"], "--seed: expected an integer from 0 to 4294967295, got 'x'"),
     ],
 )
 def test_a_wrong_option_is_one_line(suite: Any, options: list[str], message: str) -> None:
