@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import FSDPStrategy
 
 from leanlight.registry import methods
 
@@ -50,7 +51,7 @@ class Opening(pl.Callback):
             "model": type(pl_module).__name__,
             "data": describe_data(getattr(trainer, "datamodule", None)),
             "device": _device(trainer),
-            "size": _size(pl_module),
+            "size": _size(pl_module) + (" on this process" if isinstance(trainer.strategy, FSDPStrategy) else ""),
             "length": _length(trainer),
             "W&B": _wandb(trainer),
             "folder": str(self.run_dir),
