@@ -104,6 +104,8 @@ _LATER_DEFAULTS = {
     "levels": 2,
     "train_items": None,
     "classes": None,
+    "masked_loss": False,
+    "scaler": False,
     "train_corruption": None,
     "pool": "flatten",
     "train_rest": False,

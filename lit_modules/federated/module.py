@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +38,12 @@ from lit_modules.federated.batched import check_batchable, train_clients
 from lit_modules.federated.controls import ControlVariates, sweep
 from lit_modules.federated.firing import Reduce, measure
 from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, make_update, train_client
+from lit_modules.federated.norms import measure_norms
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier, device_of
 
 CONTROLS = "controls"  # folder of a run with SCAFFOLD's controls of clients
+_NORM_BATCH = 256  # images whose mean and variance batch norms take at a time
 
 
 class FederatedClassifier(EvaluatedClassifier):
@@ -64,7 +67,8 @@ class FederatedClassifier(EvaluatedClassifier):
         optimizer: makes a client's optimiser, anew each round; SGD with lr (η) 0.1 by default.
         lr_scheduler: makes the schedule of the clients' learning rate, a step a round; constant by default.
         server_optimizer: applies the pseudo-gradient, global minus aggregated weights; by default these are taken over.
-        buffers: of batch norm: ``average`` them with the weights, or ``keep`` the server's as they are.
+        buffers: of batch norm: ``average`` them with the weights, ``keep`` the server's, or measure them anew with each
+            new weights, on the images of all clients (``static``, HeteroFL).
         rate_reduce: of a client's firing rates over batches: ``mean`` by size, or ``sum``, as SFedCA's published code.
         clients_at_once: clients trained as one batched computation; above 1 without batch norm and spikes only.
         seed: of the clients' data orders and noise; that of ``seed_everything`` by default.
@@ -82,7 +86,7 @@ class FederatedClassifier(EvaluatedClassifier):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         server_optimizer: OptimizerCallable | None = None,
-        buffers: Literal["average", "keep"] = "average",
+        buffers: Literal["average", "keep", "static"] = "average",
         rate_reduce: Reduce = "mean",
         clients_at_once: PositiveInt = 1,
         seed: Seed | None = None,
@@ -234,7 +238,7 @@ class FederatedClassifier(EvaluatedClassifier):
         updates, self._updates = self._updates, []
         return updates
 
-    def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    def local_loss(self, network: nn.Module, image: Tensor, label: Tensor, client: int) -> Tensor:
         """What a client minimises, before its objective's own term."""
         return cross_entropy(network, image, label)
 
@@ -255,7 +259,7 @@ class FederatedClassifier(EvaluatedClassifier):
                 self._control_gap(batch.client),
                 self._order(batch),
                 batch.work,
-                self.local_loss,
+                partial(self.local_loss, client=batch.client),
             )
         after = self._measure(worker, batch.data, *where) if self.measures_clients else None
         state = {name: value.detach().clone() for name, value in worker.state_dict().items()}
@@ -336,8 +340,25 @@ class FederatedClassifier(EvaluatedClassifier):
             for name, buffer in self.network.named_buffers():
                 if name in state:
                     buffer.copy_(state[name])
+        elif updates and self.buffers_rule == "static":
+            self._measure_norms()
         if self.objective.has_control:
             self._controls.update(updates, len(data_of(self, FederatedData).client_sizes))
+
+    def _measure_norms(self) -> None:
+        """Batch norms' statistics of the global weights: means over batches of all clients' images."""
+        data = data_of(self, FederatedData)
+        for network in self._global_networks():
+            batches = (
+                image.to(self.device)
+                for client, items in enumerate(data.client_sizes)
+                if items > 1
+                for image in data.client_data(client).image.split(_NORM_BATCH)
+            )
+            measure_norms(network, batches)
+
+    def _global_networks(self) -> Sequence[nn.Module]:
+        return [self.network]
 
     def aggregate(self, updates: Sequence[ClientUpdate]) -> State:
         """The server's new state, before its optimiser; updates: at least one, in the order of client ids."""

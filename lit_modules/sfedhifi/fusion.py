@@ -90,7 +90,7 @@ def average_slices(
     updates: Iterable[ClientUpdate],
     weighting: Weighting = "uniform",
     head: Collection[str] = (),
-    classes: Mapping[int, Tensor] | None = None,
+    classes: Tensor | None = None,
 ) -> State:
     """HeteroFL: each element of the wide `state` becomes the mean over the clients whose sub-model holds it; elements
     that nobody holds stay. Counters, which are integers, keep the greatest.
@@ -99,8 +99,8 @@ def average_slices(
         state: of the widest network.
         updates: of the round, of any width.
         weighting: of the clients.
-        head: keys of the classifier; with `classes` its rows are averaged over the clients that have the class.
-        classes: (K,) bool by client, the classes that it has.
+        head: keys of the classifier whose rows are averaged over the clients that have the class.
+        classes: (clients, K) bool, the classes that each has; needed with `head`.
     """
     ordered = _ordered(updates)
     weights = client_weights(ordered, weighting)
@@ -113,7 +113,8 @@ def average_slices(
         for update, weight in zip(ordered, weights, strict=True):
             part = update.state[key]
             held = torch.full_like(part, weight)
-            if classes is not None and key in head:
+            if key in head:
+                assert classes is not None
                 held *= classes[update.client].view(-1, *[1] * (part.ndim - 1))
             total[_window(part)] += held * part
             mass[_window(part)] += held

@@ -30,15 +30,14 @@ def mean_output_loss(outputs: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(outputs.mean(0), label)
 
 
-def masked_cross_entropy(logits: Tensor, label: Tensor, classes: Tensor) -> Tensor:
-    """Cross entropy with the logits of classes that a client lacks set to 0 (HeteroFL, Diao et al., ICLR 2021).
+def mask_absent(outputs: Tensor, classes: Tensor) -> Tensor:
+    """Outputs with those of classes that a client lacks set to 0, without gradient (HeteroFL, Diao et al., ICLR 2021).
 
     Args:
-        logits: (N, K).
-        label: (N,) int64.
+        outputs: (..., K).
         classes: (K,) bool, those that the client has.
     """
-    return F.cross_entropy(logits.masked_fill(~classes, 0.0), label)
+    return outputs.masked_fill(~classes, 0.0)
 
 
 def orthogonality(bases: Iterable[Tensor]) -> Tensor:

@@ -27,14 +27,14 @@ from leanlight.contracts import (
 from leanlight.contracts.federated import State
 from leanlight.contracts.ranges import FiniteFloat, NonNegativeFloat, PositiveInt, PositiveShare, Seed, UnitInterval
 from lit_modules.classifier.losses import class_index
-from lit_modules.federated import FedAvg, FederatedClassifier, LocalObjective, LocalTraining
+from lit_modules.federated import FedAvg, FederatedClassifier, FedNova, LocalObjective, LocalTraining
 from lit_modules.history import History
 from lit_modules.sfedhifi import pictures
 from lit_modules.sfedhifi.decomposition import basis_keys, can_fold, factor_key, factorised_layers, fold_network
 from lit_modules.sfedhifi.export import export_widths
 from lit_modules.sfedhifi.fusion import HIFI, average_slices, average_widths, share_bases, start_alike, sub_model
-from lit_modules.sfedhifi.losses import mean_output_loss, orthogonality, tet_loss
-from lit_modules.sfedhifi.networks import WidthNetwork
+from lit_modules.sfedhifi.losses import mask_absent, mean_output_loss, orthogonality, tet_loss
+from lit_modules.sfedhifi.networks import ScaledConv2d, WidthNetwork
 from lit_modules.sfedhifi.widths import (
     WIDTHS,
     DynamicWidths,
@@ -94,7 +94,10 @@ class WidthFederation(FederatedClassifier):
         aggregator: FedAvg (default) or FedNova, within each width.
         optimizer: makes a client's optimiser, anew each round; SGD with lr (η) 0.1 by default.
         lr_scheduler: makes the schedule of the clients' learning rate, a step a round; constant by default.
-        buffers: of batch norm: ``average`` them with the weights, or ``keep`` the server's as they are.
+        masked_loss: set outputs of classes that a client lacks to 0 in its loss, and average their rows of the
+            classifier over the clients that have them (HeteroFL); with ``slices`` only.
+        buffers: of batch norm: ``average`` them with the weights, ``keep`` the server's, or measure them anew with each
+            new weights, on the images of all clients (``static``, HeteroFL).
         seed: of widths, data orders and noise; that of ``seed_everything`` by default.
     """
 
@@ -119,7 +122,8 @@ class WidthFederation(FederatedClassifier):
         aggregator: FedAvg | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
-        buffers: Literal["average", "keep"] = "average",
+        masked_loss: bool = False,
+        buffers: Literal["average", "keep", "static"] = "average",
         seed: Seed | None = None,
     ) -> None:
         super().__init__(
@@ -136,9 +140,10 @@ class WidthFederation(FederatedClassifier):
         self.layer = layer or InformativeLayer()
         self.budgets = DynamicWidths(self.widths) if budgets == "dynamic" else FixedWidths(self.widths)
         self.loss, self.tet_weight, self.tet_target = loss, tet_weight, tet_target
-        self.orthogonality_weight = orthogonality_weight
+        self.orthogonality_weight, self.masked_loss = orthogonality_weight, masked_loss
         self.vote_images, self.vote_batch = vote_images, vote_batch
         self.width_of: dict[int, float] = {}  # of the clients of this round
+        self._owned: Tensor  # (clients, K) bool, the classes that each has
         self._round = 0
         # MB sent since the first round.
         self._traffic: dict[str, float] = {percent(width): 0.0 for width in self.widths}
@@ -156,6 +161,15 @@ class WidthFederation(FederatedClassifier):
             raise UserError("sharing: slices needs ordinary convolutions; set network factorised: false")
         if self.hifi is not None and self.sharing != "basis":
             raise UserError(f"hifi: needs sharing: basis, got {self.sharing}")
+        if self.masked_loss and self.sharing != "slices":
+            raise UserError(f"masked_loss: needs sharing: slices, got {self.sharing}")
+        if self.sharing == "slices" and isinstance(self.aggregator, FedNova):
+            raise UserError("aggregator: FedNova is not defined for slices; use FedAvg")
+        layers = list(self._largest().modules())
+        if self.buffers_rule != "static" and all(
+            any(isinstance(layer, kind) for layer in layers) for kind in (ScaledConv2d, nn.BatchNorm2d)
+        ):
+            raise UserError("scaler: batch norm's statistics would be those of scaled outputs; set buffers: static")
         if self.objective.has_control:
             raise UserError("objective: control variates are not defined across widths")
 
@@ -184,7 +198,8 @@ class WidthFederation(FederatedClassifier):
     def start_round(self, round_number: int, joined: Sequence[int], mine: Sequence[int]) -> None:
         """Draw the widths of all clients that joined, drop-outs included."""
         super().start_round(round_number, joined, mine)
-        clients = len(data_of(self, FederatedData).client_sizes)
+        data = data_of(self, FederatedData)
+        clients, self._owned = len(data.client_sizes), to_device(data.class_matrix > 0, self.device)
         self.width_of = self.budgets.draw(joined, clients, self.seed, round_number)
         self._round = round_number
 
@@ -201,9 +216,11 @@ class WidthFederation(FederatedClassifier):
         network = cast(WidthNetwork, worker)
         network.forward_steps = torch.compile(network.forward_steps, **options)  # type: ignore[method-assign]
 
-    def local_loss(self, network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    def local_loss(self, network: nn.Module, image: Tensor, label: Tensor, client: int) -> Tensor:
         """TET or the loss of the mean output, and the pull of the bases to orthonormal rows."""
         outputs = cast(WidthNetwork, network).forward_steps(image)
+        if self.masked_loss:
+            outputs = mask_absent(outputs, self._owned[client])
         if self.loss == "tet":
             loss = tet_loss(outputs, label, self.tet_weight, self.tet_target)
         else:
@@ -216,13 +233,13 @@ class WidthFederation(FederatedClassifier):
     def aggregate(self, updates: Sequence[ClientUpdate]) -> State:
         """The new state of all widths."""
         self._count_traffic(updates)
-        states = self._states()
+        states, rule = self._states(), cast(FedAvg, self.aggregator)
         if self.sharing == "slices":
-            wide = average_slices(states[self.widths[-1]], updates)
+            head = _classifier(self._largest()) if self.masked_loss else []
+            wide = average_slices(states[self.widths[-1]], updates, rule.weighting, head, self._owned)
             states = {width: sub_model(wide, like) for width, like in states.items()}
         else:
             parameters = {name for model in self.models.values() for name, _ in model.named_parameters()}
-            rule = cast(FedAvg, self.aggregator)
             states = average_widths(states, updates, self.width_of, parameters, rule)
             if self.sharing == "basis":
                 states = share_bases(states, updates, basis_keys(self.models[self.widths[0]]), rule.weighting)
@@ -296,6 +313,9 @@ class WidthFederation(FederatedClassifier):
     def _largest(self) -> nn.Module:
         return self.models[max(self.widths)]
 
+    def _global_networks(self) -> Sequence[nn.Module]:
+        return list(self.models.values())
+
     def variants(self) -> Mapping[str, nn.Module]:
         """Every width as it runs, and with its convolutions folded where that is the same."""
         variants: dict[str, nn.Module] = {}
@@ -335,3 +355,9 @@ class WidthFederation(FederatedClassifier):
         super().on_load_checkpoint(checkpoint)
         self._history.load_state_dict(checkpoint["widths"]["history"])
         self._profiles, self._traffic = dict(checkpoint["widths"]["profiles"]), dict(checkpoint["widths"]["traffic"])
+
+
+def _classifier(network: nn.Module) -> list[str]:
+    """Keys of the last linear layer."""
+    *_, name = (name for name, layer in network.named_modules() if isinstance(layer, nn.Linear))
+    return [f"{name}.{key}" for key, _ in network.get_submodule(name).named_parameters()]

@@ -115,6 +115,7 @@ class WidthNetwork(nn.Module):
         output_neuron: end in neurons, so that outputs are spikes.
         mean: of a pixel, one number or one a channel.
         std: of a pixel, one number or one a channel.
+        scaler: divide what convolutions give by the width in training; ordinary ones alone.
     """
 
     stem: nn.Module
@@ -131,12 +132,16 @@ class WidthNetwork(nn.Module):
         output_neuron: bool,
         mean: PixelStatistic,
         std: PixelStatistic,
+        scaler: bool,
     ) -> None:
         super().__init__()
         require_positive(in_channels=in_channels, num_classes=num_classes, time_steps=time_steps)
         require_positive(**{f"channels[{i}]": count for i, count in enumerate(channels)})
         if not 0.0 < width <= 1.0:
             raise UserError(f"width: expected a number in (0, 1], got {width}")
+        if scaler and factors is not None:
+            raise UserError("scaler: needs ordinary convolutions; set factorised: false")
+        self._scaler = scaler
         self.width, self.time_steps, self.spiking = width, time_steps, neuron is not None
         self._neuron, self._factors = neuron, factors
         self.stem_channels = channels[0] if factors is not None else self.scaled(channels[0])
@@ -192,9 +197,33 @@ class WidthNetwork(nn.Module):
         """
         out_channels = self.scaled(full_out)
         if self._factors is None:
-            return kaiming(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False))
+            return self.ordinary(in_channels, out_channels, 3, stride, 1, bias=False)
         a1, a2 = self._factors.shape(reference, full_out)
         return DecomConv(in_channels, out_channels, a1, a2, stride=stride, inner=inner)
+
+    def ordinary(self, *args: Any, **options: Any) -> nn.Conv2d:
+        """A convolution that is no product of factors; arguments of `nn.Conv2d`."""
+        return kaiming(ScaledConv2d(self.width, *args, **options) if self._scaler else nn.Conv2d(*args, **options))
+
+
+class ScaledConv2d(nn.Conv2d):
+    """A convolution whose output is divided by `width` in training (HeteroFL, Diao et al., ICLR 2021).
+
+    A narrow network then sends on as much as the widest, of which it is a part.
+
+    Args:
+        width: p in (0, 1].
+        *args: of `nn.Conv2d`.
+        **options: of `nn.Conv2d`.
+    """
+
+    def __init__(self, width: float, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y / self.width if self.training else y
 
 
 def kaiming(conv: nn.Conv2d) -> nn.Conv2d:
@@ -219,7 +248,7 @@ class _Block(nn.Module):
             make_orthonormal([self.conv1, self.conv2])
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out:
-            projection = kaiming(nn.Conv2d(in_channels, out, 1, stride, bias=False))
+            projection = network.ordinary(in_channels, out, 1, stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +260,7 @@ class _ResNet18(WidthNetwork):
     def __init__(self, channels: Sequence[int], in_channels: int, num_classes: int, **options: Any) -> None:
         super().__init__(channels=channels, in_channels=in_channels, num_classes=num_classes, **options)
         now = self.stem_channels
-        self.stem = nn.Sequential(kaiming(nn.Conv2d(in_channels, now, 3, padding=1, bias=False)), nn.BatchNorm2d(now))
+        self.stem = nn.Sequential(self.ordinary(in_channels, now, 3, padding=1, bias=False), nn.BatchNorm2d(now))
         stages: list[nn.Module] = []
         for before, full in pairwise((channels[0], *channels)):
             stride = 2 if stages else 1
@@ -262,6 +291,7 @@ class FactorisedSpikingResNet18(_ResNet18):
         detach_reset: keep the reset out of the gradient; published code does not.
         output_neuron: end in neurons, so that outputs are spikes.
         factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        scaler: divide what they give by the width in training (HeteroFL); without `factorised` only.
         mean: of a pixel, one number or one a channel.
         std: of a pixel, one number or one a channel.
     """
@@ -281,6 +311,7 @@ class FactorisedSpikingResNet18(_ResNet18):
         detach_reset: bool = False,
         output_neuron: bool = True,
         factorised: bool = True,
+        scaler: bool = False,
         mean: PixelStatistic = CIFAR_MEAN,
         std: PixelStatistic = CIFAR_STD,
     ) -> None:
@@ -295,6 +326,7 @@ class FactorisedSpikingResNet18(_ResNet18):
             output_neuron=output_neuron,
             mean=mean,
             std=std,
+            scaler=scaler,
         )
 
 
@@ -309,6 +341,7 @@ class FactorisedResNet18(_ResNet18):
         basis_fraction: share of its input channels at p = 1 that a basis reads (a1); 1/8 in the paper.
         n_basis: filters of a basis (a2) over output channels at p = 1; 1/4 in the paper.
         factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        scaler: divide what they give by the width in training (HeteroFL); without `factorised` only.
         mean: of a pixel, one number or one a channel.
         std: of a pixel, one number or one a channel.
     """
@@ -322,6 +355,7 @@ class FactorisedResNet18(_ResNet18):
         basis_fraction: PositiveShare = 0.125,
         n_basis: PositiveFloat = 0.25,
         factorised: bool = True,
+        scaler: bool = False,
         mean: PixelStatistic = CIFAR_MEAN,
         std: PixelStatistic = CIFAR_STD,
     ) -> None:
@@ -336,6 +370,7 @@ class FactorisedResNet18(_ResNet18):
             output_neuron=False,
             mean=mean,
             std=std,
+            scaler=scaler,
         )
 
 
@@ -363,7 +398,7 @@ class _CNN(WidthNetwork):
             return self.activation(inner_threshold) if inner_neuron else None
 
         now = self.stem_channels
-        self.stem = nn.Sequential(kaiming(nn.Conv2d(in_channels, now, 3, padding=1, bias=not norm)), norm_of(now))
+        self.stem = nn.Sequential(self.ordinary(in_channels, now, 3, padding=1, bias=not norm), norm_of(now))
         self.conv1 = self.convolution(now, second, first, inner=inner())
         self.norm1, self.fire1 = norm_of(self.scaled(second)), self.activation()
         self.conv2 = self.convolution(self.scaled(second), third, second, inner=inner())
@@ -401,6 +436,7 @@ class FactorisedSpikingCNN(_CNN):
         norm: batch norm behind every convolution; none in the paper.
         output_neuron: end in neurons, so that outputs are spikes.
         factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        scaler: divide what they give by the width in training (HeteroFL); without `factorised` only.
         mean: of a pixel, one number or one a channel.
         std: of a pixel, one number or one a channel.
     """
@@ -425,6 +461,7 @@ class FactorisedSpikingCNN(_CNN):
         norm: bool = False,
         output_neuron: bool = True,
         factorised: bool = True,
+        scaler: bool = False,
         mean: PixelStatistic = 0.1307,
         std: PixelStatistic = 0.3081,
     ) -> None:
@@ -443,6 +480,7 @@ class FactorisedSpikingCNN(_CNN):
             output_neuron=output_neuron,
             mean=mean,
             std=std,
+            scaler=scaler,
         )
 
 
@@ -460,6 +498,7 @@ class FactorisedCNN(_CNN):
         inner_neuron: a ReLU between basis and factor; such convolutions cannot be folded.
         norm: batch norm behind every convolution; none in the paper.
         factorised: false makes ordinary convolutions, the first of them scaled too, for rivals that slice weights.
+        scaler: divide what they give by the width in training (HeteroFL); without `factorised` only.
         mean: of a pixel, one number or one a channel.
         std: of a pixel, one number or one a channel.
     """
@@ -476,6 +515,7 @@ class FactorisedCNN(_CNN):
         inner_neuron: bool = True,
         norm: bool = False,
         factorised: bool = True,
+        scaler: bool = False,
         mean: PixelStatistic = 0.1307,
         std: PixelStatistic = 0.3081,
     ) -> None:
@@ -493,4 +533,5 @@ class FactorisedCNN(_CNN):
             output_neuron=False,
             mean=mean,
             std=std,
+            scaler=scaler,
         )

@@ -143,6 +143,43 @@ def test_narrow_networks_of_heterofl_are_slices_of_the_widest():
             assert torch.equal(value, wide[name][tuple(map(slice, value.shape))]), name
 
 
+HETEROFL = {"sharing": "slices", "masked_loss": True, "buffers": "static"}
+
+
+def test_static_norms_are_means_over_all_clients_images_whatever_the_scaler_does():
+    module, data, _ = federation(functools.partial(NETWORK, factorised=False, scaler=True), **HETEROFL)
+    images = [image for client in range(8) for image in data.client_data(client).image.split(256)]
+    for width, model in module.models.items():
+        plain = NETWORK(width, factorised=False)
+        plain.load_state_dict(model.state_dict())
+        torch.optim.swa_utils.update_bn(images, plain)
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+        assert model.norm1.momentum == 0.1
+
+
+def test_a_client_of_heterofl_learns_nothing_of_classes_that_it_lacks():
+    module, data, _ = federation(functools.partial(NETWORK, factorised=False), loss="mean_output", **HETEROFL)
+    has = data.class_matrix > 0
+    client = next(client for client in range(8) if not has[client].all())
+    model, batch = module.models[1.0], data.client_data(client)
+    model.zero_grad()
+    module.local_loss(model, batch.image, batch.label, client).backward()
+    assert torch.equal(model.head.bias.grad != 0, has[client])
+
+
+def test_pieces_of_heterofl_are_refused_where_they_mean_nothing():
+    ordinary = functools.partial(NETWORK, factorised=False)
+    with pytest.raises(UserError, match="masked_loss: needs sharing: slices"):
+        WidthFederation(NETWORK, masked_loss=True)
+    with pytest.raises(UserError, match="aggregator: FedNova is not defined for slices"):
+        WidthFederation(ordinary, sharing="slices", aggregator=FedNova())
+    with pytest.raises(UserError, match="scaler: needs ordinary convolutions"):
+        NETWORK(0.5, scaler=True)
+    with pytest.raises(UserError, match="set buffers: static"):
+        WidthFederation(functools.partial(ordinary, scaler=True), sharing="slices")
+
+
 @pytest.mark.parametrize("change", [{"objective": FedProx(0.1)}, {"aggregator": FedNova()}])
 def test_fedprox_and_fednova_run_within_widths(change):
     module, _, _ = federation(rounds=1, sharing="none", **change)

@@ -214,3 +214,11 @@ def test_an_inner_neuron_turns_both_stages_into_additions():
     assert counts["conv1"].acs > 0
     assert counts["stem.0"].macs == 8 * 8 * 8 * 9
     assert math.isclose(counts["stem.0"].acs, 0)
+
+
+def test_scaled_convolutions_send_on_as_much_as_the_widest_in_training_alone():
+    torch.manual_seed(0)
+    network = FactorisedCNN(0.5, image_size=8, channels=(8, 16, 16), factorised=False, scaler=True).double()
+    image = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    trained, evaluated = (network.train(mode)(image) - network.head.bias for mode in (True, False))
+    torch.testing.assert_close(trained, evaluated / 0.5**3)  # three convolutions, whose biases begin as 0
