@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,9 @@ from leanlight.contracts import Animation, Bars, Curve, Heatmap, MediaItem, Resu
 
 _NAMES = {WandbLogger: "W&B", TensorBoardLogger: "TensorBoard", MLFlowLogger: "MLflow"}
 _LARGEST_TABLE = 10_000  # cells; a heat map of more is a picture alone
+_LONGEST_WAIT = 8.0  # seconds for a table of W&B, which asks its server in the process that trains, for 10 at most
+_EVERYTHING = "data"
+_FILES = "tables and artefacts"
 _given_up: WeakKeyDictionary[Logger, set[str]] = WeakKeyDictionary()
 
 
@@ -32,39 +36,40 @@ def warn(text: str) -> None:
 
 def keep_from_stopping(logger: Logger) -> Logger:
     """Make what Lightning calls of a logger harmless, and return it: see `attempt`."""
-    for method in (
-        "log_metrics",
-        "log_table",
-        "log_hyperparams",
-        "log_graph",
-        "save",
-        "finalize",
-        "after_save_checkpoint",
-    ):
-        if hasattr(logger, method):
-            setattr(logger, method, partial(attempt, logger, "metrics", getattr(logger, method)))
+    metrics = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+    for what, methods in {"metrics": metrics, _FILES: ("log_table",)}.items():
+        for method in methods:
+            if hasattr(logger, method):
+                setattr(logger, method, partial(attempt, logger, what, getattr(logger, method)))
     return logger
+
+
+def gets_nothing(logger: Logger) -> bool:
+    """Whether a logger is asked for nothing any more, and the user has been told."""
+    return _EVERYTHING in _given_up.get(logger, ())
 
 
 def attempt(logger: Logger, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call something of a logger; an error becomes one line of warning, and `what` is sent there no more.
 
     Networks fail, homes are read-only, disks fill: a run goes on without its dashboard, and ``metrics.csv`` has all.
+    After a `ConnectionError`, as of a process that has died, nothing at all is sent there.
 
     Args:
         logger: whose it is.
-        what: kind of what is sent: ``metrics``, ``pictures`` or ``artefacts``.
+        what: kind of what is sent: ``metrics``, ``pictures`` or ``tables and artefacts``.
         call: called with the other arguments.
 
     Returns:
         What `call` does; None after an error.
     """
     given_up = _given_up.setdefault(logger, set())
-    if what in given_up:
+    if given_up & {what, _EVERYTHING}:
         return None
     try:
         return call(*args, **kwargs)
     except Exception as error:  # of any library
+        what = _EVERYTHING if isinstance(error, ConnectionError) else what
         given_up.add(what)
         warn(f"{name_of(logger)} gets no more {what} of this run ({type(error).__name__}: {error})")
         return None
@@ -115,9 +120,9 @@ def send_artifact(
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            attempt(logger, "artefacts", _wandb_artifact, logger, title, files, metadata, aliases)
+            attempt(logger, _FILES, _wandb_artifact, logger, title, files, metadata, aliases)
         elif isinstance(logger, MLFlowLogger):
-            attempt(logger, "artefacts", _mlflow_files, logger, "export", files)
+            attempt(logger, _FILES, _mlflow_files, logger, "export", files)
 
 
 def as_table(item: MediaItem) -> Table | None:
@@ -145,20 +150,31 @@ def _wandb(
 ) -> None:
     import wandb
 
-    def table(item: Table) -> Any:
-        return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
-
-    sent: dict[str, Any] = {}
+    pictures: dict[str, Any] = {}
+    tables: dict[str, Table] = {}
     for name, file in files.items():
         item = items[name]
         if isinstance(item, Table):
-            sent[f"{split}/{name}"] = table(item)
+            tables[f"{split}/{name}"] = item
             continue
         is_moving = isinstance(item, Animation)
-        sent[f"{split}/{name}"] = wandb.Video(str(file), format="gif") if is_moving else wandb.Image(str(file))
+        pictures[f"{split}/{name}"] = wandb.Video(str(file), format="gif") if is_moving else wandb.Image(str(file))
         if (numbers := as_table(item)) is not None:
-            sent[f"{split}/{name}_table"] = table(numbers)
-    logger.experiment.log({**sent, "trainer/global_step": step})
+            tables[f"{split}/{name}_table"] = numbers
+    logger.experiment.log({**pictures, "trainer/global_step": step})
+    for name, item in tables.items():
+        attempt(logger, _FILES, _wandb_table, logger, name, item, step)
+
+
+def _wandb_table(logger: WandbLogger, name: str, item: Table, step: int) -> None:
+    """Log a table; a TimeoutError when the server kept training waiting, so that the next table does not."""
+    import wandb
+
+    begin = time.monotonic()
+    table = wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
+    logger.experiment.log({name: table, "trainer/global_step": step})
+    if (waited := time.monotonic() - begin) > _LONGEST_WAIT:
+        raise TimeoutError(f"no answer for {waited:.0f} s")
 
 
 def _tensorboard(

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,9 +19,14 @@ from leanlight.contracts.errors import MissingExtraError
 if TYPE_CHECKING:  # `leanlight select` starts without Lightning
     from lightning.pytorch.loggers import Logger, WandbLogger
 
-# Seconds that W&B waits for its server at the start and at the end; its own defaults are 90, and for ever. What it has
-# not sent by then lies in the run folder.
-_PATIENCE = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60"}
+# Seconds that W&B waits for its server at the start, before it takes a table, and at the end; its own defaults are 90,
+# 19, and for ever. What it has not sent by then lies in the run folder, and without an error nobody would know.
+_PATIENCE = {
+    "WANDB_INIT_TIMEOUT": "20",
+    "WANDB_HTTP_TIMEOUT": "10",
+    "WANDB_FINISH_TIMEOUT": "60",
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
+}
 _HOMES = {
     "WANDB_CACHE_DIR": ".cache/wandb",
     "WANDB_DATA_DIR": ".local/share/wandb",
@@ -69,7 +75,7 @@ def open_wandb(mode: str, directory: Path, make: Callable[[bool], WandbLogger]) 
             _ = logger.experiment  # begins the run
         except Exception as error:  # of W&B, the network or the disk
             problems.append(_reason(error))
-            _forget_start()
+            _forget_wandb()
             continue
         if problems:
             upload = f"wandb sync '{directory / 'wandb'}'/offline-run-*"
@@ -95,14 +101,15 @@ def prepare_wandb(directory: Path) -> None:
             os.environ[name] = str(directory / "wandb" / name.split("_")[1].lower())
 
 
-def _forget_start() -> None:
-    """After a start that failed: W&B's own process holds the run's id, and would refuse it to the next one."""
-    try:
+def _forget_wandb() -> None:
+    """After a failure: W&B's own process holds the run's id, and a dead one would be a traceback when Python ends."""
+    with suppress(Exception):  # a run that has begun half, and would be taken for the next one
         import wandb
 
+        if wandb.run is not None:
+            wandb.run.finish(exit_code=1)
+    with suppress(Exception, SystemExit):  # W&B ends Python with the code of its own process
         wandb.teardown()
-    except Exception:  # of a process that may not even have begun
-        return
 
 
 def _can_be_made(place: str) -> bool:
@@ -124,7 +131,7 @@ def close_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
     """
     from lightning.pytorch.loggers import WandbLogger
 
-    from callbacks.sending import warn
+    from callbacks.sending import gets_nothing, warn
 
     for logger in loggers:
         run = getattr(logger, "_experiment", None) if isinstance(logger, WandbLogger) else None
@@ -135,7 +142,9 @@ def close_wandb(loggers: Sequence[Logger], exit_code: int) -> None:
         except TimeoutError:
             warn(f"W&B has not taken everything; later: wandb sync '{Path(run.dir).parent}'")
         except Exception as error:  # its process may be gone
-            warn(f"W&B did not end well ({_reason(error)}); what it has lies in {Path(run.dir).parent}")
+            if not gets_nothing(logger):
+                warn(f"W&B did not end well ({_reason(error)}); what it has lies in {Path(run.dir).parent}")
+            _forget_wandb()
 
 
 def _reason(error: Exception) -> str:

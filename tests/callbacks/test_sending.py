@@ -62,7 +62,7 @@ def test_a_broken_logger_costs_one_line_and_is_asked_no_more(tmp_path, capsys):
     fit(tmp_path, broken, table)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leanlight: warning")]
     assert told == [
-        "leanlight: warning: Broken gets no more metrics of this run (ConnectionError: no route to the host)"
+        "leanlight: warning: Broken gets no more data of this run (ConnectionError: no route to the host)"
     ]
     assert broken.asked == 1
     assert len(table.path.read_text().splitlines()) == 1 + 6  # every step, and names

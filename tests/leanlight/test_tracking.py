@@ -1,14 +1,24 @@
 """W&B begins online, else offline, else not at all, and never stops the run."""
 
+import os
+import signal
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
+from wandb_file import records
+from wandb_server import WandbServer
 
+from callbacks import sending
+from callbacks.pictures import render
+from callbacks.sending import send_media
 from leanlight import tracking
-from leanlight.contracts import MissingExtraError
+from leanlight.contracts import Heatmap, MissingExtraError
 from leanlight.loggers import RunWandbLogger
 
 NAMES = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", *tracking._PATIENCE, *tracking._HOMES)
@@ -132,6 +142,71 @@ def test_a_wrong_key_leaves_an_offline_copy(tmp_path, monkeypatch, capsys, refus
     tracking.close_wandb([logger], 0)
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert sum("leanlight: warning" in line for line in capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture
+def online(tmp_path, monkeypatch):
+    """A run that has begun online and sent a row and a table, its folder, and the server that has them."""
+    server = WandbServer()
+    settings = {"BASE_URL": server.address, "API_KEY": "0" * 40, "ERROR_REPORTING": "false", "DISABLE_CODE": "true"}
+    patience = {"HTTP_TIMEOUT": "1", "FINISH_TIMEOUT": "1"}
+    for name, value in {**settings, **patience}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(sending, "_LONGEST_WAIT", 0.5)
+    tracking._forget_wandb()  # of other tests, whose settings it keeps
+    make = partial(RunWandbLogger, save_dir=tmp_path, project="p", id="one")
+    logger = tracking.open_wandb("online", tmp_path, lambda offline: make(offline=offline))
+    yield logger, tmp_path, server
+    tracking._forget_wandb()
+
+
+def send(logger, folder, step):
+    """A row, a picture and the table behind it."""
+    logger.log_metrics({"val/accuracy": step}, step)
+    item = Heatmap(torch.eye(2), "predicted", "true")
+    send_media([logger], "val", {"heat": item}, {"heat": render(item, folder / "heat", "heat")}, step)
+
+
+def own_process():
+    """Id of the process that W&B has started for this one."""
+    children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children").read_text().split()
+    (found,) = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return int(found)
+
+
+@pytest.mark.parametrize("breaks", ["fall_silent", pytest.param("die", marks=pytest.mark.slow)])
+def test_a_connection_that_is_lost_costs_a_wait_and_leaves_every_row_for_later(online, capsys, breaks):
+    logger, folder, server = online
+    send(logger, folder, 1)
+    assert server.asked["CreateArtifact"]  # the table was on its way
+    getattr(server, breaks)()
+    for step in (2, 3):
+        send(logger, folder, step)
+    tracking.close_wandb([logger], 0)
+    tables, end = capsys.readouterr().err.splitlines()
+    assert tables.startswith("leanlight: warning: W&B gets no more tables and artefacts of this run (")
+    (kept,) = folder.glob("wandb/run-*")
+    assert end == f"leanlight: warning: W&B has not taken everything; later: wandb sync '{kept}'"
+    steps = [step for record in records(kept / "run-one.wandb") if (step := accuracy(record)) is not None]
+    assert steps == [1, 2, 3]
+
+
+def accuracy(record):
+    """The accuracy in a row of history."""
+    values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+    return int(values["val/accuracy"]) if "val/accuracy" in values else None
+
+
+def test_a_process_of_wandb_that_dies_costs_one_line(online, capsys):
+    logger, folder, _ = online
+    logger.log_metrics({"val/accuracy": 1}, 1)
+    os.kill(own_process(), signal.SIGKILL)
+    for step in (2, 3):
+        send(logger, folder, step)
+    tracking.close_wandb([logger], 0)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leanlight")]
+    assert len(told) == 1
+    assert "W&B gets no more data of this run (Connection" in told[0]
 
 
 @pytest.mark.parametrize("error", [TimeoutError("60 s"), BrokenPipeError("gone")])
