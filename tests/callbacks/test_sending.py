@@ -61,9 +61,7 @@ def test_a_broken_logger_costs_one_line_and_is_asked_no_more(tmp_path, capsys):
     broken, table = keep_from_stopping(Broken()), RunCSVLogger(tmp_path)
     fit(tmp_path, broken, table)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leanlight: warning")]
-    assert told == [
-        "leanlight: warning: Broken gets no more data of this run (ConnectionError: no route to the host)"
-    ]
+    assert told == ["leanlight: warning: Broken gets no more data of this run (ConnectionError: no route to the host)"]
     assert broken.asked == 1
     assert len(table.path.read_text().splitlines()) == 1 + 6  # every step, and names
 
