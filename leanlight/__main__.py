@@ -10,7 +10,7 @@ from importlib import import_module
 from leanlight import __version__
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.import_path import order_path
-from leanlight.messages import disk_problem
+from leanlight.messages import disk_problem, memory_errors
 from leanlight.registry import commands, methods
 from leanlight.terminal import enduring_output
 
@@ -53,7 +53,8 @@ def _main(argv: list[str]) -> int:
             raise UserError(f"command {name!r} is unknown{nearest(name, commands())}; `leanlight --help` lists them")
         path = commands()[name].module
         arguments = argv if path == "leanlight.cli.train" else rest  # one module for the four commands of Lightning
-        return int(import_module(path).main(arguments) or 0)
+        with memory_errors():
+            return int(import_module(path).main(arguments) or 0)
     except UserError as error:
         print(f"leanlight: error: {error}", file=sys.stderr)
         return 2

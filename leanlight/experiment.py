@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import jsonargparse
@@ -31,7 +32,7 @@ from leanlight.contracts import CollectsPredictions, UserError, atomic_write, is
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.locks import locked
 from leanlight.loggers import RunCSVLogger, RunMLFlowLogger, RunTensorBoardLogger, RunWandbLogger
-from leanlight.messages import one_line, with_prefix
+from leanlight.messages import memory_errors, one_line, with_prefix
 from leanlight.objects import admitted_object, check_optimizers
 from leanlight.parser import LeanlightParser, restrict
 from leanlight.predictions import read_predictions
@@ -285,10 +286,11 @@ class Session:
                 try:
                     self._open()
                     with self.cli.recorder.recording(self.trainer):
-                        self.cli.start()
-                        if self.cli.only == "fit":
-                            self._test()
-                        elif self.cli.only == "predict":
+                        with restoring_errors(self.cli.resolved):
+                            self.cli.start()
+                            if self.cli.only == "fit":
+                                self._test()
+                        if self.cli.only == "predict":
                             self._collect()
                 except BaseException:
                     close_wandb(self.trainer.loggers, exit_code=1)
@@ -420,7 +422,8 @@ class Session:
     def _cleaned_up_on_bad_input(self) -> Iterator[None]:
         """Bad input found before the first step leaves no run folder behind."""
         try:
-            yield
+            with memory_errors():
+                yield
         except (UserError, MisconfigurationException) as error:
             if self._opened and self.cli.fresh and not self.cli.recorder.started:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -508,11 +511,13 @@ def load(
     for key, value in (overrides or {}).items():
         _set(named, f"init_args.{key}", value)
     model = _instantiate(pl.LightningModule, named, path, trust)
-    model.on_load_checkpoint(saved)
     try:
+        model.on_load_checkpoint(saved)
         model.load_state_dict(saved["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"source: {path} does not fit {named['class_path']}: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # of a file of any content
+        raise UserError(f"source: {path} does not fit {named['class_path']}: {_misfit(error)}") from error
     return model.eval()
 
 
@@ -576,7 +581,33 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
         raise UserError(f"{argument}: {path} is not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(saved, dict):
         raise UserError(f"{argument}: {path} is not a checkpoint but a {type(saved).__name__}")
+    named = saved.get("hyper_parameters") or {}
+    if not isinstance(named, dict) or not isinstance(named.get("_class_path", ""), str):
+        raise UserError(f"{argument}: {path} is no checkpoint of the suite: its hyper_parameters do not name a class")
     return saved
+
+
+@contextmanager
+def restoring_errors(resolved: Mapping[str, Any]) -> Iterator[None]:
+    """What fails while a checkpoint is put into model, optimisers and loops is a checkpoint that does not fit."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a file of any content
+        frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        if not any("checkpoint_connector" in code.co_filename and "restore" in code.co_name for code in frames):
+            raise
+        where = f"ckpt_path: {resolved.get('ckpt_path') or 'the checkpoint'}"
+        raise UserError(f"{where} does not fit {resolved['model']['class_path']}: {_misfit(error)}") from error
+
+
+def _misfit(error: Exception) -> str:
+    """Why a checkpoint does not fit, in short."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return (others[0] if first.startswith("Error(s) in loading") and others else first).strip()[:200]
 
 
 # -- what a configuration says
@@ -618,7 +649,8 @@ def _listed(value: Any) -> list[Any]:
 def construction_errors(resolved: Mapping[str, Any]) -> Iterator[None]:
     """Bad values that a class of the configuration refuses are the user's errors, however deep they were wrapped."""
     try:
-        yield
+        with memory_errors():
+            yield
     except (UserError, ValueError, TypeError, ImportError, MisconfigurationException) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):

@@ -6,7 +6,7 @@ import errno
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,11 @@ from leanlight.contracts.errors import UserError, nearest
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What safetensors says, and PyTorch, whose writer only notices that a file is shorter than it should be.
 _DISK_WORDS = re.compile(r"No space left on device|File too large|inline_container\.cc.*unexpected pos|iostream error")
+# Of numpy and of PyTorch, which says the last two where a number of elements has more than 64 bits.
+_MEMORY = re.compile(
+    r"(?:allocate memory: you tried|Tried|Unable) to allocate ([\d.]+) ?(bytes|[KMGTPEZ]iB)"
+    r"|Storage size calculation overflowed|integer multiplication overflow"
+)
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path[= ]'([\w.]+)'")
 _RANGE = re.compile(r"Not of type \w+: expected (.+?), got (.+?)(?=\. Got value| - |$)")
@@ -156,6 +161,33 @@ def disk_problem(error: BaseException) -> str | None:
             return "cannot write (the disk is full, or a limit on sizes is reached)"
         link = link.__cause__ or link.__context__
     return None
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """An error in the block that more memory would have prevented is the user's, whose sizes ask for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:
+            found = _MEMORY.search(str(link))
+            if found or isinstance(link, MemoryError):
+                asked = _size(found[1], found[2]) if found and found[1] else "more than there is"
+                where = " of the GPU" if "CUDA" in str(link) else ""
+                raise UserError(
+                    f"not enough memory{where}: {asked} asked for at once; lower a size, as of batches or layers"
+                ) from error
+            link = link.__cause__ or link.__context__
+        raise
+
+
+def _size(number: str, unit: str) -> str:
+    if unit != "bytes":
+        return f"{number} {unit}"
+    return f"{int(number) / 2**30:,.1f} GiB"
 
 
 def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from datamodules.emotion.clips import Array
 from datamodules.emotion.readers import padded
-from datamodules.images.formats import PICTURE_SUFFIXES, open_picture
+from datamodules.images.formats import NO_ARRAY, PICTURE_SUFFIXES, open_picture
 from leanlight.contracts import MissingExtraError, UserError, atomic_path, nearest, sha256_file
 
 MODALITIES = ("text", "audio", "video")
@@ -285,7 +286,8 @@ def encode(
 def _kept(path: Path, encoder: Encoder, clip: Clip) -> Array:
     """What the file holds, or what the encoder gives, which is then kept in the file."""
     if path.is_file():
-        return np.load(path, allow_pickle=False)
+        with suppress(*NO_ARRAY):  # a damaged one is made again
+            return np.load(path, allow_pickle=False)
     array = encoder(clip)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)

@@ -243,7 +243,7 @@ def _clip_files(folder: Path, names: Sequence[str]) -> tuple[Array, Array | None
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except formats.NO_ARRAY as error:
             raise UserError(f"{path} is missing or no array of numbers ({error})") from error
         if array.ndim == 2 and len(array) == 1 and "UTT" in folder.name:
             array = array[0]

@@ -94,13 +94,20 @@ def as_part(images: npt.NDArray[Any], labels: npt.NDArray[Any], origin: Path | s
     return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
+#: What `numpy.load` raises of a file of any content.
+NO_ARRAY = (OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
+
+
 def read_arrays(path: Path, content: bytes | None = None) -> dict[str, npt.NDArray[Any]]:
     """Read every array of an npz file without pickle. content: the file's bytes if they were unpacked already."""
     try:
         with np.load(io.BytesIO(content) if content is not None else path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: archive[name] for name in archive.files}
+    except NO_ARRAY as error:
         raise UserError(f"{path} is truncated or not an npz file of plain arrays ({error})") from error
+    if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise UserError(f"{path} is not an npz file of plain arrays: {strange[0]!r} is none")
+    return arrays
 
 
 def read_npz(path: Path, num_classes: int) -> tuple[dict[str, Part], tuple[str, ...]]:

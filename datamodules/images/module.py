@@ -30,11 +30,22 @@ def resize(images: Tensor, size: int) -> Tensor:
     """Resize uint8 (N, C, H, W) to (N, C, size, size), bilinear with antialiasing, in pieces to bound memory."""
     if images.shape[-2:] == (size, size):
         return images
+    most = max(1, min(4096, 2**26 // size**2))
     pieces = [
         F.interpolate(piece.float(), (size, size), mode="bilinear", antialias=True).round_().clamp_(0, 255).byte()
-        for piece in images.split(4096)
+        for piece in images.split(most)
     ]
     return torch.cat(pieces)
+
+
+def _check_fits(images: Tensor, size: int) -> None:
+    """Refuse a size at which the images alone would be more than the memory of the machine."""
+    needed, there = len(images) * images.shape[1] * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"image_size: {len(images):,} images of {size} x {size} pixels need {needed / 2**30:,.0f} GiB, this "
+            f"machine has {there / 2**30:,.0f} GiB"
+        )
 
 
 def scaled(batch: ImageBatch) -> ImageBatch:
@@ -226,7 +237,10 @@ class ImageDataModule(PartLoaders[ImageBatch], pl.LightningDataModule):
             labels = labels.float()
         if classes is not None:
             labels = torch.tensor(classes).argsort()[torch.searchsorted(torch.tensor(sorted(classes)), labels)]
-        return ImageSplit(resize(images, self.image_size) if self.image_size else images, labels, origin)
+        if self.image_size:
+            _check_fits(images, self.image_size)
+            images = resize(images, self.image_size)
+        return ImageSplit(images, labels, origin)
 
     def _describe(self, source: str, classes: tuple[str, ...]) -> ImageMeta:
         splits = {"train": self.train_split, "val": self.val_split, "test": self.test_split}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.images.formats import NO_ARRAY
 from datamodules.images.stream import ImageFolderStream, StreamSplit
 from datamodules.images.substitute import SubstituteDataModule, check_there, read_safetensors, with_training_set
 from leanlight.contracts import ImageMeta, ImageSplit, UserError, sha256_file
@@ -84,7 +85,7 @@ class Subset:
                 columns = _read_csv(self.file)
             elif kind == ".safetensors":
                 columns, data = read_safetensors(self.file, "subset"), self._data()
-        except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
+        except (*NO_ARRAY, TypeError, RuntimeError) as error:
             raise UserError(f"subset: {self.file} is damaged, or no list of positions ({error})") from error
         return columns, data
 

@@ -31,21 +31,26 @@ class Range:
         Raises:
             ValueError: it is none, not finite, or outside of the range.
         """
+        expected = cls.expected
         kinds = (int, str) if cls.base is int else (int, float, str)
         try:
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ValueError
             number = cls.base(value)
+            if isinstance(number, int) and abs(number) >= 2**63:  # as long as tensors count
+                expected += " that 64 bits can hold"
+                raise ValueError
             if not math.isfinite(number) or not cls.low <= number <= cls.high or number in cls.opens:
                 raise ValueError
         except (ValueError, OverflowError):
-            raise ValueError(f"expected {cls.expected}, got {value!r}") from None
+            raise ValueError(f"expected {expected}, got {value!r}") from None
         return number
 
 
 if TYPE_CHECKING:
     PositiveInt = int
     NonNegativeInt = int
+    TimeSteps = int
     Seed = int
     FiniteFloat = float
     PositiveFloat = float
@@ -61,6 +66,9 @@ else:
 
     class NonNegativeInt(Range):
         base, low, expected = int, 0, "an integer of at least 0"
+
+    class TimeSteps(Range):  # of a simulation: above, it would run for ever before memory ends
+        base, low, high, expected = int, 1, 100_000, "an integer from 1 to 100000"
 
     class Seed(Range):  # what the generators of numpy and torch both take
         base, low, high, expected = int, 0, 2**32 - 1, f"an integer from 0 to {2**32 - 1}"

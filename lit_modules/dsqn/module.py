@@ -28,7 +28,7 @@ from leanlight.contracts import (
     data_of,
     isolated_rng,
 )
-from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare, TimeSteps
 from lit_modules import optim
 from lit_modules.dsqn.conversion import ConvertedDQN, Decoding, Node, convert, record
 from lit_modules.dsqn.evaluation import GameEvaluation, scaled, summary
@@ -306,7 +306,7 @@ class Conversion(GameAgent):
     def __init__(
         self,
         source_checkpoint: Path | None = None,
-        time_steps: PositiveInt = 500,
+        time_steps: TimeSteps = 500,
         percentile: PositiveFloat = 99.9,
         decoding: Decoding = "robust",
         node: Node = "if",

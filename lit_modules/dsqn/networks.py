@@ -14,7 +14,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from leanlight.contracts.ranges import PositiveFloat, PositiveInt
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, TimeSteps
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.neurons import FusedIFNode, FusedLIFNode
 from lit_modules.nn.spiking import fold_time, repeat_time, reset, unfold_time
@@ -113,7 +113,7 @@ class DSQN(DQN):
         frame_size: PositiveInt = 84,
         convolutions: Sequence[Sequence[PositiveInt]] = ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
         hidden: PositiveInt = 512,
-        time_steps: PositiveInt = 64,
+        time_steps: TimeSteps = 64,
         tau: PositiveFloat = 2.0,
         v_threshold: PositiveFloat = 1.0,
         neuron: Neuron = "lif",

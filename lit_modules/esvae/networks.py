@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from leanlight.contracts import UserError, nearest
-from leanlight.contracts.ranges import PositiveFloat, PositiveInt, UnitInterval
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, TimeSteps, UnitInterval
 from lit_modules.esvae.layers import CHANNELS_32, Neuron, SpikingDecoder, SpikingEncoder, SpikingLayer
 from lit_modules.esvae.losses import Kernel, bernoulli_kl, mmd2, psp_mmd
 from lit_modules.esvae.sampling import SAMPLERS, Sampler, poisson_spikes, sample_spikes
@@ -106,7 +106,7 @@ class SAE(Autoencoder):
         image_size: PositiveInt = 32,
         channels: Sequence[PositiveInt] = CHANNELS_32,
         latent_size: PositiveInt = 128,
-        time_steps: PositiveInt = 16,
+        time_steps: TimeSteps = 16,
         tau: UnitInterval = 0.25,
         v_threshold: PositiveFloat = 0.2,
         surrogate_gradient: SurrogateName = "rect_zero",
@@ -162,7 +162,7 @@ class ESVAE(SAE):
         image_size: PositiveInt = 32,
         channels: Sequence[PositiveInt] = CHANNELS_32,
         latent_size: PositiveInt = 32,
-        time_steps: PositiveInt = 16,
+        time_steps: TimeSteps = 16,
         kernel: Kernel = "rbf",
         sampler: Sampler = "poisson",
         half_width: PositiveFloat = 0.5,
@@ -249,7 +249,7 @@ class FSVAE(SAE):
         image_size: PositiveInt = 32,
         channels: Sequence[PositiveInt] = CHANNELS_32,
         latent_size: PositiveInt = 128,
-        time_steps: PositiveInt = 16,
+        time_steps: TimeSteps = 16,
         candidates: PositiveInt = 20,
         divergence: Literal["mmd", "kld"] = "mmd",
         scheduled_sampling: bool = True,

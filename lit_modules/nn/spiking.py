@@ -13,7 +13,7 @@ from spikingjelly.activation_based import base, functional
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from leanlight.contracts.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, UnitInterval
+from leanlight.contracts.ranges import OpenUnitInterval, PositiveFloat, PositiveInt, TimeSteps, UnitInterval
 from lit_modules.nn.checks import pooled_size, require_positive
 from lit_modules.nn.features import FeatureClassifier
 from lit_modules.nn.neurons import SurrogateName, lif
@@ -134,7 +134,7 @@ class SpikingConvNet(FeatureClassifier):
         num_classes: PositiveInt = 10,
         width: PositiveInt = 32,
         depth: PositiveInt = 3,
-        time_steps: PositiveInt = 4,
+        time_steps: TimeSteps = 4,
         tau: OpenUnitInterval = 0.5,
         v_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "rect",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from leanlight.contracts.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+from leanlight.contracts.ranges import NonNegativeInt, PositiveFloat, PositiveInt, TimeSteps
 from lit_modules.nn.checks import require_positive
 from lit_modules.nn.neurons import SurrogateName, integrate_and_fire
 from lit_modules.nn.normalize import Normalize, PixelStatistic
@@ -56,7 +56,7 @@ class SpikingCNN(nn.Module):
         batch_norm: bool = False,
         bias: bool = True,
         spiking_output: bool = True,
-        time_steps: PositiveInt = 12,
+        time_steps: TimeSteps = 12,
         coding: Literal["direct", "poisson"] = "direct",
         v_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "atan",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError
-from leanlight.contracts.ranges import PositiveFloat, PositiveInt, PositiveShare, UnitInterval
+from leanlight.contracts.ranges import PositiveFloat, PositiveInt, PositiveShare, TimeSteps, UnitInterval
 from lit_modules.nn import Normalize, fold_time, integrate_and_fire, lif, repeat_time, reset, unfold_time
 from lit_modules.nn.checks import pooled_size, require_positive
 from lit_modules.nn.neurons import SurrogateName
@@ -304,7 +304,7 @@ class FactorisedSpikingResNet18(_ResNet18):
         channels: Sequence[PositiveInt] = (64, 128, 256, 512),
         basis_fraction: PositiveShare = 0.125,
         n_basis: PositiveFloat = 0.25,
-        time_steps: PositiveInt = 10,
+        time_steps: TimeSteps = 10,
         tau: UnitInterval = 0.5,
         v_threshold: PositiveFloat = 1.0,
         surrogate_gradient: SurrogateName = "sigmoid",
@@ -450,7 +450,7 @@ class FactorisedSpikingCNN(_CNN):
         channels: Sequence[PositiveInt] = (64, 128, 128),
         basis_fraction: PositiveShare = 0.125,
         n_basis: PositiveFloat = 0.25,
-        time_steps: PositiveInt = 10,
+        time_steps: TimeSteps = 10,
         leaky: bool = False,
         tau: UnitInterval = 0.5,
         v_threshold: PositiveFloat = 0.5,

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import UserError, derived_seed, run_seed
-from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare, Share, UnitInterval
+from leanlight.contracts.ranges import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Share,
+    TimeSteps,
+    UnitInterval,
+)
 from leanlight.ops.corruptions import item_keys, normal
 from lit_modules.nn import integrate_and_fire, lif
 from lit_modules.nn.checks import require_positive
@@ -131,7 +139,7 @@ class SpikingPrompts(Prompts):
         length: PositiveInt = 10,
         use_sfl: bool = True,
         use_sdu: bool = True,
-        time_steps: PositiveInt = 4,
+        time_steps: TimeSteps = 4,
         v_threshold: PositiveFloat = 1.0,
         reset: Reset = "soft",
         leak: Share = 0.0,

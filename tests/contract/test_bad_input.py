@@ -90,10 +90,27 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(refuse, tmp_path, yaml, wo
         (["--model.init_args.network.init_args.norm=bath"], ["network.init_args.norm", "did you mean 'batch'"]),
         (["--model.init_args=3"], ["model: expected class_path and init_args", "'3'"]),
         (["--trainer=3"], ["trainer: expected keys and values", "'3'"]),
+        (["--data.init_args.image_size=1000000"], ["data.init_args.image_size", "need 335,276 GiB"]),
+        (["--data.init_args.batch_size=1" + "0" * 30], ["data.init_args.batch_size", "that 64 bits can hold"]),
+        # 10^15 weights are refused by the allocator at once, whatever the machine has.
+        (["--model.init_args.network.init_args.width=1" + "0" * 12], ["not enough memory", "asked for at once"]),
     ],
 )
 def test_a_wrong_value_is_named(refuse, arguments, words):
     refuse(["fit", "--config", CONFIG, *QUICK, *arguments], *words)
+
+
+def test_more_time_steps_than_any_simulation_has_are_refused(refuse):
+    steps = "--model.init_args.network.init_args.time_steps=1000000000"
+    refuse(["fit", "--config", "esvae/digits_small", *QUICK, steps], "time_steps", "to 100000")
+
+
+def test_memory_that_ends_while_a_batch_is_computed_is_one_line(refuse, monkeypatch):
+    def step(self, *arguments):
+        return torch.empty(2**50)
+
+    monkeypatch.setattr("lit_modules.classifier.ImageClassifier.training_step", step)
+    refuse(["fit", "--config", CONFIG, *QUICK], "not enough memory", "4,194,304.0 GiB", leaves_nothing=False)
 
 
 def test_a_config_that_is_not_there_is_named_with_the_nearest_one(refuse):

@@ -94,7 +94,9 @@ def out_of_range(hint):
     ranges = [leaf for leaf in leaves(hint) if isinstance(leaf, type) and issubclass(leaf, Range)]
     if not ranges:
         return
-    tried = {each for kind in ranges for each in (kind.low - 1, *kind.opens, kind.high + 1) if math.isfinite(each)}
+    tried = {
+        each for kind in ranges for each in (kind.low - 1, *kind.opens, kind.high + 1, 2**63) if math.isfinite(each)
+    }
     for number in [*sorted(tried), math.nan, math.inf]:
         given = int(number) if all(kind.base is int for kind in ranges) and math.isfinite(number) else float(number)
         if not any(holds(kind, given) for kind in ranges):
