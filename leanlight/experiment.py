@@ -245,19 +245,23 @@ class LeanlightCLI(LightningCLI):
         """What LightningCLI would have done by itself."""
         super()._run_subcommand(self.only)
 
+    def config_text(self) -> str:
+        """The complete configuration as YAML, as it stands in a run folder."""
+        saved = self.config[self.only].clone()
+        saved.pop("config", None)
+        return self._parser(self.only).dump(saved, skip_none=False, skip_validation=True)
+
     def save_config(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write config.yaml into the run folder, unless there is one; with changes in any case, and what they were."""
         path = self.run_dir / "config.yaml"
         if path.exists() and not changes:
             return
-        saved = self.config[self.only].clone()
-        saved.pop("config", None)
         lines = [
             f"# changed on {change['date']}: {key}: {json.dumps(old)} -> {json.dumps(new)}\n"
             for change in changes
             for key, (old, new) in change["keys"].items()
         ]
-        atomic_write(path, "".join(lines) + self._parser(self.only).dump(saved, skip_none=False, skip_validation=True))
+        atomic_write(path, "".join(lines) + self.config_text())
 
 
 class Session:

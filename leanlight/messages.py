@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -229,3 +231,15 @@ def _places(given: Any, name: str, where: str) -> Iterator[str]:
         if key == name:
             yield f"{where}.{key}"
         yield from _places(value, name, f"{where}.{key}")
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning from saying what the suite says itself, or what is as it should be."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # A pre-trained network stays in evaluation mode while prompts are tuned.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+    # A module that puts images of its own into batches, before the data scales and augments them.
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start

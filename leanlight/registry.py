@@ -169,6 +169,7 @@ COMMANDS = (
         stage=True,
         record="selection.json",
     ),
+    Command("flower", "leanlight.cli.flower", "run a federation on Flower, simulated or on nodes of its own"),
     Command("methods", "leanlight.cli.methods", "list methods, configs, tables, pipelines and papers"),
 )
 

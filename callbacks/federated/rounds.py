@@ -19,6 +19,7 @@ from callbacks.federated.state import Round
 from callbacks.media import due, publish
 from leanlight.contracts import (
     ClientBatch,
+    ClientEngine,
     ClientUpdate,
     FederatedData,
     FederatedModule,
@@ -108,6 +109,8 @@ class FederatedRounds(Callback):
         self.round = Round()
         self.history: list[dict[str, Any]] = []
         self._costs = Costs()
+        #: Where the clients run, if not in the trainer's processes; set before the fit.
+        self.engine: ClientEngine | None = None
 
     # ---- set-up ----
 
@@ -126,7 +129,8 @@ class FederatedRounds(Callback):
             )
         if self.exchange == "sum":
             pl_module.client_weights([ClientUpdate(0, 1, 1, 0.0, 1, {})])  # says now which rules cannot
-        data.reserve(self.candidates if self.selector.scored == "after" else self.participants)
+        trained = self.candidates if self.selector.scored == "after" else self.participants
+        data.reserve(1 if self.engine else trained)
         pl_module.measures_clients = self.selector.scored == "after"
 
     def _fit_limit(self, trainer: Trainer) -> None:
@@ -160,8 +164,9 @@ class FederatedRounds(Callback):
     def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell data and module who trains; what was trained before an interruption is not trained again."""
         current = self.round
-        data_of(pl_module, FederatedData).schedule(current.number, current.work)
-        mine = list(current.work)[trainer.global_rank :: trainer.world_size]
+        here = {} if self.engine else current.work
+        data_of(pl_module, FederatedData).schedule(current.number, here)
+        mine = list(here)[trainer.global_rank :: trainer.world_size]
         joined = sorted([*current.work, *current.dropped])
         pl_module.start_round(  # type: ignore[operator]
             current.number, joined, [client for client in mine if client not in current.reports]
@@ -187,6 +192,8 @@ class FederatedRounds(Callback):
     def _score_before(
         self, trainer: Trainer, pl_module: LightningModule, number: int, drawn: Sequence[int]
     ) -> dict[int, float]:
+        if self.engine is not None:
+            return dict(sorted(self.engine.score(number, drawn).items()))
         data, scores = data_of(pl_module, FederatedData), {}
         for client in drawn[trainer.global_rank :: trainer.world_size]:  # this process' share
             measured = pl_module.measure(data.client_data(client), number, client)  # type: ignore[operator]
@@ -204,17 +211,28 @@ class FederatedRounds(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, ClientBatch) and batch.last:
+            if self.engine is not None:
+                self._train_elsewhere(self.engine)
             pl_module.chosen = self._end_round(trainer, pl_module)  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for update in pl_module.take_updates():  # type: ignore[operator]
-            self._receive(update)
+            self._receive(update, self.selector.score_of(update))
         if isinstance(batch, ClientBatch) and batch.last:
             self._account(pl_module)
 
-    def _receive(self, update: ClientUpdate) -> None:
+    def _train_elsewhere(self, engine: ClientEngine) -> None:
+        """Let the clients of the round train; those that give no answer count as dropped out."""
+        current = self.round
+        for update, score in engine.train(current.number, sorted([*current.work, *current.dropped]), current.work):
+            self._receive(update, score)
+        if lost := sorted(set(current.work) - set(current.reports)):
+            rank_zero_warn(f"round {current.number}: no answer from clients {lost}")
+            current.dropped = sorted([*current.dropped, *lost])
+
+    def _receive(self, update: ClientUpdate, score: float | None) -> None:
         """Keep an update as long as it can still be chosen."""
         current = self.round
         current.reports[update.client] = dataclasses.replace(update, state={}, extras={})
@@ -222,10 +240,9 @@ class FederatedRounds(Callback):
             current.failed.append(update.client)
             return
         current.updates[update.client] = update
-        if self.selector.scored != "after":
+        if score is None:
             return
-        assert update.before is not None
-        current.scores[update.client] = self.selector.score(update.before, update.after, update)
+        current.scores[update.client] = score
         if any(current.scores.values()):
             keep = set(self.selector.may_win(current.scores, self.participants))
             current.updates = {client: kept for client, kept in current.updates.items() if client in keep}
@@ -243,11 +260,13 @@ class FederatedRounds(Callback):
         returned = sorted(set(current.reports) - set(current.failed))
         if self.selector.scored == "after" and returned:
             returned = self._choose({client: current.scores[client] for client in returned}, current.number)
-        current.chosen = returned
+        updates = {client: current.updates[client] for client in returned if client in current.updates}
+        if self.engine is not None:
+            updates = self.engine.fetch(current.number, updates)
+            returned = sorted(updates)
+        current.chosen, current.updates = returned, {}
         if not returned:
             rank_zero_warn(f"round {current.number}: no client came back; the global weights stay")
-        updates = {client: current.updates[client] for client in returned if client in current.updates}
-        current.updates = {}
         if trainer.world_size > 1 and self.exchange == "sum" and returned:
             return [self._sum(trainer, pl_module, updates)]
         if trainer.world_size > 1:

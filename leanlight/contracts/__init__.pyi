@@ -27,6 +27,9 @@ from .federated import (
     ClientBatch as ClientBatch,
 )
 from .federated import (
+    ClientEngine as ClientEngine,
+)
+from .federated import (
     ClientUpdate as ClientUpdate,
 )
 from .federated import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self, runtime_checkable
 
@@ -121,6 +121,13 @@ class Selector:
         """
         raise NotImplementedError
 
+    def score_of(self, update: ClientUpdate) -> float | None:
+        """Score of a client that has trained; None for one that diverged, and for rules that take none by then."""
+        if self.scored != "after" or not update.finite:
+            return None
+        assert update.before is not None
+        return self.score(update.before, update.after, update)
+
     def choose(self, scores: Mapping[int, float], count: int, generator: torch.Generator) -> list[int]:
         """The clients to take of those that were scored; here the highest, of equals the smaller id.
 
@@ -176,6 +183,9 @@ class FederatedModule(Protocol):
     def network_of(self, client: int) -> nn.Module:
         """The global network that a client trains in this round."""
 
+    def train_one(self, batch: ClientBatch) -> ClientUpdate:
+        """Train a copy of the global network on a client's data. batch: on the module's device, of this round."""
+
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Measure the global weights on a client's data.
 
@@ -194,3 +204,37 @@ class FederatedModule(Protocol):
 
     def take_updates(self) -> list[ClientUpdate]:
         """The updates made since it was last called."""
+
+
+class ClientEngine(Protocol):
+    """Clients that run elsewhere, such as on the nodes of Flower, and are asked in each round.
+
+    A client that gives no answer is missing in what is returned.
+    """
+
+    def score(self, round_number: int, clients: Sequence[int]) -> dict[int, float]:
+        """Scores of the received weights on the data of clients that have not trained.
+
+        Args:
+            round_number: of the round, from 0.
+            clients: whom to ask.
+        """
+
+    def train(
+        self, round_number: int, joined: Sequence[int], work: Mapping[int, float]
+    ) -> Iterable[tuple[ClientUpdate, float | None]]:
+        """Let clients train; return what each reports, and its score. Weights may be missing where there are scores.
+
+        Args:
+            round_number: of the round, from 0.
+            joined: clients of the round, those who drop out included.
+            work: client → share of its local steps that it manages.
+        """
+
+    def fetch(self, round_number: int, chosen: Mapping[int, ClientUpdate]) -> dict[int, ClientUpdate]:
+        """The reports of the chosen with their weights.
+
+        Args:
+            round_number: of the round, from 0.
+            chosen: client → what `train` returned of it.
+        """

@@ -57,14 +57,18 @@ class ControlVariates:
 
         updates: with the changes as `extras`. clients: N, of the whole federation.
         """
-        self._changed.update(update.client for update in updates)
         for update in updates:
-            known = self.clients.setdefault(update.client, {})
+            self.commit(update.client, update.extras)
             for name, change in update.extras.items():
-                known[name] = known[name] + change.cpu() if name in known else change.cpu()
                 # A process that has trained nobody yet has no control of the server's either.
                 server = to_device(self.server.get(name, torch.zeros_like(change)), change.device)
                 self.server[name] = server + change / clients
+
+    def commit(self, client: int, change: Mapping[str, Tensor]) -> None:
+        """Take over the client's own part: ``c_k += Δ_k``."""
+        known = self.clients.setdefault(client, {})
+        known |= {name: known[name] + part.cpu() if name in known else part.cpu() for name, part in change.items()}
+        self._changed.add(client)
 
     def write(self, folder: Path, step: int) -> dict[int, str]:
         """Write what changed since the last call into a new file; return client → name of the file with its control.

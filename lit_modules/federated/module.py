@@ -113,7 +113,7 @@ class FederatedClassifier(EvaluatedClassifier):
         self._copies: dict[int, nn.Module] = {}  # in a dict, hidden from nn.Module: they are scratch
         self._compile: dict[str, Any] | None = None  # options of `torch.compile` for them
         self._lr: list[float] = []  # of this round, by parameter group
-        self._controls = ControlVariates()
+        self.controls = ControlVariates()
         self._control_files: dict[int, str] = {}  # of a checkpoint, until training begins
         self.evaluation = ClassifierEvaluation()
 
@@ -177,7 +177,7 @@ class FederatedClassifier(EvaluatedClassifier):
         if self._control_files:
             own = Path(self.trainer.default_root_dir)
             run = Path(self.trainer.ckpt_path).parent.parent if self.trainer.ckpt_path else own
-            self._controls.read(run / CONTROLS, self._control_files, own=run.resolve() == own.resolve())
+            self.controls.read(run / CONTROLS, self._control_files, own=run.resolve() == own.resolve())
             self._control_files = {}
 
     def on_train_start(self) -> None:
@@ -220,7 +220,7 @@ class FederatedClassifier(EvaluatedClassifier):
             self._to_train -= 1
             if len(self._waiting) == self.clients_at_once or self._to_train <= 0:
                 group, self._waiting = self._waiting, []
-                self._updates += [self._train(batch)] if self.clients_at_once == 1 else self._train_together(group)
+                self._updates += [self.train_one(batch)] if self.clients_at_once == 1 else self._train_together(group)
 
     def client_weights(self, reports: Sequence[ClientUpdate]) -> list[float]:
         """Weights with which `aggregate` is a mean; UserError where it is none."""
@@ -242,7 +242,8 @@ class FederatedClassifier(EvaluatedClassifier):
         """What a client minimises, before its objective's own term."""
         return cross_entropy(network, image, label)
 
-    def _train(self, batch: ClientBatch) -> ClientUpdate:
+    def train_one(self, batch: ClientBatch) -> ClientUpdate:
+        """Train a copy of the global network on a client's data. batch: on the module's device, of this round."""
         where = batch.round_number, batch.client
         before = self.measure(batch.data, *where) if self.measures_clients else None
         worker = self._worker(self.network_of(batch.client))
@@ -301,13 +302,13 @@ class FederatedClassifier(EvaluatedClassifier):
     ) -> ClientUpdate:
         start = dict(self.network_of(batch.client).named_parameters())
         extras = (
-            self._controls.change(start.items(), state, trained[0], self._lr[0]) if self.objective.has_control else {}
+            self.controls.change(start.items(), state, trained[0], self._lr[0]) if self.objective.has_control else {}
         )
         return make_update(batch.client, len(batch.data), trained, start, state, extras, before, after)
 
     def _control_gap(self, client: int) -> list[Tensor]:
         """SCAFFOLD's ``c - c_k`` by parameter; empty without controls."""
-        return self._controls.gap(client, self.network.named_parameters()) if self.objective.has_control else []
+        return self.controls.gap(client, self.network.named_parameters()) if self.objective.has_control else []
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Loss and activity of the global network on a client's data."""
@@ -343,7 +344,7 @@ class FederatedClassifier(EvaluatedClassifier):
         elif updates and self.buffers_rule == "static":
             self._measure_norms()
         if self.objective.has_control:
-            self._controls.update(updates, len(data_of(self, FederatedData).client_sizes))
+            self.controls.update(updates, len(data_of(self, FederatedData).client_sizes))
 
     def _measure_norms(self) -> None:
         """Batch norms' statistics of the global weights: means over batches of all clients' images."""
@@ -395,17 +396,17 @@ class FederatedClassifier(EvaluatedClassifier):
         files: dict[int, str] = {}
         if self.objective.has_control and self.trainer.is_global_zero:
             run = Path(self.trainer.default_root_dir)
-            files = self._controls.write(run / CONTROLS, self.global_step)
+            files = self.controls.write(run / CONTROLS, self.global_step)
             sweep(run / CONTROLS, run / "checkpoints", files.values())
         checkpoint["federated"] = {
-            "server_control": self._controls.server,
+            "server_control": self.controls.server,
             "client_controls": files,
             "waiting": [{**vars(batch), "data": vars(batch.data)} for batch in self._waiting],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._controls.server = checkpoint["federated"]["server_control"]
+        self.controls.server = checkpoint["federated"]["server_control"]
         self._control_files = checkpoint["federated"]["client_controls"]
         self._waiting = [
             ClientBatch(**{**batch, "data": ImageBatch(**batch["data"])})

@@ -60,6 +60,15 @@ def test_pure_files_of_a_method_import_neither_lightning_nor_wandb():
             assert name.split(".")[0] not in ("lightning", "pytorch_lightning", "wandb"), f"{path}: {name}"
 
 
+def test_flower_is_imported_by_what_runs_on_it_alone():
+    allowed = {ROOT / "leanlight" / "cli" / "flower.py", *files("leanlight/flower")}
+    found = {
+        path for package in PACKAGES for path in files(package) if "flwr" in {n.split(".")[0] for n in imported(path)}
+    }
+    assert found <= allowed
+    assert found
+
+
 @cache
 def module_graph():
     """Every module of the suite with the modules of the suite that it imports, at any depth of its code."""

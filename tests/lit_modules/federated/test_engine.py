@@ -251,10 +251,10 @@ def test_controls_lie_in_files_of_their_own_and_a_resumed_run_goes_on_with_them(
     elsewhere, _ = scaffold_run(tmp_path / "elsewhere", 4, resume=half)  # which is by now at round 4
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
-    for client, control in whole._controls.clients.items():
+    for client, control in whole.controls.clients.items():
         for name, value in control.items():
-            assert torch.equal(resumed._controls.clients[client][name], value)
-            assert torch.equal(elsewhere._controls.clients[client][name], value)
+            assert torch.equal(resumed.controls.clients[client][name], value)
+            assert torch.equal(elsewhere.controls.clients[client][name], value)
 
 
 def test_files_of_controls_that_no_checkpoint_names_are_deleted(tmp_path):
