@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanlight.cli.arguments import Parser
+from leanlight.cli.arguments import Parser, number, output_folder
+from leanlight.configs_path import find_configs
 from leanlight.contracts.errors import MissingExtraError, UserError
+from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from leanlight.experiment import LeanlightCLI
@@ -49,7 +51,7 @@ app = server_app(partial(build, CONFIG), {timeout!r})
 
 
 def main(argv: list[str]) -> int:
-    """Run a federation; what is no option of this command goes to the config, as for `leanlight fit`."""
+    """Run a federation; an option that is none of this command is one of the config, as for `leanlight fit`."""
     parser = Parser(
         prog="leanlight flower",
         description=__doc__,
@@ -57,23 +59,33 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="name or path; later ones are laid over the first")
     parser.add_argument("--superlink", metavar="NAME", help="a connection of Flower's config.toml; else a simulation")
-    parser.add_argument("--cpus", type=int, default=1, help="of each client in a simulation (default: %(default)s)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="share of a GPU of each client in a simulation")
     parser.add_argument(
-        "--timeout", type=float, default=3600.0, help="seconds to wait for nodes and answers (default: %(default)g)"
+        "--cpus", type=number(PositiveInt), default=1, help="of each client in a simulation (default: %(default)s)"
     )
-    parser.add_argument("--app", type=Path, metavar="DIR", help="only write the Flower app, for `flwr run DIR NAME`")
-    args, rest = parser.parse_known_args(argv)
+    parser.add_argument(
+        "--gpus", type=number(NonNegativeFloat), default=0.0, help="share of a GPU of each client in a simulation"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=number(PositiveFloat),
+        default=3600.0,
+        help="seconds to wait for nodes and answers (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--app", type=output_folder, metavar="DIR", help="only write the Flower app, for `flwr run DIR NAME`"
+    )
+    own = {option for action in parser._actions for option in action.option_strings}
+    rest = [word for word in argv if word.startswith("--") and word.partition("=")[0] not in own]
+    args = parser.parse_args([word for word in argv if word not in rest])
+    for config in args.configs:
+        find_configs(config)  # a misspelt one is told before a missing extra
     if find_spec("flwr") is None:
         raise MissingExtraError("flwr", "flower")
-    for name in ("cpus", "timeout"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name}: expected a number above 0, got {getattr(args, name)}")
-    if args.gpus < 0:
-        raise UserError(f"--gpus: expected a number of at least 0, got {args.gpus}")
     if "--resume" in {word.partition("=")[0] for word in rest}:
         raise UserError("--resume: a federation on Flower starts anew; `leanlight fit --resume` goes on without it")
     cli = _federation([*(f"--config={config}" for config in args.configs), *rest])
+    if (args.app or args.superlink) and cli.model.buffers_rule == "static":
+        raise UserError("model.buffers: static reads all clients' images, which no server has; use average or keep")
     if args.app is not None:
         _write_app(args.app, cli, args.timeout)
         print(f"app: {args.app}; run it with: flwr run {args.app} NAME")

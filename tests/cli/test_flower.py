@@ -30,13 +30,14 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     [
         (["classifier/digits_small"], "config: expected a federation"),
         (["sfedca/digits_smal"], "digits_small"),
-        (["sfedca/digits_small", "--model.locl.epochs=1"], "local"),
+        (["sfedca/digits_small", "--trainer.max_epoch=1"], "max_epoch"),
         (["sfedca/digits_small", "--resume=there"], "--resume: a federation on Flower starts anew"),
-        (["sfedca/digits_small", "--timeout=0"], "--timeout: expected a number above 0, got 0"),
+        (["sfedca/digits_small", "--timeout=0"], "--timeout: expected"),
+        (["sfedhifi/digits_small", "--model.buffers=static", "--app=there"], "model.buffers: static reads"),
         (["sfedca/digits_small", "--trainer.devices=2", "--trainer.accelerator=cpu"], "trainer.devices: expected 1"),
         ([], "leanlight flower: the following arguments are required: CONFIG"),
     ],
-    ids=["no federation", "unknown config", "unknown key", "resume", "timeout", "devices", "nothing"],
+    ids=["no federation", "unknown config", "unknown key", "resume", "timeout", "static norms", "devices", "nothing"],
 )
 def test_bad_input_is_one_line(capsys, words, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,7 @@ WHOLE = {
     "play": ["nowhere"],
     "recommend": ["nowhere"],
     "audit": ["--data=samples.jsonl", "--judge=keyword"],
+    "flower": ["sfedca/digits_small"],
 }
 # Of options whose type is text or a file to read: words to put on the command line, each a wrong one.
 WRONG = {
@@ -71,10 +72,12 @@ WRONG = {
     "audit --columns": ["--columns=instruction", "--columns=instrution=question", "--columns=instruction=nowhere"],
     "audit --threshold": [f"--threshold={each}" for each in ("response=many", "respons=0.5", "response=1", "1")],
     "audit --fail-above": ["--fail-above=many", "--fail-above=-1", "--fail-above=nan", "--fail-above=answer=0.1"],
+    "flower configs": ["sfedca/digits_smal", "nowhere.yaml"],
     "audit --compare": ["--compare=nowhere", "--data=a --compare nowhere nowhere"],
 }
-#: Any text names a package; a category is looked up in a model, which `tests/cli/test_recommend.py` has.
-FREE = ("--trust", "--category")
+#: Any text names a package; a category is looked up in a model, which `tests/cli/test_recommend.py` has, a connection
+#: in Flower's own configuration.
+FREE = ("--trust", "--category", "--superlink")
 FILES = {
     "binary": b"\x00\xff\xfe not a text",
     "empty.yaml": b"",
