@@ -36,7 +36,7 @@ def server_app(make: Callable[[], LeanlightCLI], timeout: float) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         cli = make()
         strategy = FederationStrategy(cli.model, rounds_of(cli), Session(cli).run)
-        strategy.start(grid, ArrayRecord(), cli.trainer.max_epochs, timeout)
+        strategy.start(grid, ArrayRecord(), timeout=timeout)
 
     return app
 
