@@ -1,14 +1,12 @@
 """Where each data set is looked for, and how it becomes arrays.
 
 `load` goes through the places of a set in a fixed order: the root folder, a system location where one exists, a
-download by torchvision's tools, the packaged subset. What it returns says where the data came from.
+download, the packaged subset. What it returns says where the data came from.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from datamodules.images import formats, lists
+from datamodules.images import download, formats, lists
 from datamodules.images.catalog import DatasetInfo, describe
 from datamodules.images.formats import Part
 from leanlight.contracts import UserError
@@ -26,10 +24,7 @@ Variant = Literal["auto", "full", "subset"]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SUBSET_FILE = "fashion_mnist_subset.npz.xz"
 SUBSET_SHA256 = "400c44832575f2fc2fbd0c5ec3835612c914f1341901d4b6ff2b9adfd9836c30"
-TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 DOWNLOAD_FAILED = "download from"
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer; torchvision itself would wait for ever
 
 
 @dataclass(frozen=True)
@@ -128,18 +123,14 @@ def _checked_count(raw: Raw, query: Query) -> Raw:
     return raw
 
 
-@contextmanager
-def downloading(query: Query, origin: str) -> Iterator[None]:
-    """Turn network failures inside the block into an entry of the places tried."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+def fetch(query: Query, folder: Path) -> list[Path]:
+    """The files of a set that is downloaded; none, and an entry of the places tried, where the network fails."""
     try:
-        yield
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError
+        return download.download(query.info.name, folder)
+    except OSError as error:  # an URLError is one
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        query.tried.append(f"{DOWNLOAD_FAILED} {origin} ({reason.rstrip(': ')})")
-    finally:
-        socket.setdefaulttimeout(before)
+        query.tried.append(f"{DOWNLOAD_FAILED} {download.SOURCES[query.info.name].url} ({reason.rstrip(': ')})")
+        return []
 
 
 def digits(query: Query) -> Raw:
@@ -176,7 +167,7 @@ def idx_folder(query: Query, folder: Path) -> Raw | None:
 
 
 def idx_family(query: Query, folders: list[Path], torchvision_name: str) -> Raw | None:
-    """A set of the MNIST family: idx files where they may lie, or torchvision's download.
+    """A set of the MNIST family: idx files where they may lie, or a download.
 
     Args:
         query: what is asked for.
@@ -187,14 +178,7 @@ def idx_family(query: Query, folders: list[Path], torchvision_name: str) -> Raw 
     for folder in [*folders[:1], layout, *folders[1:]]:
         if raw := idx_folder(query, folder):
             return raw
-    if query.download:
-        import torchvision.datasets
-
-        dataset = getattr(torchvision.datasets, torchvision_name)
-        with downloading(query, dataset.mirrors[0]):
-            dataset(query.root, download=True)
-            return idx_folder(query, layout)
-    return None
+    return idx_folder(query, layout) if query.download and fetch(query, layout) else None
 
 
 def npz(query: Query, stem: str | None = None) -> Raw | None:
@@ -229,15 +213,15 @@ def mnist(query: Query) -> Raw | None:
 def cifar(query: Query) -> Raw | None:
     """An npz, the official batches in torchvision's layout, or their download."""
     from torchvision.datasets import CIFAR10, CIFAR100
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import extract_archive
 
     dataset, key = (CIFAR10, "labels") if query.info.name == "cifar10" else (CIFAR100, "fine_labels")
     folder = query.root / dataset.base_folder
     if raw := npz(query):
         return raw
     if not query.exists(folder) and query.download:
-        with downloading(query, dataset.url):
-            download_and_extract_archive(dataset.url, query.root, filename=dataset.filename, md5=dataset.tgz_md5)
+        for archive in fetch(query, query.root):
+            extract_archive(archive, query.root)
     if not folder.exists():
         return None
 
@@ -284,18 +268,14 @@ def fgvc(query: Query) -> Raw | None:
 def svhn(query: Query) -> Raw | None:
     """An npz, the two official .mat files in ``root/svhn`` or root, or their download. Label 10 is the digit 0."""
     from torchvision.datasets import SVHN
-    from torchvision.datasets.utils import download_url
 
     if raw := npz(query):
         return raw
     entries = [SVHN.split_list[name] for name in ("train", "test")]
     folders = [query.root / "svhn", query.root]
     folder = next((f for f in folders if all(query.exists(f / name) for _, name, _ in entries)), None)
-    if folder is None and query.download:
-        with downloading(query, entries[0][0]):
-            for url, name, md5 in entries:
-                download_url(url, folders[0], name, md5)
-            folder = folders[0]
+    if folder is None and query.download and fetch(query, folders[0]):
+        folder = folders[0]
     if folder is None:
         return None
 
@@ -313,14 +293,14 @@ def svhn(query: Query) -> Raw | None:
 
 def tiny_imagenet(query: Query) -> Raw | None:
     """An npz, the official folder ``root/tiny-imagenet-200``, or its download. Labels follow the sorted WordNet ids."""
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import extract_archive
 
     if raw := npz(query):
         return raw
     folder = query.root / "tiny-imagenet-200"
     if not query.exists(folder) and query.download:
-        with downloading(query, TINY_IMAGENET_URL):
-            download_and_extract_archive(TINY_IMAGENET_URL, query.root, md5=TINY_IMAGENET_MD5)
+        for archive in fetch(query, query.root):
+            extract_archive(archive, query.root)
     if not folder.exists():
         return None
     classes = formats.class_folders(folder / "train")
