@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType, MethodType
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from callbacks.common import gather_objects, is_trial
 from callbacks.epoch_state import capture_epoch, restore_epoch, restore_newest
 from leanlight.contracts import (
+    HasReplicas,
     ResumableLogger,
     UserError,
     atomic_path,
@@ -315,7 +317,8 @@ class BestCheckpoint(Checkpoint):
         better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
         if better and not math.isnan(value):
             self.best = value
-            trainer.save_checkpoint(best_checkpoint(trainer), weights_only=False)
+            with pl_module.as_best() if isinstance(pl_module, HasReplicas) else nullcontext():
+                trainer.save_checkpoint(best_checkpoint(trainer), weights_only=False)
 
 
 def _ask_rarely(loop: Any, every: int) -> None:

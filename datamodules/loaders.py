@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlight.contracts import Batch, Split, UserError, derived_seed, run_seed
+from leanlight.contracts import Batch, HasReplicas, Split, UserError, derived_seed, run_seed
 
 B = TypeVar("B", bound=Batch)
 # From blocks of positions to batches: at once from memory, or through worker processes.
@@ -45,6 +45,7 @@ class TrainOrder:
         rank: of this process.
         world: number of processes.
         batches: of an epoch, on each rank; the items are gone through as often as that takes. None: once.
+        replicas: orders side by side, of `seed`, `seed` + 1, …: a batch holds that of each, one after another.
 
     Attributes: ``epoch``, chosen by `set_epoch`; ``position``, batches handed out in this epoch.
     """
@@ -59,10 +60,11 @@ class TrainOrder:
         rank: int = 0,
         world: int = 1,
         batches: int | None = None,
+        replicas: int = 1,
     ) -> None:
         self.size, self.batch_size, self.seed, self.shuffle, self.drop_last = size, batch_size, seed, shuffle, drop_last
         self.rank, self.world, self.global_batch = rank, world, batch_size * world
-        self.batches = batches
+        self.batches, self.replicas = batches, replicas
         self.epoch = self.position = 0
 
     def __len__(self) -> int:
@@ -76,22 +78,22 @@ class TrainOrder:
             self.position = 0
         self.epoch = epoch
 
-    def indices(self) -> Tensor:
+    def indices(self, replica: int = 0) -> Tensor:
         """(size,) int64, the order of the present epoch over all ranks; longer where it has a number of batches."""
         passes = 1 if self.batches is None else math.ceil(self.batches * self.global_batch / self.size)
         if not self.shuffle:
             return torch.arange(self.size).repeat(passes)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed + replica, self.epoch))
         return torch.cat([torch.randperm(self.size, generator=generator) for _ in range(passes)])
 
     def blocks(self, start: int) -> Iterator[Tensor]:
         """This rank's positions, batch by batch, from batch `start` on."""
-        order = self.indices()
+        orders = torch.stack([self.indices(replica) for replica in range(self.replicas)])
         for low in range(start * self.global_batch, len(self) * self.global_batch, self.global_batch):
-            batch = order[low : low + self.global_batch]
-            missing = -len(batch) % self.world
-            filled = torch.cat([batch, order.repeat(math.ceil(missing / self.size))[:missing]])
-            yield filled.view(self.world, -1)[self.rank]
+            batch = orders[:, low : low + self.global_batch]
+            missing = -batch.shape[1] % self.world
+            filled = torch.cat([batch, orders.repeat(1, math.ceil(missing / self.size))[:, :missing]], 1)
+            yield filled.view(self.replicas, self.world, -1)[:, self.rank].flatten()
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and position, the same on every rank."""
@@ -161,7 +163,7 @@ def train_loader(
     Not shuffled while Lightning overfits a few batches, so that every epoch has the same ones.
 
     Args:
-        datamodule: asked for its trainer alone.
+        datamodule: asked for its trainer alone, and that for its module's replicas.
         size: items of the split.
         fetch: from blocks of positions to batches.
         batch_size: items of a batch on each rank.
@@ -173,7 +175,9 @@ def train_loader(
     rank, world = rank_and_world()
     seed = run_seed(seed)
     shuffle = not getattr(datamodule.trainer, "overfit_batches", 0)
-    made = order(size, batch_size, seed, shuffle, drop_last, rank, world, batches)
+    module = getattr(datamodule.trainer, "lightning_module", None)
+    replicas = module.replicas if isinstance(module, HasReplicas) else 1
+    made = order(size, batch_size, seed, shuffle, drop_last, rank, world, batches, replicas)
     if not len(made):
         raise UserError(
             f"batch_size={batch_size} on {world} process(es) with drop_last leaves no batch of {size} training items; "

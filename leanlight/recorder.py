@@ -17,7 +17,7 @@ import torch
 from callbacks import ThroughputMonitor
 from callbacks.sending import attempt
 from leanlight import runs
-from leanlight.contracts import DivergedError, UserError, progress_of
+from leanlight.contracts import DivergedError, HasReplicas, UserError, progress_of
 from leanlight.locks import locked
 from leanlight.loggers import RunWandbLogger
 
@@ -57,6 +57,7 @@ class RunRecorder(pl.Callback):
         self.run_dir, self.resolved = run_dir, resolved
         self.started = False
         self.metrics: dict[str, float] = {}
+        self.replicas: dict[str, list[float]] = {}  # values behind the means of a module with replicas
         self.before, self.changes, self.allow_changes = before, dict(changes), allow_changes
         self._on_changes = on_changes
         # What has finished is replaced only by what has finished.
@@ -119,19 +120,22 @@ class RunRecorder(pl.Callback):
             self._on_changes(self.summary["changes"])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._collect(trainer)
+        self._collect(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._collect(trainer)
+        self._collect(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._collect(trainer)
+        self._collect(trainer, pl_module)
 
-    def _collect(self, trainer: pl.Trainer) -> None:
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         self._start(trainer)
         self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if isinstance(pl_module, HasReplicas) and pl_module.replicas > 1:
+            values = pl_module.replica_metrics()
+            self.replicas |= {name: list(values[name]) for name in trainer.callback_metrics if name in values}
 
     # -- summary
 
@@ -175,6 +179,7 @@ class RunRecorder(pl.Callback):
         monitor = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, ThroughputMonitor)), None)
         self.summary |= {
             "metrics": self.metrics,
+            **({"replicas": self.replicas} if self.replicas else {}),
             "wall_s": round(self._wall_before + time.monotonic() - self._begin, 3),
             "train_wall_s": monitor and monitor.train_wall_s,
             "samples_seen": monitor and monitor.samples_seen,

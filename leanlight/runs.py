@@ -90,7 +90,8 @@ def results_folder(runs_root: Path, publish: bool) -> Path:
     return _PUBLISHED if publish else runs_root / "results"
 
 
-# Arguments that came after results had been published: at their default a run is what it was without them.
+# Arguments that came after results had been published: at their default a run is what it was without them. One whose
+# name others had before is that of a class.
 _LATER_DEFAULTS = {
     "predict_split": "test",
     "graph": False,
@@ -110,6 +111,11 @@ _LATER_DEFAULTS = {
     "pool": "flatten",
     "train_rest": False,
     "epoch_batches": None,
+    "replicas": 1,
+    "DatasetDistillation.lr_scheduler": None,
+    "AdaptiveWindow.min_start": 0,
+    "min_stage_epochs": 0,
+    "redraw": "epoch",
 }
 
 
@@ -220,10 +226,12 @@ def identity(resolved: Mapping[str, Any], digests: Mapping[str, str], whole: boo
                 return digests[folder] + text.removeprefix(folder)
         return text
 
-    def clean(value: Any) -> Any:
+    def clean(value: Any, of: str = "") -> Any:
         if isinstance(value, Mapping):
-            later = {k for k, v in _LATER_DEFAULTS.items() if value.get(k) == v and not whole}
-            return {str(k): clean(v) for k, v in value.items() if k not in _PLACE_KEYS | later}
+            defaults = {k.removeprefix(f"{of}."): v for k, v in _LATER_DEFAULTS.items()}
+            later = {k for k, v in defaults.items() if value.get(k) == v and not whole}
+            name = str(value.get("class_path", "")).rpartition(".")[2]
+            return {str(k): clean(v, name) for k, v in value.items() if k not in _PLACE_KEYS | later}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         return without_place(str(value)) if isinstance(value, (str, Path)) else value

@@ -28,15 +28,15 @@ class LengthOrder(TrainOrder):
         super().__init__(*order)
         self.lengths, self.window = lengths, window
 
-    def indices(self) -> Tensor:
+    def indices(self, replica: int = 0) -> Tensor:
         """(size,) int64, the order of the present epoch over all ranks; longer where it has a number of batches."""
-        order = super().indices()
+        order = super().indices(replica)
         if not self.shuffle:
             return order
         batches = len(order) // self.global_batch
         whole, rest = order.split([batches * self.global_batch, len(order) - batches * self.global_batch])
         windows = whole.split(self.window * self.global_batch)
         by_length = torch.cat([window[self.lengths[window].argsort(stable=True)] for window in windows])
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "batches"))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed + replica, self.epoch, "batches"))
         shuffled = by_length.view(batches, self.global_batch)[torch.randperm(batches, generator=generator)]
         return torch.cat([shuffled.flatten(), rest])

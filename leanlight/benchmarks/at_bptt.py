@@ -1,4 +1,4 @@
-"""Benchmark of AT-BPTT: time and memory of an outer step by gradient engine and window length."""
+"""Benchmark of AT-BPTT: time and memory of an outer step by gradient engine and window length; time of replicas."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from rich.console import Console
 
 from leanlight.benchmarks.core import Measurement, PaperStep, Target, peak_memory_mb, summarise
 from leanlight.benchmarks.gpu.checks import Check, Found, NotRun, near
+from lit_modules.at_bptt.distillers import OuterStep, Task, TruncatedBPTT
 from lit_modules.at_bptt.engines import Adjoint, GradientEngine, Unrolled
-from lit_modules.at_bptt.inner import InnerOptimizer
+from lit_modules.at_bptt.inner import InnerOptimizer, SyntheticData
 from lit_modules.at_bptt.lowrank import LowRankHessian
 from lit_modules.at_bptt.reference import ReferenceWindow
+from lit_modules.at_bptt.replicas import Replicas, side_by_side
+from lit_modules.at_bptt.windows import RandomWindow
+from lit_modules.nn import MLP
 
 _ENGINES = ("unrolled", "exact", "lowrank")
 
@@ -53,6 +57,9 @@ def run(quick: bool) -> Measurement:
                     {"engine": engine, "window": window, "rank": rank, "steps": steps, "device": device, **shapes},
                 )
     _compare(measured, windows[-1])
+    with Console(stderr=True).status("at_bptt: replicas"):
+        check_replicas(measured)
+        time_replicas(measured, quick, device)
     return measured
 
 
@@ -95,6 +102,70 @@ def check_equality(measured: Measurement) -> None:
     unrolled, adjoint = window.gradient(Unrolled()), window.gradient(Adjoint())
     error = (adjoint - unrolled).norm() / unrolled.norm()
     measured.checks["the adjoint gives the unrolled engine's gradients (float64)"] = bool(error < 1e-10)
+
+
+class ReplicatedStep:
+    """An outer step of several replicas of RaT-BPTT on random images: MLP of 64 at 14x14 pixels, one image a class.
+
+    Args:
+        replicas: as one batch, or taking turns.
+        real: real images of each replica's outer loss.
+        device: to work on.
+        dtype: of everything.
+    """
+
+    def __init__(self, replicas: Replicas, real: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        count, generator = len(replicas.each), torch.Generator().manual_seed(0)
+
+        def network() -> MLP:
+            return MLP(1, 10, [64], 14, mean=0.0, std=1.0).to(dtype)
+
+        self.replicas, self.seeds = replicas, range(count)
+        replicas.prepare(Task(network, 10, 1, 10, learn_labels=True, device=torch.device(device)))
+        images, self.image = (
+            torch.randn(count, n, 1, 14, 14, generator=generator).to(device, dtype) for n in (10, real)
+        )
+        self.data = SyntheticData(images, torch.eye(10).expand(count, 10, 10).to(device, dtype))
+        self.label = (torch.arange(real) % 10).expand(count, real).to(device)
+        replicas.start_epoch(self.data, self.seeds)
+
+    def __call__(self) -> OuterStep:
+        return self.replicas.outer_step(self.data, self.image, self.label, self.seeds)
+
+
+def _rat(steps: int) -> TruncatedBPTT:
+    return TruncatedBPTT(steps, RandomWindow(steps // 4), inner_optimizer=InnerOptimizer(lr=0.01))
+
+
+def check_replicas(measured: Measurement) -> None:
+    """A batch of replicas gives what they give one after another in float64."""
+    together, alone = (
+        ReplicatedStep(made, 20, dtype=torch.float64)() for made in (side_by_side(_rat(12), 3), Replicas(_rat(12), 3))
+    )
+    error = (together.images - alone.images).norm() / alone.images.norm()
+    measured.checks["replicas as one batch give the gradients of each alone (float64)"] = bool(error < 1e-10)
+
+
+def time_replicas(measured: Measurement, quick: bool, device: str) -> None:
+    """An outer step of ten replicas as one batch, against ten that take turns; T = 60, W = 15, 500 real images each."""
+    count, steps, real, repeats = (2, 8, 20, 2) if quick else (10, 60, 500, 5)
+    kinds = {"together": side_by_side(_rat(steps), count), "alone": Replicas(_rat(steps), count)}
+    trials = {name: ReplicatedStep(made, real, device) for name, made in kinds.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in trials}
+    for number in range(repeats + 1):
+        for name, trial in trials.items():
+            begin = time.perf_counter()
+            trial()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first warms up
+                seconds[name].append(time.perf_counter() - begin)
+    for name, taken in seconds.items():
+        measured.figures[f"replicas/{name}/step"] = summarise(taken, "s")
+    ratio = measured.figures["replicas/together/step"].value / measured.figures["replicas/alone/step"].value
+    measured.figures["replicas/together_over_alone/step"] = summarise([ratio], "x")
+    text = f"{count} replicas as one batch: at most half the time of {count} alone"
+    measured.targets.append(Target("replicas/together_over_alone/step", 0.5, text))
 
 
 def _measure_cell(setting: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,9 @@ from .protocols import (
     CompilesNetworks as CompilesNetworks,
 )
 from .protocols import (
+    HasReplicas as HasReplicas,
+)
+from .protocols import (
     HasStep as HasStep,
 )
 from .protocols import (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
@@ -98,6 +99,22 @@ class HasVariants(Protocol):
 
     def variants(self) -> Mapping[str, nn.Module]:
         """Name → network for images (N, C, H, W) in [0, 1], on the module's device."""
+
+
+@runtime_checkable
+class HasReplicas(Protocol):
+    """A module that advances several runs as one, which differ in their seeds: that of replica i is the run's plus i.
+
+    A training batch then holds the one that each replica would have alone, one after another.
+    """
+
+    replicas: int
+
+    def replica_metrics(self) -> Mapping[str, Sequence[float]]:
+        """Name of a logged metric → the value of each replica; the logged one is their mean."""
+
+    def as_best(self) -> AbstractContextManager[None]:
+        """Inside, every replica is what it was at its own best validation."""
 
 
 @dataclass(frozen=True)

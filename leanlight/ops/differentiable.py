@@ -19,6 +19,9 @@ from leanlight.contracts.errors import UserError, nearest
 from leanlight.ops.augment import AUGMENTATIONS, Augmentation
 
 Operation = Callable[[Tensor, Callable[[], Tensor]], Tensor]
+#: One source of random numbers for all images, torch's own (None), or one for each of as many equal parts of them.
+Source = torch.Generator | Sequence[torch.Generator | None] | None
+FromSource = Callable[[Tensor, Source], Tensor]
 
 
 def _flip(image: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
@@ -115,9 +118,7 @@ def _colour(image: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
     return (image - mean) * (uniform() + 0.5) + mean
 
 
-def one_of(
-    image: Tensor, generator: torch.Generator | None = None, *, operations: Sequence[Operation], shared: bool = False
-) -> Tensor:
+def one_of(image: Tensor, generator: Source = None, *, operations: Sequence[Operation], shared: bool = False) -> Tensor:
     """Apply one operation, drawn once, to the whole batch.
 
     With `shared`, two batches of different sizes are transformed alike when their generators start alike (Siamese
@@ -125,21 +126,41 @@ def one_of(
 
     Args:
         image: (N, C, H, W).
-        generator: of all that is drawn; torch's own CPU state by default.
+        generator: of all that is drawn; torch's own CPU state by default. Several: each draws for its equal part of the
+            images what it would draw for that part alone.
         operations: to draw from, each (image, source of uniform numbers) → image.
         shared: whether all images get the same parameters of the operation; else each has its own.
     """
-    count = 1 if shared else len(image)
-    device = generator.device if generator is not None else "cpu"
+    generators = generator if isinstance(generator, Sequence) else [generator]
+    parts = image.unflatten(0, (len(generators), -1))
+    size = parts.shape[1]
 
-    def uniform() -> Tensor:
-        return torch.rand(count, 1, 1, 1, generator=generator, device=device).to(image.device, non_blocking=True)
+    def apply(members: Sequence[int], images: Tensor) -> Tensor:
+        def uniform() -> Tensor:
+            drawn = [_uniform(1 if shared else size, generators[member]) for member in members]
+            numbers = drawn[0] if len(drawn) == 1 else torch.cat([each.expand(size, 1, 1, 1) for each in drawn])
+            return numbers.to(image.device, non_blocking=True)
 
-    choice = int(torch.randint(len(operations), (), generator=generator, device=device))
-    return operations[choice](image, uniform)
+        return operations[choices[members[0]]](images, uniform)
+
+    choices = [int(torch.randint(len(operations), (), generator=each, device=_place(each))) for each in generators]
+    if len(set(choices)) == 1:
+        return apply(range(len(choices)), image)
+    # Parts of the same choice are worked on together, and then put back into their order.
+    groups = [[i for i, other in enumerate(choices) if other == choice] for choice in sorted(set(choices))]
+    done = [apply(group, parts[group].flatten(0, 1)).unflatten(0, (-1, size)) for group in groups]
+    return torch.cat(done)[torch.tensor([i for group in groups for i in group]).argsort()].flatten(0, 1)
 
 
-def flip_then(image: Tensor, generator: torch.Generator | None = None, *, operation: Operation) -> Tensor:
+def _place(generator: torch.Generator | None) -> torch.device | str:
+    return "cpu" if generator is None else generator.device
+
+
+def _uniform(count: int, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(count, 1, 1, 1, generator=generator, device=_place(generator))
+
+
+def flip_then(image: Tensor, generator: Source = None, *, operation: Operation) -> Tensor:
     """Mirror each image with probability 1/2, then apply one operation, its parameters drawn for each image.
 
     Args:
@@ -153,19 +174,19 @@ def flip_then(image: Tensor, generator: torch.Generator | None = None, *, operat
 _DSA = (_colour, _shift, _cutout, _flip, _scale, _rotate)
 
 #: By up to 15 degrees: the "composed" variant.
-flip_then_rotate: Augmentation = functools.partial(flip_then, operation=_rotate)
+flip_then_rotate: FromSource = functools.partial(flip_then, operation=_rotate)
 #: By up to an eighth of the side (4 pixels of 32): what `leanlight.ops.augment.flip_and_crop` does to images of 32
 #: pixels, at a hundredth of its cost under a gradient.
-flip_then_shift: Augmentation = functools.partial(flip_then, operation=_shift)
+flip_then_shift: FromSource = functools.partial(flip_then, operation=_shift)
 #: To a window of a quarter of the area to the whole.
-flip_then_resized_crop: Augmentation = functools.partial(flip_then, operation=_resized_crop)
-flip_or_rotate: Augmentation = functools.partial(one_of, operations=(_flip, _rotate))
-only_shift: Augmentation = functools.partial(one_of, operations=(_shift,))
-rotate: Augmentation = functools.partial(one_of, operations=(_rotate,))
-dsa: Augmentation = functools.partial(one_of, operations=_DSA)
-siamese_dsa: Augmentation = functools.partial(one_of, operations=_DSA, shared=True)
+flip_then_resized_crop: FromSource = functools.partial(flip_then, operation=_resized_crop)
+flip_or_rotate: FromSource = functools.partial(one_of, operations=(_flip, _rotate))
+only_shift: FromSource = functools.partial(one_of, operations=(_shift,))
+rotate: FromSource = functools.partial(one_of, operations=(_rotate,))
+dsa: FromSource = functools.partial(one_of, operations=_DSA)
+siamese_dsa: FromSource = functools.partial(one_of, operations=_DSA, shared=True)
 
-DIFFERENTIABLE: dict[str, Augmentation] = {
+DIFFERENTIABLE: dict[str, FromSource] = {
     "flip_rotate": flip_or_rotate,
     "flip_then_rotate": flip_then_rotate,
     "rotate": rotate,
@@ -185,3 +206,17 @@ def find_augmentation(
     if name is not None and name not in among:
         raise UserError(f"{key}: expected one of {sorted(among)}, got {name!r}{nearest(name, among)}")
     return among[name] if name else None
+
+
+def augment_each(augment: Augmentation, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Augment several batches, each as it would be alone with its generator; together where the augmentation can.
+
+    Args:
+        augment: one of `ALL_AUGMENTATIONS`.
+        image: (S, N, C, H, W).
+        generators: S of them.
+    """
+    for together in DIFFERENTIABLE.values():
+        if together is augment:
+            return together(image.flatten(0, 1), generators).unflatten(0, image.shape[:2])
+    return torch.stack([augment(*each) for each in zip(image, generators, strict=True)])

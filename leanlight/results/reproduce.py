@@ -58,7 +58,8 @@ def reproduce(spec: TableSpec, options: Options) -> int:
     asked = [cell for cell in cells if _is_asked(cell, options)]
     plan = {cell.key: cell.decide(fresh=options.fresh, rerun_stale=options.rerun_stale) for cell in asked}
     if options.dry_run:
-        print_plan([(c.key, plan[c.key].action, plan[c.key].why, str(c.run_dir)) for c in asked])
+        runs = [cells[0] for cells in _by_run(asked)]
+        print_plan([(c.run_key, plan[c.key].action, plan[c.key].why, str(c.run_dir)) for c in runs])
         return 0
     ran, reused = _run(asked, plan, options, spec)
     for cell in cells:
@@ -106,26 +107,28 @@ def _is_asked(cell: Cell, options: Options) -> bool:
 
 def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: TableSpec) -> tuple[int, int]:
     """Run the cells that need it, several at once, and note what failed; return how many finished and were reused."""
-    todo = {cell.key: cell for cell in asked if plan[cell.key].action in ("start", "resume")}
+    runs = _by_run(asked)
+    todo = {cells[0].run_dir: cells for cells in runs if plan[cells[0].key].action in ("start", "resume")}
     logs, ran = options.runs_root / "reproduce" / spec.stem, 0
     with CellProgress(len(todo)) as progress:
-        for cell in asked:
-            _announce(cell, plan[cell.key], progress)
+        for cells in runs:
+            _announce(cells, plan[cells[0].key], progress)
 
         def ended(job: Job, code: int) -> None:
             nonlocal ran
             progress.ended(job, "finished" if code == 0 else "FAILED")
             if code:
                 why = why_failed(job, code)
-                todo[job.key].failure = why.splitlines()[0]
+                for cell in todo[job.run_dir]:
+                    cell.failure = why.splitlines()[0]
                 progress.say(f"{why}\nlog: {job.log}")
             else:
-                ran += 1
+                ran += len(todo[job.run_dir])
 
         flags = {"fresh": options.fresh, "rerun_stale": options.rerun_stale}
         jobs = [
-            Job(key, cell.run_dir, logs / f"{cell.run_id}.log", partial(cell.prepare, **flags))
-            for key, cell in todo.items()
+            Job(cell.run_key, cell.run_dir, logs / f"{cell.run_id}.log", partial(cell.prepare, **flags))
+            for cell, *_ in todo.values()
         ]
         try:
             # One job alone may use several GPUs; several would all train on the first.
@@ -136,18 +139,28 @@ def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: T
                 "interrupted; finished cells are kept and running ones left a checkpoint: the same command goes on"
             )
             raise
-    return ran, len(asked) - len(todo)
+    return ran, len(asked) - sum(map(len, todo.values()))
 
 
-def _announce(cell: Cell, decision: Decision, progress: CellProgress) -> None:
-    """Say what is not plain about a cell before any starts."""
+def _by_run(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that share a run together, in order of their first."""
+    runs: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        runs.setdefault(cell.run_dir, []).append(cell)
+    return list(runs.values())
+
+
+def _announce(cells: Sequence[Cell], decision: Decision, progress: CellProgress) -> None:
+    """Say what is not plain about the cells of a run before any starts."""
+    key = cells[0].run_key
     if decision.action == "diverged":
-        cell.failure = "diverged"
-        progress.say(f"{cell.key}: diverged before, not repeated: {decision.why}")
+        for cell in cells:
+            cell.failure = "diverged"
+        progress.say(f"{key}: diverged before, not repeated: {decision.why}")
     elif decision.stale:
-        progress.say(f"{cell.key}: stale, the code has changed since it ran (--rerun-stale repeats it)")
+        progress.say(f"{key}: stale, the code has changed since it ran (--rerun-stale repeats it)")
     elif decision.action == "resume":
-        progress.say(f"{cell.key}: goes on ({decision.why})")
+        progress.say(f"{key}: goes on ({decision.why})")
 
 
 def _read(cell: Cell, spec: TableSpec, earlier: Entry | None, asked: bool) -> None:

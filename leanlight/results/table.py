@@ -1,4 +1,7 @@
-"""A result table: its cells (a row at a seed), their runs, and the JSON that they add up to."""
+"""A result table: its cells (a row at a seed), their runs, and the JSON that they add up to.
+
+Cells share a run whose replicas they are.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from leanlight.results.launch import command
 from leanlight.results.pipeline import PipelineRunner, Resolved, pipeline_identity
 from leanlight.results.pipeline_spec import PipelineSpec
 from leanlight.results.state import Decision, clear, decide, resume_words
-from leanlight.results.table_spec import Row, TableSpec
+from leanlight.results.table_spec import REPLICAS, Row, TableSpec
 from leanlight.runs import config_hash, folder_name, read_summary
 
 FORMAT = 1
@@ -33,6 +36,7 @@ _KEYS = {
     "claim": "text scope expr margin min_seeds verdict counts_for_paper evidence",
 }
 _COPIED = ("code_hash", "commit", "dirty", "date", "data", "machine", "samples_seen")  # from a run's summary
+_SHARED = ("wall_s", "train_wall_s", "samples_seen")  # by the replicas of a run
 Entry = dict[str, Any]  # what a finished cell contributes to the document
 
 
@@ -48,6 +52,7 @@ class Cell:
         run_dir: the run folder, or for a pipeline the folder of its summary.
         runs_root: folder of all runs.
         arguments: of `leanlight`, without the place of the run folder.
+        seeds: of the run, one a replica; the cell's own is among them.
         entry: its contribution to the results, once it has one.
         failure: why it has none, if it was asked for one.
     """
@@ -59,6 +64,7 @@ class Cell:
     run_dir: Path
     runs_root: Path
     arguments: tuple[str, ...]
+    seeds: tuple[int, ...]
     entry: Entry | None = None
     failure: str = ""
 
@@ -66,6 +72,12 @@ class Cell:
     def key(self) -> str:
         """How it is called on screen."""
         return f"{self.row.name} s{self.seed}"
+
+    @property
+    def run_key(self) -> str:
+        """How its run is called on screen."""
+        last = f"-{self.seeds[-1]}" if len(self.seeds) > 1 else ""
+        return f"{self.row.name} s{self.seeds[0]}{last}"
 
     def decide(self, *, fresh: bool = False, rerun_stale: bool = False) -> Decision:
         """What to do about it."""
@@ -93,17 +105,24 @@ class Cell:
         A metric of the table is a logged name, or ``summary/<key>`` for a number of the summary itself, e.g.
         ``summary/train_wall_s``. ``stages/<stage>/<name>`` is either of another stage of the row's pipeline, e.g.
         ``stages/select/wall_s`` or ``stages/scorer/val/accuracy``. Raises UserError when one is missing or not finite.
+
+        Of a run with replicas every cell has its own values and its share of the time. The summary's numbers are one
+        measurement, so that the first cell alone has them.
         """
         summaries, counted = self._summaries()
-        measured = {f"summary/{key}": value for key, value in _numbers(counted).items()}
-        measured |= counted.get("metrics") or {}
+        own, share = self.seeds.index(self.seed), len(self.seeds)
+        measured = {f"summary/{key}": value for key, value in _numbers(counted, share).items()} if own == 0 else {}
+        if share == 1:
+            measured |= counted.get("metrics") or {}
+        else:
+            measured |= {name: values[own] for name, values in (counted.get("replicas") or {}).items()}
         for summary in summaries if self.row.pipeline else ():
             named = _numbers(summary) | (summary.get("metrics") or {})
             measured |= {f"stages/{summary['_stage']}/{key}": value for key, value in named.items()}
         values = {}
         for name, metric in spec.metrics.items():
             value = measured.get(name)
-            if value is None and metric.optional:
+            if value is None and (metric.optional or (own and name.startswith("summary/"))):
                 continue
             if value is None:
                 has = ", ".join(sorted(measured)) or "none"
@@ -114,10 +133,12 @@ class Cell:
         entry: Entry = {"seed": self.seed, "run": counted["_folder"], "config_hash": self.identity}
         entry |= {key: counted.get(key) for key in _COPIED}
         entry["data"] = _without_folders(entry["data"])
+        if share > 1:
+            entry |= {"replicas": share, "samples_seen": _numbers(counted, share).get("samples_seen")}
         entry |= {
             "stale": stale,
             "metrics": values,
-            "wall_s": round(math.fsum(summary.get("wall_s") or 0.0 for summary in summaries), 3),
+            "wall_s": round(math.fsum(summary.get("wall_s") or 0.0 for summary in summaries) / share, 3),
             "peak_rss_mb": _largest(summaries, "peak_rss_mb"),
             "peak_cuda_mb": _largest(summaries, "peak_cuda_mb"),
         }
@@ -150,17 +171,22 @@ def make_cells(spec: TableSpec, runs_root: Path) -> list[Cell]:
     """Every cell of the table, seed by seed. UserError names the row whose config, or a stage of it, does not parse."""
     cells = []
     parsed: Resolved = {}
+    made: dict[tuple[str, tuple[int, ...]], Cell] = {}
     for seed in spec.seeds:
         for row in (row for row in spec.rows if seed in row.seeds):
+            seeds = next(run for run in row.runs() if seed in run)
             try:
-                cells.append(_make_cell(spec, row, seed, runs_root, parsed))
+                if (row.name, seeds) not in made:
+                    made[row.name, seeds] = _make_cell(spec, row, seeds, runs_root, parsed)
             except UserError as error:
                 raise UserError(f"row {row.name}: {error}") from None
+            cells.append(replace(made[row.name, seeds], seed=seed))
     return cells
 
 
-def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path, parsed: Resolved) -> Cell:
-    arguments = row_arguments(spec, row, seed)
+def _make_cell(spec: TableSpec, row: Row, seeds: tuple[int, ...], runs_root: Path, parsed: Resolved) -> Cell:
+    """The cell of the first seed of a run."""
+    arguments, seed = row_arguments(spec, row, seeds), seeds[0]
     if row.pipeline is None:
         from leanlight.experiment import resolve  # loads torch and lightning
 
@@ -175,17 +201,19 @@ def _make_cell(spec: TableSpec, row: Row, seed: int, runs_root: Path, parsed: Re
             PipelineRunner(pipeline, runs_root, resolved=parsed).check()
         identity, folder = pipeline_identity(pipeline), Path("pipelines")
     run_id = folder_name(f"{spec.stem}-{row.name}-s{seed}-{identity[:8]}", "name of its runs")
-    return Cell(row, seed, identity, run_id, runs_root / folder / run_id, runs_root, arguments)
+    return Cell(row, seed, identity, run_id, runs_root / folder / run_id, runs_root, arguments, seeds)
 
 
-def row_arguments(spec: TableSpec, row: Row, seed: int) -> tuple[str, ...]:
-    """Arguments of `leanlight` that run a row at a seed, as a reader would type them."""
+def row_arguments(spec: TableSpec, row: Row, seeds: tuple[int, ...]) -> tuple[str, ...]:
+    """Arguments of `leanlight` that run a row at a seed, or at several as replicas, as a reader would type them."""
     if row.pipeline is None:
         overrides = [option(key, value) for key, value in row.overrides.items()]
-        fixed = {"seed_everything": seed, "run.test": spec.checkpoint}
+        fixed = {"seed_everything": seeds[0], "run.test": spec.checkpoint}
+        if row.replicas > 1:
+            fixed[REPLICAS] = len(seeds)
         return ("fit", "--config", row.config, *overrides, *(option(key, value) for key, value in fixed.items()))
     sets = [f"{key}={json.dumps(value)}" for key, value in _pipeline_overrides(spec, row, row.pipeline).items()]
-    return ("run", row.config, *(word for pair in sets for word in ("--set", pair)), "--seed", str(seed))
+    return ("run", row.config, *(word for pair in sets for word in ("--set", pair)), "--seed", str(seeds[0]))
 
 
 def _pipeline_overrides(spec: TableSpec, row: Row, pipeline: PipelineSpec) -> dict[str, Any]:
@@ -263,7 +291,7 @@ def _row(spec: TableSpec, row: Row, cells: Sequence[Cell], machine: Mapping[str,
         "config": row.config,
         "stage": row.stage,
         "overrides": row.overrides,
-        "command": shlex.join(["leanlight", *row_arguments(spec, row, row.seeds[0])]),
+        "command": shlex.join(["leanlight", *row_arguments(spec, row, row.runs()[0])]),
         "checkpoint_rule": spec.checkpoint,
         "seeds": [entry["seed"] for entry in entries],
         "metrics": _measured(spec, entries),
@@ -307,9 +335,10 @@ def _mean(parts: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return round(mean_std(values)[0], 3) if values else None
 
 
-def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a summary itself counts: seconds, memory, samples."""
-    return {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+def _numbers(summary: Mapping[str, Any], share: int = 1) -> dict[str, Any]:
+    """What a summary itself counts: seconds, memory, samples; of one of so many replicas its share."""
+    numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+    return {key: value / share if share > 1 and key in _SHARED else value for key, value in numbers.items()}
 
 
 def _largest(parts: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -73,6 +73,7 @@ class Row:
         pipeline: the pipeline that `config` names, if it does.
         stage: of the pipeline, whose summary counts.
         seeds: those of the table at which the row runs.
+        replicas: how many of them, one after another in number, one run advances together, where its model can.
     """
 
     name: str
@@ -85,6 +86,17 @@ class Row:
     pipeline: PipelineSpec | None = None
     stage: str = ""
     seeds: tuple[int, ...] = ()
+    replicas: int = 1
+
+    def runs(self) -> list[tuple[int, ...]]:
+        """The seeds of each of its runs."""
+        runs: list[tuple[int, ...]] = []
+        for seed in sorted(self.seeds):
+            if runs and runs[-1][-1] == seed - 1 and len(runs[-1]) < self.replicas:
+                runs[-1] = (*runs[-1], seed)
+            else:
+                runs.append((seed,))
+        return runs
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ class TableSpec:
 def load_table(name: str) -> TableSpec:
     """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
-    keys = "method dataset scale title note seeds checkpoint metrics rows claims profile curves"
+    keys = "method dataset scale title note seeds replicas checkpoint metrics rows claims profile curves"
     top = Reader(read_mapping(path), path.name, keys)
     metrics = {
         str(key): _metric(str(key), value, f"{path.name}: metrics {key}")
@@ -195,7 +207,10 @@ def load_table(name: str) -> TableSpec:
     if not items:
         raise UserError(f"{path.name}: rows is empty; name at least one")
     seeds = _seeds(top)
-    rows = tuple(_row(item, f"{path.name}: rows[{i}]", method, metrics, seeds) for i, item in enumerate(items))
+    replicas = _replicas(top, 1)
+    rows = tuple(
+        _row(item, f"{path.name}: rows[{i}]", method, metrics, seeds, replicas) for i, item in enumerate(items)
+    )
     names = [row.name for row in rows]
     unique(names, f"{path.name}: rows")
     claims = tuple(
@@ -243,6 +258,13 @@ def _seeds(top: Reader) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def _replicas(reader: Reader, default: int) -> int:
+    replicas: int = reader.get("replicas", int, default)
+    if replicas < 1:
+        raise UserError(f"{reader.where}: replicas must be at least 1, got {replicas}")
+    return replicas
+
+
 def _metric(name: str, content: Any, where: str) -> Metric:
     if not _METRIC.fullmatch(name):
         raise UserError(
@@ -267,8 +289,10 @@ def _metric(name: str, content: Any, where: str) -> Metric:
     )
 
 
-def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric], seeds: tuple[int, ...]) -> Row:
-    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper seeds")
+def _row(
+    content: Any, where: str, method: str, metrics: Mapping[str, Metric], seeds: tuple[int, ...], replicas: int
+) -> Row:
+    reader = Reader(content, where, "name label method config pipeline stage overrides setting paper seeds replicas")
     name = reader.name()
     reader.where = where = f"{where} {name}"
     if ("config" in reader.content) == ("pipeline" in reader.content):
@@ -282,6 +306,9 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric], s
             raise UserError(f"{where}: stage {stage!r} is not in {reader.content['pipeline']}{nearest(stage, stages)}")
     elif "stage" in reader.content:
         raise UserError(f"{where}: stage belongs to a pipeline, this row has a config")
+    replicas = _replicas(reader, replicas)
+    if pipeline is not None and replicas > 1:
+        raise UserError(f"{where}: replicas must be 1 for a pipeline, whose runs have one seed each, got {replicas}")
     _check_stages(metrics, pipeline, where)
     overrides = reader.get("overrides", dict, {})
     _check_overrides(overrides, pipeline, where)
@@ -303,6 +330,7 @@ def _row(content: Any, where: str, method: str, metrics: Mapping[str, Metric], s
         pipeline=pipeline,
         stage=stage,
         seeds=own,
+        replicas=replicas,
     )
 
 
@@ -324,10 +352,13 @@ def _check_overrides(overrides: Mapping[Any, Any], pipeline: PipelineSpec | None
         if pipeline is not None:
             pipeline.split_key(key, f"{where}: overrides")
         elif key in RESERVED:
-            raise UserError(f"{where}: overrides: {key} is set by the table (seeds, checkpoint, runs root)")
+            raise UserError(f"{where}: overrides: {key} is set by the table (seeds, replicas, checkpoint, runs root)")
 
 
-RESERVED = frozenset({"seed_everything", "run.id", "run.test", "run.method", "run.dataset", "trainer.default_root_dir"})
+REPLICAS = "model.init_args.replicas"
+RESERVED = frozenset(
+    {"seed_everything", REPLICAS, "run.id", "run.test", "run.method", "run.dataset", "trainer.default_root_dir"}
+)
 
 
 def _paper(content: Any, where: str) -> PaperFigure:

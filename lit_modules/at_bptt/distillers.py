@@ -18,6 +18,7 @@ from lit_modules.at_bptt.engines import Adjoint, GradientEngine
 from lit_modules.at_bptt.inner import (
     BatchSampler,
     FlatNetwork,
+    InnerBatch,
     InnerOptimizer,
     InnerProblem,
     SyntheticData,
@@ -160,41 +161,51 @@ class TruncatedBPTT(Distiller):
     def __post_init__(self) -> None:
         if self.inner_steps < 1:
             raise UserError(f"inner_steps: expected at least 1, got {self.inner_steps}")
-        self._selector, self._engine = self.selector or AdaptiveWindow(), self.engine or Adjoint()
-        if self.weight_by_p and not isinstance(self._selector, AdaptiveWindow):
+        self.window_selector, self.gradient_engine = self.selector or AdaptiveWindow(), self.engine or Adjoint()
+        if self.weight_by_p and not isinstance(self.window_selector, AdaptiveWindow):
             raise UserError("weight_by_p: needs selector AdaptiveWindow, which defines P(t)")
         self._task: Task | None = None
         self._window: Window | None = None
         self._norms: Tensor | None = None
-        self._augment = find_augmentation(self.augment, "augment")
-        self._outer_augment = find_augmentation(self.outer_augment, "outer_augment")
+        self.augmentation = find_augmentation(self.augment, "augment")
+        self.outer_augmentation = find_augmentation(self.outer_augment, "outer_augment")
 
     def prepare(self, task: Task) -> None:
         self._task = task
-        self._problem(0, torch.device("cpu"))  # refuses networks that cannot be differentiated twice
-        self._selector.prepare(self.inner_steps, task.epochs)
-        self._engine.prepare(task.device)
+        self._network(0, torch.device("cpu"))  # refuses those that cannot be differentiated twice
+        self.window_selector.prepare(self.inner_steps, task.epochs)
+        self.gradient_engine.prepare(task.device)
         self._sampler = BatchSampler(task.num_classes, task.ipc, self.classes_per_batch, self.images_per_class)
 
-    def _problem(self, seed: int, device: torch.device) -> InnerProblem:
+    def _network(self, seed: int, device: torch.device) -> FlatNetwork:
         assert self._task is not None
-        network = FlatNetwork(fresh_network(self._task.network, seed, device))
-        return InnerProblem(network, self.inner_optimizer, self._augment)
+        return FlatNetwork(fresh_network(self._task.network, seed, device))
+
+    def inner_run(
+        self, steps: int, seed: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[FlatNetwork, list[InnerBatch]]:
+        """A fresh network and its mini-batches for so many steps; seed: of the network, generator: of the rest."""
+        return self._network(seed, device), self._sampler.draw(steps, generator, device)
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._norms = None
-        if self._selector.needs_norms or self.weight_by_p:
-            self._norms = self._probe(data, seed, generator)
-        self._window = self._selector.select(self.inner_steps, self._norms, generator)
+        self.choose(self._probe(data, seed, generator) if self.needs_norms else None, generator)
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the next `choose` wants the inner gradient norms of a probe run."""
+        return self.window_selector.needs_norms or self.weight_by_p
+
+    def choose(self, norms: Tensor | None, generator: torch.Generator) -> None:
+        """Choose the epoch's window; norms: (T,) on the CPU where `needs_norms`."""
+        self._norms, self._window = norms, self.window_selector.select(self.inner_steps, norms, generator)
 
     def _probe(self, data: SyntheticData, seed: int, generator: torch.Generator) -> Tensor:
         """Inner gradient norms (T,) of a throw-away run, on the CPU."""
-        device = data.images.device
-        problem = self._problem(seed, device)
-        batches = self._sampler.draw(self.inner_steps, generator, device)
-        state = self.inner_optimizer.start(problem.network.parameters())
-        return torch.stack([norm for _, norm in self._engine.train(problem, state, data, batches)]).cpu()
+        network, batches = self.inner_run(self.inner_steps, seed, generator, data.images.device)
+        problem = InnerProblem(network, self.inner_optimizer, self.augmentation)
+        state = self.inner_optimizer.start(network.parameters())
+        return torch.stack([norm for _, norm in self.gradient_engine.train(problem, state, data, batches)]).cpu()
 
     @property
     def choice(self) -> Any:
@@ -207,53 +218,64 @@ class TruncatedBPTT(Distiller):
         self._norms = value["norms"]
 
     def outer_step(self, data: SyntheticData, image: Tensor, label: Tensor, seed: int) -> OuterStep:
-        window, device = self._window, data.images.device
-        assert window is not None
         assert self._task is not None
         generator = torch.Generator().manual_seed(seed)
-        problem = self._problem(seed, device)
-        batches = self._sampler.draw(window.end, generator, device)
-        state = self.inner_optimizer.start(problem.network.parameters())
-        for state, _ in self._engine.train(problem, state, data, batches[: window.start]):  # noqa: B007, B020
+        window = self.next_window(generator)
+        network, batches = self.inner_run(window.end, seed, generator, data.images.device)
+        problem = InnerProblem(network, self.inner_optimizer, self.augmentation)
+        state = self.inner_optimizer.start(network.parameters())
+        for state, _ in self.gradient_engine.train(problem, state, data, batches[: window.start]):  # noqa: B007, B020
             pass
-        if self._outer_augment is not None:
-            image = self._outer_augment(image, generator)
+        if self.outer_augmentation is not None:
+            image = self.outer_augmentation(image, generator)
         logits: list[Tensor] = []
 
         def outer_loss(theta: Tensor) -> Tensor:
-            logits[:] = [problem.network(theta, image)]
+            logits[:] = [network(theta, image)]
             return F.cross_entropy(logits[0], label)
 
-        result = self._engine.meta_gradient(
-            problem, state, data, batches[window.start :], outer_loss, self._task.learn_labels, self._weights(window)
+        result = self.gradient_engine.meta_gradient(
+            problem, state, data, batches[window.start :], outer_loss, self._task.learn_labels, self.weights(window)
         )
         right = (logits[0].detach().argmax(1) == label).float().mean()
         return OuterStep(result.images, result.labels, result.loss, right)
 
-    def _weights(self, window: Window) -> Tensor | None:
+    def next_window(self, generator: torch.Generator) -> Window:
+        """That of the next outer step: the epoch's, or one drawn for this step where the selector does that."""
+        if self.window_selector.redraws:
+            self._window = self.window_selector.select(self.inner_steps, self._norms, generator)
+        assert self._window is not None
+        return self._window
+
+    def weights(self, window: Window) -> Tensor | None:
+        """(length,) P_trunc(i) of the window's steps with `weight_by_p`, else None."""
         if not self.weight_by_p:
             return None
-        assert isinstance(self._selector, AdaptiveWindow)
+        assert isinstance(self.window_selector, AdaptiveWindow)
         assert self._norms is not None
-        return self._selector.probabilities(self._norms)[window.start : window.end].float()
+        return self.window_selector.probabilities(self._norms)[window.start : window.end].float()
 
     def end_epoch(self, accuracy: float) -> None:
-        self._selector.end_epoch(accuracy)
+        self.window_selector.end_epoch(accuracy)
 
     def metrics(self) -> Mapping[str, float]:
         window = self._window
         assert window is not None
-        return {"window_start": float(window.start), "window_length": float(window.length), **self._selector.metrics()}
+        return {
+            "window_start": float(window.start),
+            "window_length": float(window.length),
+            **self.window_selector.metrics(),
+        }
 
     def media(self) -> Mapping[str, MediaItem]:
         return {} if self._norms is None else {"inner_gradient_norm": gradient_norm_curve(self._norms)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"selector": self._selector.state_dict(), "engine": self._engine.state_dict()}
+        return {"selector": self.window_selector.state_dict(), "engine": self.gradient_engine.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._selector.load_state_dict(state["selector"])
-        self._engine.load_state_dict(state["engine"])
+        self.window_selector.load_state_dict(state["selector"])
+        self.gradient_engine.load_state_dict(state["engine"])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leanlight.contracts import UserError
 from lit_modules.at_bptt.graphs import Cotangents, RecordedSteps
-from lit_modules.at_bptt.inner import InnerBatch, InnerProblem, InnerState, SyntheticData
+from lit_modules.at_bptt.inner import InnerBatch, InnerProblem, InnerState, SyntheticData, times_each
 from lit_modules.at_bptt.lowrank import LowRankHessian
 
 OuterLoss = Callable[[Tensor], Tensor]
@@ -25,7 +25,7 @@ class MetaGradient:
         images: of the shape of the images.
         labels: of the shape of the labels, None where they are fixed.
         loss: the outer loss, a scalar tensor.
-        norms: (length,) inner gradient norms n_t in the window.
+        norms: (length,) inner gradient norms n_t in the window; (length, S) of replicas.
     """
 
     images: Tensor
@@ -63,9 +63,10 @@ class GradientEngine:
             state: parameters and moments at the window's start, held constant.
             data: the set.
             batches: inner mini-batches of the window, one a step.
-            outer_loss: theta (P,) → scalar.
+            outer_loss: theta (P,) → scalar; of replicas (S, P) → the sum of theirs.
             learn_labels: whether labels want a gradient.
-            weights: (length,) factors of the steps' direct contributions, P_trunc(i) of Eq. 13; None for 1.
+            weights: (length,), of replicas (length, S): factors of the steps' direct contributions, P_trunc(i) of
+                Eq. 13, and 0 before a replica's window begins; None for 1.
         """
         raise NotImplementedError
 
@@ -102,7 +103,7 @@ class Unrolled(GradientEngine):
                 seen = SyntheticData(_scaled(data.images, weights[i]), _scaled(data.labels, weights[i]))
             theta, gradient = problem.gradient(state.theta, seen, batch, create_graph=True)
             state = problem.optimizer.step(InnerState(theta, state.m, state.v, state.count), gradient)
-            norms.append(gradient.detach().norm())
+            norms.append(torch.linalg.vector_norm(gradient.detach(), dim=-1))
         loss = outer_loss(state.theta)
         inputs = [data.images, data.labels] if learn_labels else [data.images]
         gradients = torch.autograd.grad(loss, inputs)
@@ -111,7 +112,7 @@ class Unrolled(GradientEngine):
 
 def _scaled(value: Tensor, weight: Tensor) -> Tensor:
     """The same value, its gradient times `weight`."""
-    return value.detach() + weight * (value - value.detach())
+    return value.detach() + times_each(value - value.detach(), weight)
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Adjoint(GradientEngine):
             theta = trajectory[-1].theta.to(device)
             w, cotangents, products = self._pull_back(problem, theta, after, leaves, batches[i], cotangents)
             for part, product in zip(total, products, strict=False):
-                part += product if weights is None else weights[i] * product
+                part += product if weights is None else times_each(product, weights[i])
             cotangent, mu, nu = cotangents
             if self.hessian == "exact":
                 cotangents = cotangent + products[-1], mu, nu

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import NetworkFactory, UserError, isolated_rng
 from leanlight.contracts.ranges import PositiveInt
+from lit_modules.at_bptt.together import can_stack, train_together
 from lit_modules.classifier.training import LabelledImages, Recipe, train
 
 
@@ -86,8 +87,8 @@ class Processes(Protocol):
 class TrainedNetworks:
     """Networks trained on one or several sets, and how many images each of them labels right.
 
-    Training is spread over the processes, which work side by side; after `exchange` every process has all networks and
-    counts on its share of the images.
+    Training is spread over the processes, which work side by side (`train_on_sets`); after `exchange` every process has
+    all networks and counts on its share of the images.
 
     Args:
         seeds: one a network; on every set the network of the same position starts the same.
@@ -103,27 +104,20 @@ class TrainedNetworks:
         self._right: dict[str, Tensor] = {}  # set → (numbers of epochs, networks)
         self._images = 0
 
-    def train(
-        self, name: str, data: LabelledImages, factory: NetworkFactory, recipe: Recipe, epochs: Sequence[int]
-    ) -> None:
-        """Train a network a seed on `data`, this process its share, to be kept as they are after each of `epochs`.
+    def claim(self, name: str, epochs: Sequence[int]) -> list[tuple[int, int]]:
+        """Number and seed of each network that this process is to train on a set, for `take` after each of `epochs`.
 
-        Nothing is sent, so no process waits for another. Numbers go on over the sets, so that a set of one network
-        after the other is spread, too.
-
-        Args:
-            name: of the set.
-            data: see `train_networks`.
-            factory: see `train_networks`.
-            recipe: see `train_networks`.
-            epochs: see `train_networks`.
+        Numbers go on over the sets, so that a set of one network after the other is spread over processes, too.
         """
         first = sum(map(len, self._sets.values()))
         self._sets[name] = range(first, first + len(self.seeds))
-        for number, seed in zip(self._sets[name], self.seeds, strict=True):
-            if number % self.processes.world_size == self.processes.global_rank:
-                self._mine[number] = train_networks(data, factory, recipe, seed, epochs)
         self._right[name] = torch.zeros(len(epochs), len(self.seeds), device=self.device)
+        world, rank = self.processes.world_size, self.processes.global_rank
+        return [pair for pair in zip(self._sets[name], self.seeds, strict=True) if pair[0] % world == rank]
+
+    def take(self, number: int, copies: list[nn.Module]) -> None:
+        """Keep the copies of a network that this process has trained."""
+        self._mine[number] = copies
 
     def exchange(self) -> None:
         """Give every process all networks; to be called once, on all processes, when all sets have been trained on."""
@@ -153,6 +147,40 @@ class TrainedNetworks:
         counts = torch.cat([right.flatten(), right.new_tensor([self._images])])
         counts = self.processes.reduce(counts, reduce_op="sum").cpu()
         return (counts[:-1] / counts[-1]).view_as(right)
+
+
+def train_on_sets(
+    trained: Sequence[TrainedNetworks],
+    name: str,
+    data: Sequence[LabelledImages],
+    factory: NetworkFactory,
+    recipe: Recipe,
+    epochs: Sequence[int],
+) -> None:
+    """Train a network a seed on the set of each replica, this process its share, to be kept after each of `epochs`.
+
+    Those of several replicas train as one batch where that can be. Nothing is sent, so no process waits for another.
+
+    Args:
+        trained: of each replica.
+        name: of the sets.
+        data: of each replica, equally large; see `train_networks`.
+        factory: see `train_networks`.
+        recipe: see `train_networks`.
+        epochs: see `train_networks`.
+    """
+    jobs = [
+        (each, number, seed, own)
+        for each, own in zip(trained, data, strict=True)
+        for number, seed in each.claim(name, epochs)
+    ]
+    seeds, sets = [seed for *_, seed, _ in jobs], [own for *_, own in jobs]
+    if len(trained) > 1 and jobs and can_stack(factory):
+        networks = train_together(sets, factory, recipe, seeds, epochs)
+    else:
+        networks = [train_networks(own, factory, recipe, seed, epochs) for own, seed in zip(sets, seeds, strict=True)]
+    for (each, number, *_), copies in zip(jobs, networks, strict=True):
+        each.take(number, copies)
 
 
 def scores_on_test(accuracies: Mapping[str, Tensor], epochs: Sequence[int], best: int | None) -> dict[str, float]:

@@ -171,8 +171,9 @@ class RecordedSteps:
                 first.network.buffers[name].copy_(value)
         self._current = problem
 
-    def _corrections_at(self, count: int, like: Tensor) -> Tensor:
+    def _corrections_at(self, count: int | Tensor, like: Tensor) -> Tensor:
         """Adam's corrections after `count` steps, (4,), from a table on the device."""
+        assert isinstance(count, int)  # of one network
         if len(self._corrections) < count:
             assert self._problem is not None
             table = [self._problem.optimizer.corrections(i) for i in range(1, 2 * count + 1)]

@@ -6,18 +6,19 @@ factors are plain vectors and matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from leanlight.contracts import UserError
 from leanlight.contracts.ranges import PositiveFloat, Share
 from leanlight.ops.augment import Augmentation
+from leanlight.ops.differentiable import augment_each
 
 
 class FlatNetwork:
@@ -39,11 +40,31 @@ class FlatNetwork:
         """The network's present parameters as one vector (P,)."""
         return torch.cat([value.detach().flatten() for value in self.network.parameters()])
 
-    def __call__(self, theta: Tensor, image: Tensor) -> Tensor:
-        """theta (P,), image (N, C, H, W) → logits (N, K)."""
+    def __call__(self, theta: Tensor, image: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """theta (P,), image (N, C, H, W), buffers by name (its own by default) → logits (N, K)."""
         pieces = theta.split(self._sizes)
         values = {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
-        return functional_call(self.network, {**values, **self.buffers}, (image,))
+        return functional_call(self.network, {**values, **(self.buffers if buffers is None else buffers)}, (image,))
+
+
+class StackedNetworks:
+    """Networks of one architecture as one function of their flat vectors.
+
+    Args:
+        networks: S of them.
+    """
+
+    def __init__(self, networks: Sequence[FlatNetwork]) -> None:
+        self.networks = networks
+        self.buffers = {name: torch.stack([each.buffers[name] for each in networks]) for name in networks[0].buffers}
+
+    def parameters(self) -> Tensor:
+        """The networks' present parameters (S, P)."""
+        return torch.stack([each.parameters() for each in self.networks])
+
+    def __call__(self, theta: Tensor, image: Tensor) -> Tensor:
+        """theta (S, P), image (S, N, C, H, W) → logits (S, N, K)."""
+        return vmap(self.networks[0])(theta, image, self.buffers)
 
 
 class Corrections(NamedTuple):
@@ -82,12 +103,19 @@ class InnerOptimizer:
         if self.lr <= 0:
             raise UserError(f"lr: expected a positive number, got {self.lr}")
 
-    def start(self, theta: Tensor) -> InnerState:
-        """The state before the first step."""
-        return InnerState(theta, torch.zeros_like(theta), torch.zeros_like(theta), 0)
+    def start(self, theta: Tensor, count: int | Tensor = 0) -> InnerState:
+        """The state before the first step; count: of `InnerState`."""
+        return InnerState(theta, torch.zeros_like(theta), torch.zeros_like(theta), count)
 
-    def corrections(self, count: int) -> Corrections:
-        """Those after `count` steps."""
+    def corrections(self, count: int | Tensor) -> Corrections:
+        """Those after `count` steps; where it is a tensor, of (S, 1) networks, for each of them.
+
+        A network that waits for its first step has a count below 1. Its moments are 0, so that any correction will do.
+        """
+        if isinstance(count, Tensor):
+            exact = count.clamp(min=1).double()
+            m, v = ((1 - beta**exact) for beta in self.betas)
+            return Corrections(*(value.to(count.dtype) for value in (m, v, self.lr / m, self.lr / v)))
         m, v = (1 - beta**count for beta in self.betas)
         return Corrections(m, v, self.lr / m, self.lr / v)
 
@@ -104,7 +132,7 @@ class InnerOptimizer:
         (b1, b2), count = self.betas, state.count + 1
         correct = corrections or self.corrections(count)
         m = torch.lerp(gradient, state.m, b1)
-        v = b2 * state.v + (1 - b2) * gradient * gradient
+        v = torch.addcmul(b2 * state.v, gradient, gradient, value=1 - b2)
         root = safe_sqrt(v / correct.v)
         return InnerState(state.theta - correct.m_rate * m / (root + self.eps), m, v, count)
 
@@ -146,19 +174,19 @@ class InnerOptimizer:
 
 @dataclass(frozen=True)
 class InnerState:
-    """State of the inner training.
+    """State of the inner training, of one network or, with a leading axis, of several.
 
     Args:
-        theta: (P,) parameters.
-        m: (P,) Adam's first moment.
-        v: (P,) Adam's second moment.
-        count: steps taken.
+        theta: (P,) or (S, P) parameters.
+        m: Adam's first moment, of the same shape.
+        v: Adam's second moment, of the same shape.
+        count: steps taken; of several networks a tensor (S, 1) in the dtype of `theta`.
     """
 
     theta: Tensor
     m: Tensor
     v: Tensor
-    count: int
+    count: int | Tensor
 
     def detached(self) -> InnerState:
         return InnerState(self.theta.detach(), self.m.detach(), self.v.detach(), self.count)
@@ -167,26 +195,35 @@ class InnerState:
 def safe_sqrt(value: Tensor) -> Tensor:
     """Square root whose derivative at 0 is 0: parameters that never got a gradient (dead units, biases before a norm)
     would make it infinite."""
+    if not value.requires_grad:
+        return value.sqrt()
     positive = value > 0
     return torch.where(positive, value, 1.0).sqrt() * positive
 
 
+def times_each(value: Tensor, factor: Tensor) -> Tensor:
+    """value (…) times a scalar, or value (S, …) times factor (S,)."""
+    return value * factor.view(factor.shape + (1,) * (value.dim() - factor.dim()))
+
+
 @dataclass(frozen=True)
 class InnerBatch:
-    """One inner mini-batch, enough to repeat it exactly.
+    """One inner mini-batch, enough to repeat it exactly; or one of each of S replicas.
 
     Args:
-        index: (B,) positions in the set, or None for all of it.
-        seed: of its augmentation.
+        index: (B,) or (S, B) positions in the set, or None for all of it.
+        seed: of its augmentation; of replicas one each.
+        active: of replicas (S, 1, 1), 0 where training has not begun and else 1; None: all have begun.
     """
 
     index: Tensor | None
-    seed: int
+    seed: int | Sequence[int]
+    active: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """The synthetic set, as leaves of a graph or as plain tensors.
+    """The synthetic set, as leaves of a graph or as plain tensors; or, with a leading axis, those of S replicas.
 
     Args:
         images: (n, C, H, W) float, preprocessed.
@@ -209,7 +246,9 @@ class InnerProblem:
         augment: of the synthetic images, or None.
     """
 
-    def __init__(self, network: FlatNetwork, optimizer: InnerOptimizer, augment: Augmentation | None) -> None:
+    def __init__(
+        self, network: FlatNetwork | StackedNetworks, optimizer: InnerOptimizer, augment: Augmentation | None
+    ) -> None:
         self.network, self.optimizer, self.augment = network, optimizer, augment
 
     def inputs(self, data: SyntheticData, batch: InnerBatch) -> tuple[Tensor, Tensor]:
@@ -218,6 +257,7 @@ class InnerProblem:
         if batch.index is not None:
             images, labels = images[batch.index], labels[batch.index]
         if self.augment is not None:
+            assert isinstance(batch.seed, int)
             images = self.augment(images, torch.Generator().manual_seed(batch.seed))
         return images, labels
 
@@ -236,18 +276,45 @@ class InnerProblem:
     def train(
         self, state: InnerState, data: SyntheticData, batches: Sequence[InnerBatch]
     ) -> Iterator[tuple[InnerState, Tensor]]:
-        """Plain training: yield each state and the gradient norm (scalar tensor) of the step that led to it."""
+        """Plain training: yield each state and the gradient norm (scalar, or (S,)) of the step that led to it."""
         data = data.detached()
         for batch in batches:
             _, gradient = self.gradient(state.theta, data, batch)
             state = self.optimizer.step(state, gradient)
-            yield state, gradient.norm()
+            yield state, torch.linalg.vector_norm(gradient, dim=-1)
 
     def trained(self, state: InnerState, data: SyntheticData, batches: Sequence[InnerBatch]) -> InnerState:
         """The state after plain training on `batches`."""
         for state, _ in self.train(state, data, batches):  # noqa: B007, B020
             pass
         return state
+
+
+class StackedProblem(InnerProblem):
+    """The inner problems of S replicas as one, whose loss is the sum of theirs: theta (S, P), and S sets.
+
+    They share nothing, so the sum's gradient holds that of each in its own row, and its Hessian is block-diagonal: one
+    backward pass and one double backward pass serve all.
+    """
+
+    def inputs(self, data: SyntheticData, batch: InnerBatch) -> tuple[Tensor, Tensor]:
+        """Augmented images (S, B, C, H, W) and labels (S, B, K); those of a replica that waits are zero.
+
+        Without labels there is no loss and no gradient, and without a gradient moments of 0 stay 0: it does not move.
+        """
+        images, labels = data.images, data.labels
+        if batch.index is not None:
+            rows = torch.arange(len(images), device=images.device).unsqueeze(1)
+            images, labels = images[rows, batch.index], labels[rows, batch.index]
+        if self.augment is not None:
+            assert not isinstance(batch.seed, int)
+            images = augment_each(self.augment, images, [torch.Generator().manual_seed(seed) for seed in batch.seed])
+        return images, labels if batch.active is None else labels * batch.active
+
+    def loss(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Sum over replicas of the cross entropy at theta (S, P) of what `inputs` gives."""
+        logits = self.network(theta, images)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1), reduction="sum") / logits.shape[1]
 
 
 @dataclass(frozen=True)

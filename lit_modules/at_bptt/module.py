@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from leanlight.contracts import (
     Allows,
@@ -33,18 +37,29 @@ from leanlight.contracts.ranges import FiniteFloat, NonNegativeFloat, PositiveFl
 from lit_modules.at_bptt import pictures
 from lit_modules.at_bptt.clipping import clip_by_average
 from lit_modules.at_bptt.distillers import Distiller, FixedSet, Task, TruncatedBPTT
-from lit_modules.at_bptt.evaluation import Evaluation, Processes, TrainedNetworks, hard_labels, scores_on_test
+from lit_modules.at_bptt.evaluation import (
+    Evaluation,
+    Processes,
+    TrainedNetworks,
+    hard_labels,
+    scores_on_test,
+    train_on_sets,
+)
 from lit_modules.at_bptt.export import export_set
 from lit_modules.at_bptt.inner import SyntheticData
 from lit_modules.at_bptt.preprocessing import Preprocess, Preprocessing
+from lit_modules.at_bptt.replicas import side_by_side, unstacked
 from lit_modules.at_bptt.synthetic import Start, noise_images, one_hot_labels, real_images
 from lit_modules.classifier.losses import class_index
 from lit_modules.classifier.training import LabelledImages, Recipe
 from lit_modules.history import History
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier
+from lit_modules.optim import configure
 from lit_modules.selection import random_subset
 from lit_modules.step_log import log_step
+
+_ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
 class DatasetDistillation(LightningModule):
@@ -52,7 +67,7 @@ class DatasetDistillation(LightningModule):
 
     One batch of real images is one outer step; the parameters are the images (num_classes * ipc, C, H, W), class by
     class, and, with learn_labels, non-negative soft labels (num_classes * ipc, num_classes). Both live in preprocessed
-    space.
+    space. With replicas there are so many sets, one after another; metrics are their means.
 
     Args:
         network: makes the inner network, preprocessed images → logits; no batch norm, and mean 0, std 1 of its own.
@@ -63,6 +78,7 @@ class DatasetDistillation(LightningModule):
         learn_labels: learn soft labels too; else they stay one-hot.
         start: first images: ``noise`` (paper), or real ones, ``random`` or by ``herding``.
         optimizer: of the outer level; Adam with lr 1e-3 by default, as in the paper for CIFAR.
+        lr_scheduler: makes the schedule of its learning rate, a step an outer epoch; constant by default.
         clip: clip the images' gradient to this many times the moving average of its norm, null for never.
         clip_decay: share of the old average in that moving average, in [0, 1].
         preprocess: space of the set: ``zca`` whitening fitted on the training images (paper), or ``standardize``.
@@ -74,6 +90,7 @@ class DatasetDistillation(LightningModule):
         architectures: further networks, by name, that the test trains on the set.
         compare_with_random: also test random real images of the same number.
         full_recipe: recipe with which the test also trains on all real images, for the HLR score; null for not.
+        replicas: runs of the seeds `seed`, `seed` + 1, … that are advanced as one; each is what it would be alone.
         seed: of everything drawn here; that of ``seed_everything`` by default.
     """
 
@@ -90,6 +107,7 @@ class DatasetDistillation(LightningModule):
         learn_labels: bool = False,
         start: Start = "noise",
         optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         clip: PositiveFloat | None = 2.0,
         clip_decay: UnitInterval = 0.9,
         preprocess: Preprocess = "zca",
@@ -101,10 +119,16 @@ class DatasetDistillation(LightningModule):
         architectures: dict[str, NetworkFactory] | None = None,
         compare_with_random: bool = True,
         full_recipe: Recipe | None = None,
+        replicas: PositiveInt = 1,
         seed: Seed | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("ipc", ipc), ("num_classes", num_classes), ("inner_runs", inner_runs)):
+        for name, value in (
+            ("ipc", ipc),
+            ("num_classes", num_classes),
+            ("inner_runs", inner_runs),
+            ("replicas", replicas),
+        ):
             if value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         if clip is not None and clip <= 0:
@@ -113,27 +137,30 @@ class DatasetDistillation(LightningModule):
         self.make_network, self.num_classes, self.ipc = network, num_classes, ipc
         self.image_shape: tuple[int, int, int] = tuple(image_shape)  # type: ignore[assignment]  # a config gives a list
         self.distiller = distiller or TruncatedBPTT()
-        self.learn_labels, self.start, self.make_optimizer = learn_labels, start, optimizer
+        self.replicas, self.side_by_side = replicas, side_by_side(self.distiller, replicas)
+        self.learn_labels, self.start = learn_labels, start
+        self.make_optimizer, self.make_scheduler = optimizer or _ADAM, lr_scheduler
         self.clip, self.clip_decay, self.inner_runs = clip, clip_decay, inner_runs
         self.evaluation = evaluation or Evaluation()
         self.architectures = dict(architectures or {})
         self.compare_with_random, self.full_recipe = compare_with_random, full_recipe
         self.seed = run_seed(seed)
-        self.images = nn.Parameter(torch.zeros(num_classes * ipc, *self.image_shape))
-        self.labels = nn.Parameter(one_hot_labels(num_classes, ipc), requires_grad=learn_labels)
+        self.images = nn.Parameter(torch.zeros(replicas * num_classes * ipc, *self.image_shape))
+        self.labels = nn.Parameter(one_hot_labels(num_classes, ipc).repeat(replicas, 1), requires_grad=learn_labels)
         self.preprocessing = Preprocessing(preprocess, self.image_shape, zca_strength, mean, std)
         self.gradient_ema: Tensor
-        self.register_buffer("gradient_ema", torch.tensor(torch.nan))
+        self.register_buffer("gradient_ema", torch.full((replicas,), torch.nan))
         self.classes: tuple[str, ...] = ()
-        self.scores: dict[str, float] = {}
-        self.best_epochs: int | None = None  # training epochs that were best on validation data
+        self.scores: dict[str, list[float]] = {}  # of each replica
+        self.best_epochs: list[int] = []  # of each replica, training epochs that were best on validation data
+        self._best: dict[str, Any] = {}  # with replicas: of each what `as_best` shows, and its accuracy
         self.history = History()
         self._restored = False  # whether this fit goes on from a checkpoint
         self._chosen_in: int | None = None  # the epoch of the distiller's present choice
-        self._epoch_sums: Tensor | None = None  # accuracy and number of outer steps of this epoch
+        self._epoch_sums: Tensor | None = None  # (S + 1,) accuracies and number of outer steps of this epoch
         self._terms: dict[str, Tensor] = {}
         self._compile: dict[str, Any] | None = None  # options of `torch.compile` for evaluation networks
-        self._trained: TrainedNetworks | None = None  # while an evaluation runs
+        self._trained: list[TrainedNetworks] = []  # of each replica, while an evaluation runs
 
     # ---- set-up ----
 
@@ -147,7 +174,7 @@ class DatasetDistillation(LightningModule):
             raise UserError("trainer.max_epochs: expected a positive number, since stages are shares of it")
         device = self.trainer.strategy.root_device
         task = Task(self.make_network, self.num_classes, self.ipc, epochs or 1, self.learn_labels, device)
-        self.distiller.prepare(task)
+        self.side_by_side.prepare(task)
         self._restored = False
 
     @torch.no_grad()
@@ -160,8 +187,8 @@ class DatasetDistillation(LightningModule):
                 self.preprocessing.fit(self._real_images().images)
             whitening = self.preprocessing.whitening
             whitening.copy_(self.trainer.strategy.broadcast(whitening.cpu()))
-        self.images.copy_(self._first_images())
-        self.labels.copy_(one_hot_labels(self.num_classes, self.ipc))
+        self.images.copy_(torch.cat([self._first_images(replica) for replica in range(self.replicas)]))
+        self.labels.copy_(one_hot_labels(self.num_classes, self.ipc).repeat(self.replicas, 1))
 
     def _check_data(self, stage: str) -> None:
         meta = data_of(self, ImageData).meta
@@ -198,27 +225,37 @@ class DatasetDistillation(LightningModule):
     def _real_images(self) -> ImageSplit:
         return data_of(self, InMemoryImages).train_split
 
-    def _first_images(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed("start"))
+    def _first_images(self, replica: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed(replica, "start"))
         if self.start == "noise":
-            return noise_images(len(self.images), self.image_shape, generator)
+            return noise_images(self.num_classes * self.ipc, self.image_shape, generator)
         real, prepare = self._real_images(), copy.deepcopy(self.preprocessing).cpu()  # where the images are
         return real_images(self.start, real.images, real.labels, self.num_classes, self.ipc, prepare, generator)
 
-    def _seed(self, purpose: str, *numbers: int) -> int:
-        """A seed that is a function of the run's seed and what it is for: no state, so nothing to restore."""
-        return derived_seed(self.seed, purpose, *numbers)
+    def _seed(self, replica: int, purpose: str, *numbers: int) -> int:
+        """A seed that is a function of the replica's seed and what it is for: no state, so nothing to restore."""
+        return derived_seed(self.seed + replica, purpose, *numbers)
+
+    def _seeds(self, purpose: str, *numbers: int) -> list[int]:
+        return [self._seed(replica, purpose, *numbers) for replica in range(self.replicas)]
 
     def compile_networks(self, **options: Any) -> None:
         """Compile the networks of evaluations; inner steps are differentiated twice, which compiled code cannot be."""
         self._compile = options
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         parameters = [self.images, self.labels] if self.learn_labels else [self.images]
-        make = self.make_optimizer or (lambda params: torch.optim.Adam(params, lr=1e-3))
-        return make(parameters)
+        made = configure(parameters, self.make_optimizer, self.make_scheduler)
+        if self.make_scheduler and isinstance(made["lr_scheduler"]["scheduler"], ReduceLROnPlateau):
+            raise UserError("lr_scheduler: expected one that follows epochs, got one on a plateau")
+        return made
 
     def on_train_start(self) -> None:
+        order = getattr(self.trainer.train_dataloader, "sampler", None)
+        if getattr(order, "replicas", 1) != self.replicas:
+            raise UserError(
+                f"replicas: expected 1, since the data has no loader that draws a batch for each; got {self.replicas}"
+            )
         if self._epoch_sums is not None:  # of a run that goes on inside an epoch: checkpoints are read on the CPU
             self._epoch_sums = self._epoch_sums.to(self.device)
 
@@ -226,8 +263,17 @@ class DatasetDistillation(LightningModule):
 
     @property
     def data(self) -> SyntheticData:
-        """The set, without a graph."""
+        """The set, without a graph; of replicas all sets, one after another."""
         return SyntheticData(self.images.detach(), self.labels.detach())
+
+    def _each(self, value: Tensor) -> Tensor:
+        """(S * n, …) → (S, n, …)."""
+        return value.unflatten(0, (self.replicas, -1))
+
+    @property
+    def _stacked(self) -> SyntheticData:
+        """(S, …) the sets of all replicas, without a graph."""
+        return SyntheticData(self._each(self.images.detach()), self._each(self.labels.detach()))
 
     def forward(self, image: Tensor) -> Tensor:
         """Images in [0, 1] → the space in which the set lives."""
@@ -237,31 +283,34 @@ class DatasetDistillation(LightningModule):
         if self._chosen_in != self.current_epoch:
             self._start_epoch()
         images, labels, loss, accuracy = self._mean_step(batch)
-        norm = images.norm()
+        norm = images.flatten(1).norm(dim=1)
         if self.clip is not None:
             images, average = clip_by_average(images, norm, self.gradient_ema, self.clip, self.clip_decay)
             self.gradient_ema.copy_(average)
-        self.images.grad = images
-        if self.learn_labels:
-            self.labels.grad = labels
+        self.images.grad = images.flatten(0, 1)
+        if labels is not None:
+            self.labels.grad = labels.flatten(0, 1)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
         with torch.no_grad():
             self.labels.clamp_(min=0)
         assert self._epoch_sums is not None
-        self._epoch_sums += torch.stack([accuracy, torch.ones_like(accuracy)])
-        self._terms = {"outer_loss": loss, "gradient_norm": norm}
-        values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm, **self.distiller.metrics()}
-        log_step(self, {f"train/{name}": value for name, value in values.items()}, len(batch))
+        self._epoch_sums += torch.cat([accuracy, accuracy.new_ones(1)])
+        self._terms = {"outer_loss": loss.mean(), "gradient_norm": norm.mean()}
+        values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
+        means = {name: value.mean() for name, value in values.items()}
+        values_and_choices = {**means, **self.side_by_side.metrics()}
+        log_step(self, {f"train/{name}": value for name, value in values_and_choices.items()}, len(batch))
 
     def _mean_step(self, batch: ImageBatch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of images and labels, loss and accuracy, averaged over inner runs and processes."""
+        """(S, …) gradients of images and labels, losses and accuracies, averaged over inner runs and processes."""
         runs = []
-        parts = zip(batch.image.chunk(self.inner_runs), class_index(batch.label).chunk(self.inner_runs), strict=True)
-        for number, (image, label) in enumerate(parts):
-            seed = self._seed("step", self.global_step, self.global_rank * self.inner_runs + number)
-            runs.append(self.distiller.outer_step(self.data, self.preprocessing(image), label, seed))
+        image, label = self._each(self.preprocessing(batch.image)), self._each(class_index(batch.label))
+        parts = zip(image.chunk(self.inner_runs, 1), label.chunk(self.inner_runs, 1), strict=True)
+        for number, part in enumerate(parts):
+            seeds = self._seeds("step", self.global_step, self.global_rank * self.inner_runs + number)
+            runs.append(self.side_by_side.outer_step(self._stacked, *part, seeds))
         reduce = self.trainer.strategy.reduce
         mean = [
             reduce(torch.stack(values).mean(0), reduce_op="mean")
@@ -274,24 +323,37 @@ class DatasetDistillation(LightningModule):
     def _start_epoch(self) -> None:
         """Let rank 0 choose and tell the others."""
         if self.global_rank == 0:
-            self.distiller.start_epoch(self.data, self._seed("epoch", self.current_epoch))
-        self.distiller.choice = self.trainer.strategy.broadcast(self.distiller.choice)
+            self.side_by_side.start_epoch(self._stacked, self._seeds("epoch", self.current_epoch))
+        self.side_by_side.choice = self.trainer.strategy.broadcast(self.side_by_side.choice)
         self._chosen_in = self.current_epoch
-        self._epoch_sums = torch.zeros(2, device=self.device)
-        self.history.add(outer_step=float(self.global_step), **self.distiller.metrics())
+        self._epoch_sums = torch.zeros(self.replicas + 1, device=self.device)
+        self.history.add(outer_step=float(self.global_step), **self.side_by_side.metrics())
 
     def on_train_epoch_end(self) -> None:
         if self._epoch_sums is not None:
-            right, count = self._epoch_sums.tolist()
-            self.distiller.end_epoch(100 * right / count)
+            *right, count = self._epoch_sums.tolist()
+            self.side_by_side.end_epoch([100 * each / count for each in right])
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()  # type: ignore[union-attr, call-arg]  # one, and none on a plateau
 
     # ---- evaluation: fresh networks trained on the set ----
 
-    def _start_evaluation(self) -> TrainedNetworks:
+    def _start_evaluation(self) -> list[TrainedNetworks]:
         # "judge" is part of the seeds: another word would be other networks.
-        seeds = [self._seed("judge", number) for number in range(self.evaluation.networks)]
-        self._trained = TrainedNetworks(seeds, self.device, cast(Processes, self.trainer.strategy))
+        self._trained = [
+            TrainedNetworks(
+                [self._seed(replica, "judge", number) for number in range(self.evaluation.networks)],
+                self.device,
+                cast(Processes, self.trainer.strategy),
+            )
+            for replica in range(self.replicas)
+        ]
         return self._trained
+
+    def _end_evaluation(self) -> list[dict[str, Tensor]]:
+        """Of each replica, accuracies by set."""
+        accuracies, self._trained = [trained.accuracies() for trained in self._trained], []
+        return accuracies
 
     def _judge(self, make: NetworkFactory) -> NetworkFactory:
         """The factory, its networks compiled where that is asked for."""
@@ -309,49 +371,88 @@ class DatasetDistillation(LightningModule):
     def on_validation_epoch_start(self) -> None:
         trained, evaluation = self._start_evaluation(), self.evaluation
         if not self.trainer.sanity_checking:
-            data = self.images.detach(), self.labels.detach()
-            trained.train("set", data, self._judge(self.make_network), evaluation.full_recipe, evaluation.epochs)
-            trained.exchange()
+            sets, make = self._sets(), self._judge(self.make_network)
+            train_on_sets(trained, "set", sets, make, evaluation.full_recipe, evaluation.epochs)
+            for each in trained:
+                each.exchange()
+
+    def _sets(self) -> list[LabelledImages]:
+        """Images and labels of each replica."""
+        return [(each.images, each.labels) for each in unstacked(self._stacked)]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self._count(batch)
 
     def on_validation_epoch_end(self) -> None:
-        assert self._trained is not None
-        accuracies, self._trained = self._trained.accuracies(), None
-        if "set" not in accuracies:
+        accuracies = self._end_evaluation()
+        if "set" not in accuracies[0]:
             return
-        accuracy = accuracies["set"].mean(1)
-        best = int(accuracy.argmax())
-        self.best_epochs = self.evaluation.epochs[best]
-        values = {"val/accuracy": float(accuracy[best]), "val/best_epochs": float(self.best_epochs)}
-        for epochs, value in zip(self.evaluation.epochs, accuracy.tolist(), strict=True):
-            values[f"val/accuracy_{epochs}"] = value
-        self.log_dict(values)
-        self.scores.update(values)
-        self.history.add(val_outer_step=float(self.global_step), val_accuracy=values["val/accuracy"])
+        by_epochs = torch.stack([each["set"].mean(1) for each in accuracies])  # (S, numbers of epochs)
+        accuracy = by_epochs.amax(1)
+        self.best_epochs = [self.evaluation.epochs[position] for position in by_epochs.argmax(1).tolist()]
+        values = {"val/accuracy": accuracy, "val/best_epochs": torch.tensor(self.best_epochs)}
+        for epochs, column in zip(self.evaluation.epochs, by_epochs.T, strict=True):
+            values[f"val/accuracy_{epochs}"] = column
+        if self.replicas > 1:
+            values["val/accuracy_best"] = self._keep_best(accuracy)
+        self._log_scores({name: value.tolist() for name, value in values.items()})
+        self.history.add(val_outer_step=float(self.global_step), val_accuracy=float(accuracy.mean()))
+
+    def _log_scores(self, scores: Mapping[str, list[float]]) -> None:
+        """Log the means over replicas; keep the values of each."""
+        self.log_dict({name: fmean(values) for name, values in scores.items()})
+        self.scores.update(scores)
+
+    def _keep_best(self, accuracy: Tensor) -> Tensor:
+        """Keep of each replica what was best on validation data so far; return its accuracy (S,)."""
+        now = {"images": self._stacked.images.clone(), "labels": self._stacked.labels.clone()}
+        now |= {"accuracy": accuracy, "best_epochs": torch.tensor(self.best_epochs)}
+        if not self._best:
+            self._best = now
+        better = accuracy > self._best["accuracy"]
+        for name, value in now.items():
+            chosen = better.to(value.device).view(-1, *[1] * (value.dim() - 1))
+            self._best[name] = torch.where(chosen, value, self._best[name].to(value.device))
+        return self._best["accuracy"]
+
+    @contextmanager
+    def as_best(self) -> Iterator[None]:
+        """Inside, the sets, and numbers of epochs to train on them, are those of each replica's best validation."""
+        if not self._best:
+            yield
+            return
+        images, labels, epochs, scores = self.images.data, self.labels.data, self.best_epochs, self.scores
+        self.images.data, self.labels.data = (self._best[name].flatten(0, 1) for name in ("images", "labels"))
+        self.best_epochs = self._best["best_epochs"].tolist()
+        self.scores = {**scores, "val/accuracy": self._best["accuracy"].tolist()}
+        try:
+            yield
+        finally:
+            self.images.data, self.labels.data, self.best_epochs, self.scores = images, labels, epochs, scores
 
     def on_test_epoch_start(self) -> None:
-        trained, images, labels = self._start_evaluation(), self.images.detach(), self.labels.detach()
-        runs: dict[str, tuple[LabelledImages, NetworkFactory]] = {"set": ((images, labels), self.make_network)}
+        trained, sets = self._start_evaluation(), self._sets()
+        runs: dict[str, tuple[list[LabelledImages], NetworkFactory]] = {"set": (sets, self.make_network)}
         for name, make in self.architectures.items():
-            runs[f"on_{name}"] = (images, labels), make
+            runs[f"on_{name}"] = sets, make
         if self.learn_labels or self.full_recipe:
-            runs["hard_labels"] = (images, hard_labels(labels)), self.make_network
+            runs["hard_labels"] = [(images, hard_labels(labels)) for images, labels in sets], self.make_network
         if self.compare_with_random:
-            runs["random"] = self._random_set(), self.make_network
+            runs["random"] = [self._random_set(replica) for replica in range(self.replicas)], self.make_network
         for name, (data, make) in runs.items():
-            trained.train(name, data, self._judge(make), self.evaluation.full_recipe, self.evaluation.epochs)
+            train_on_sets(trained, name, data, self._judge(make), self.evaluation.full_recipe, self.evaluation.epochs)
         if self.full_recipe:
             real, recipe = self._real_images(), self.full_recipe
-            data = self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
-            trained.train("full", data, self._judge(self.make_network), recipe, [recipe.epochs])
-        trained.exchange()
+            whole = self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
+            make = self._judge(self.make_network)
+            train_on_sets(trained, "full", [whole] * self.replicas, make, recipe, [recipe.epochs])
+        for each in trained:
+            each.exchange()
 
-    def _random_set(self) -> LabelledImages:
+    def _random_set(self, replica: int) -> LabelledImages:
         """As many random real images, under hard labels."""
         real = self._real_images()
-        generator = torch.Generator().manual_seed(self._seed("random subset"))
+        generator = torch.Generator().manual_seed(self._seed(replica, "random subset"))
         index = random_subset(real.labels, self.num_classes, self.ipc, generator)
         return self.preprocessing(real.images[index].to(self.device)), real.labels[index].to(self.device)
 
@@ -359,22 +460,27 @@ class DatasetDistillation(LightningModule):
         self._count(batch)
 
     def on_test_epoch_end(self) -> None:
-        assert self._trained is not None
-        accuracies, self._trained = self._trained.accuracies(), None
-        scores = scores_on_test(accuracies, self.evaluation.epochs, self.best_epochs)
-        values = {f"test/{name}": value for name, value in scores.items()}
-        self.log_dict(values)
-        self.scores.update(values)
+        best = self.best_epochs or [None] * self.replicas
+        scores = [
+            scores_on_test(each, self.evaluation.epochs, epochs)
+            for each, epochs in zip(self._end_evaluation(), best, strict=True)
+        ]
+        self._log_scores({f"test/{name}": [each[name] for each in scores] for name in scores[0]})
 
     def _count(self, batch: ImageBatch) -> None:
-        assert self._trained is not None
-        self._trained.count(self.preprocessing(batch.image), class_index(batch.label))
+        image, label = self.preprocessing(batch.image), class_index(batch.label)
+        for trained in self._trained:
+            trained.count(image, label)
 
     # ---- what callbacks and commands ask ----
 
     @property
     def primary_metric(self) -> PrimaryMetric:
-        return PrimaryMetric("val/accuracy", "max")
+        """With replicas a new best of any of them counts."""
+        return PrimaryMetric("val/accuracy" if self.replicas == 1 else "val/accuracy_best", "max")
+
+    def replica_metrics(self) -> Mapping[str, Sequence[float]]:
+        return self.scores
 
     def progress(self) -> Progress:
         return Progress("outer_step", self.global_step)
@@ -383,50 +489,60 @@ class DatasetDistillation(LightningModule):
         return self._terms
 
     def media(self, split: Split) -> Mapping[str, MediaItem]:
-        """The images and labels, and over outer steps the window, its stage and the validation accuracy."""
+        """The first replica's images and labels, and over outer steps windows, stages and validation accuracy."""
         if split == "train":
             return {}
+        images, labels = self._sets()[0]
         items: dict[str, MediaItem] = {
-            "images": pictures.image_grid(self.images, self.preprocessing.whitening, self.ipc),
+            "images": pictures.image_grid(images, self.preprocessing.whitening, self.ipc),
             **pictures.curves(self.history),
-            **self.distiller.media(),
+            **self.side_by_side.media(),
         }
         if self.learn_labels:
-            items["labels"] = pictures.label_map(self.labels, self.classes)
+            items["labels"] = pictures.label_map(labels, self.classes)
         return items
 
     def export(self, directory: Path) -> list[Path]:
-        """Write the set for plain PyTorch and for `datasets`: see `lit_modules.at_bptt.export`."""
-        details = {
-            "classes": list(self.classes) or [str(i) for i in range(self.num_classes)],
-            "ipc": self.ipc,
-            "recipe": {**vars(self.evaluation.full_recipe), "epochs": self.best_epochs or self.evaluation.epochs[-1]},
-            "scores": self.scores,
-            "outer_steps": self.global_step if self._trainer is not None else 0,
-        }
-        return export_set(self.data, self.preprocessing, details, Path(directory))
+        """Write the set for plain PyTorch and for `datasets`, of replicas each into a folder ``replica_0``, …
+
+        See `lit_modules.at_bptt.export`.
+        """
+        paths: list[Path] = []
+        for replica, data in enumerate(unstacked(self._stacked)):
+            folder = Path(directory) / f"replica_{replica}" if self.replicas > 1 else Path(directory)
+            folder.mkdir(exist_ok=True)
+            epochs = self.best_epochs[replica] if self.best_epochs else self.evaluation.epochs[-1]
+            details = {
+                "classes": list(self.classes) or [str(i) for i in range(self.num_classes)],
+                "ipc": self.ipc,
+                "recipe": {**vars(self.evaluation.full_recipe), "epochs": epochs},
+                "scores": {name: values[replica] for name, values in self.scores.items()},
+                "outer_steps": self.global_step if self._trainer is not None else 0,
+            }
+            paths += export_set(data, self.preprocessing, details, folder)
+        return paths
 
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["distillation"] = {
-            "distiller": self.distiller.state_dict(),
-            "choice": self.distiller.choice,
+            "distiller": self.side_by_side.state_dict(),
+            "choice": self.side_by_side.choice,
             "chosen_in": self._chosen_in,
             "epoch_sums": self._epoch_sums,
             "history": self.history.state_dict(),
             "scores": self.scores,
             "best_epochs": self.best_epochs,
+            "best": self._best,
             "classes": list(self.classes),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = True
         state = checkpoint["distillation"]
-        self.distiller.load_state_dict(state["distiller"])
-        if state["choice"] is not None:
-            self.distiller.choice = state["choice"]
+        self.side_by_side.load_state_dict(state["distiller"])
+        self.side_by_side.choice = state["choice"]
         self._chosen_in, self._epoch_sums = state["chosen_in"], state["epoch_sums"]
         self.history.load_state_dict(state["history"])
         self.scores, self.best_epochs = dict(state["scores"]), state["best_epochs"]
-        self.classes = tuple(state["classes"])
+        self._best, self.classes = state["best"], tuple(state["classes"])

@@ -41,7 +41,7 @@ class Window:
 
 
 class WindowSelector:
-    """Base of all rules; `select` is called once an epoch."""
+    """Base of all rules; `select` is called once an epoch, or also in each outer step."""
 
     def prepare(self, steps: int, epochs: int) -> None:
         """Take T, the inner steps, and the number of outer epochs; UserError when they do not fit."""
@@ -49,6 +49,11 @@ class WindowSelector:
     @property
     def needs_norms(self) -> bool:
         """Whether the next `select` wants the inner gradient norms of a probe run."""
+        return False
+
+    @property
+    def redraws(self) -> bool:
+        """Whether each outer step has a window of its own."""
         return False
 
     def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
@@ -76,9 +81,11 @@ class WindowSelector:
         """Take over what `state_dict` gave."""
 
 
-def _check_window(window: int, steps: int) -> None:
+def _check_window(window: int, steps: int, min_start: int = 0) -> None:
     if not 1 <= window <= steps:
         raise UserError(f"window: expected 1 to inner_steps = {steps}, got {window}")
+    if not 0 <= min_start <= steps - window:
+        raise UserError(f"min_start: expected 0 to inner_steps - window = {steps - window}, got {min_start}")
 
 
 def _uniform(low: int, high: int, generator: torch.Generator) -> int:
@@ -118,17 +125,23 @@ class RandomWindow(WindowSelector):
     Args:
         window: W, length of the window in inner steps; 40 in the paper for CIFAR-10.
         min_start: the earliest inner step that it starts at.
+        redraw: whether a place is drawn each ``epoch`` (published code) or each outer ``step``.
     """
 
     window: PositiveInt = 40
     min_start: NonNegativeInt = 0
+    redraw: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        if self.redraw not in ("epoch", "step"):
+            raise UserError(f"redraw: expected epoch or step, got {self.redraw!r}")
 
     def prepare(self, steps: int, epochs: int) -> None:
-        _check_window(self.window, steps)
-        if not 0 <= self.min_start <= steps - self.window:
-            raise UserError(
-                f"min_start: expected 0 to inner_steps - window = {steps - self.window}, got {self.min_start}"
-            )
+        _check_window(self.window, steps, self.min_start)
+
+    @property
+    def redraws(self) -> bool:
+        return self.redraw == "step"
 
     def select(self, steps: int, norms: Tensor | None, generator: torch.Generator) -> Window:
         return Window(_uniform(self.min_start, steps - self.window, generator), self.window)
@@ -195,6 +208,8 @@ class AdaptiveWindow(WindowSelector):
         patience_early: X, small gains that end the early stage, as a share of the epochs; 5 % in the paper.
         patience_late: Y, small gains that end the middle stage, as a share of the epochs; 4 % in the paper.
         counter: whether small gains count ``cumulative`` (paper) or ``consecutive`` (code).
+        min_start: the earliest inner step that a window starts at; at 0 Adam's first step is differentiated.
+        min_stage_epochs: epochs that the early and the middle stage last at least.
     """
 
     window: PositiveInt = 40
@@ -212,6 +227,8 @@ class AdaptiveWindow(WindowSelector):
     patience_early: UnitInterval = 0.05
     patience_late: UnitInterval = 0.04
     counter: Literal["cumulative", "consecutive"] = "cumulative"
+    min_start: NonNegativeInt = 0
+    min_stage_epochs: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -223,12 +240,12 @@ class AdaptiveWindow(WindowSelector):
         if self.position == "adaptive" and self.late_rule == "complement":
             warnings.warn("late_rule complement is almost uniform over the inner steps", stacklevel=2)
         self.stage: Stage = "early"
-        self._small_gains, self._epochs = 0, 1
+        self._small_gains, self._epochs, self._stage_epochs = 0, 1, 0
         self._accuracy: float | None = None
         self._metrics: dict[str, float] = {}
 
     def prepare(self, steps: int, epochs: int) -> None:
-        _check_window(self.window + self.half_range, steps)
+        _check_window(self.window + self.half_range, steps, self.min_start)
         self._epochs = epochs
 
     # ---- choice ----
@@ -245,12 +262,12 @@ class AdaptiveWindow(WindowSelector):
         drawn = self._draw(steps, norms, generator)
         length = self._length(drawn, norms)
         if self.stage == "middle" or self.position == "uniform":
-            start = _uniform(0, steps - length, generator)
+            start = _uniform(self.min_start, steps - length, generator)
         else:
             start = drawn if self.anchor == "start" else drawn + 1 - length
             if self.stage == "late" and self.late_rule == "mirror":
                 start = steps - length - start
-            start = min(max(start, 0), steps - length)
+            start = min(max(start, self.min_start), steps - length)
         self._metrics = {"stage": float(STAGES.index(self.stage)), **self._entropy(norms)}
         return Window(start, length)
 
@@ -300,6 +317,7 @@ class AdaptiveWindow(WindowSelector):
 
     def end_epoch(self, accuracy: float) -> None:
         previous, self._accuracy = self._accuracy, accuracy
+        self._stage_epochs += 1
         if previous is None or self.stage == "late":
             return
         early = self.stage == "early"
@@ -307,8 +325,10 @@ class AdaptiveWindow(WindowSelector):
             self._small_gains += 1
         elif self.counter == "consecutive":
             self._small_gains = 0
+        if self._stage_epochs < self.min_stage_epochs:
+            return
         if self._small_gains >= (self.patience_early if early else self.patience_late) * self._epochs:
-            self.stage, self._small_gains = ("middle" if early else "late"), 0
+            self.stage, self._small_gains, self._stage_epochs = ("middle" if early else "late"), 0, 0
 
     def metrics(self) -> dict[str, float]:
         return dict(self._metrics)
@@ -317,12 +337,14 @@ class AdaptiveWindow(WindowSelector):
         return {
             "stage": self.stage,
             "small_gains": self._small_gains,
+            "stage_epochs": self._stage_epochs,
             "accuracy": self._accuracy,
             "metrics": dict(self._metrics),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stage, self._small_gains = state["stage"], state["small_gains"]
+        self._stage_epochs = state["stage_epochs"]
         self._accuracy, self._metrics = state["accuracy"], dict(state["metrics"])
 
 

@@ -13,16 +13,18 @@ SHORT = [
 ]
 
 
-def test_two_processes_equal_one_that_averages_the_same_two_inner_runs(tmp_path):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_two_processes_equal_one_that_averages_the_same_two_inner_runs(tmp_path, replicas):
+    short = [*SHORT, f"--model.init_args.replicas={replicas}"]
     one, one_metrics = fit(
         tmp_path / "one",
-        *SHORT,
+        *short,
         "--data.init_args.batch_size=200",
         "--trainer.devices=1",
         "--model.init_args.inner_runs=2",
     )
     two, two_metrics = fit(
-        tmp_path / "two", *SHORT, "--config=trainer/ddp", "--data.init_args.batch_size=100", "--trainer.devices=2"
+        tmp_path / "two", *short, "--config=trainer/ddp", "--data.init_args.batch_size=100", "--trainer.devices=2"
     )
     assert not torch.equal(one["images"], torch.zeros_like(one["images"]))
     for name, value in one.items():

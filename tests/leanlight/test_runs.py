@@ -67,6 +67,15 @@ def test_an_argument_that_came_later_counts_only_where_it_is_used():
             assert (runs.config_hash({"data": again}) == before) == (given is None)
 
 
+def test_a_later_argument_whose_name_others_had_before_is_left_out_of_its_class_alone():
+    def window(name, **arguments):
+        return runs.config_hash({"model": {"class_path": f"a.b.{name}", "init_args": {"window": 4, **arguments}}})
+
+    assert window("AdaptiveWindow", min_start=0) == window("AdaptiveWindow")
+    assert window("AdaptiveWindow", min_start=1) != window("AdaptiveWindow")
+    assert window("RandomWindow", min_start=0) != window("RandomWindow")
+
+
 def test_tensorfloat_counts_only_where_it_is_allowed():
     before = runs.config_hash({"run": {"test": "last"}})
     assert runs.config_hash({"run": {"test": "last", "tf32": False}}) == before

@@ -1,6 +1,7 @@
 """Stands in for `python -m leanlight fit|predict|export|select`: writes a run folder in milliseconds.
 
-Options of the fake model: value and slope make test/accuracy = value + 0.01 * slope * seed; fail ends with exit code 1;
+Options of the fake model: value and slope make test/accuracy = value + 0.01 * slope * seed, of replicas that of each
+and the mean; fail ends with exit code 1;
 wait sleeps until interrupted, but not when resumed; files leaves so many in artifacts/bank. A select of --seed 13 ends
 with exit code 1 after its first part, once.
 """
@@ -100,8 +101,13 @@ def fit(command: str, words: list[str]) -> int:
         except KeyboardInterrupt:
             write(run_dir, summary | {"status": "interrupted"})
             return 130
-    value = float(given.get("value", 0.5)) + 0.01 * seed * float(given.get("slope", 1))
-    write(run_dir, summary | {"status": "finished", "metrics": {"test/accuracy": value, "val/accuracy": value}})
+    replicas = int(given.get("model.init_args.replicas", 1))
+    values = [
+        float(given.get("value", 0.5)) + 0.01 * (seed + i) * float(given.get("slope", 1)) for i in range(replicas)
+    ]
+    metrics = dict.fromkeys(("test/accuracy", "val/accuracy"), sum(values) / replicas)
+    extra = {"replicas": {"test/accuracy": values}} if replicas > 1 else {}
+    write(run_dir, summary | {"status": "finished", "metrics": metrics, **extra})
     return 0
 
 

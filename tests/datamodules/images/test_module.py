@@ -615,3 +615,15 @@ def test_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("LEANLIGHT_DATA", str(tmp_path))
     with pytest.raises(UserError, match=str(tmp_path)):
         ImageDataModule("cifar10", download=False).ensure_available()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_batch_of_replicas_holds_that_of_each_seed_one_after_another(world):
+    for rank in range(world):
+        together = TrainOrder(11, 4, 7, rank=rank, world=world, replicas=3)
+        alone = [TrainOrder(11, 4, 7 + replica, rank=rank, world=world) for replica in range(3)]
+        for epoch in range(2):
+            for order in (together, *alone):
+                order.set_epoch(epoch)
+            for got, *own in zip(together.blocks(0), *(order.blocks(0) for order in alone), strict=True):
+                assert torch.equal(got, torch.cat(own))

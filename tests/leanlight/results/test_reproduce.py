@@ -56,6 +56,47 @@ def test_a_table_runs_every_cell_and_publishes_means_and_verdicts(suite: Any) ->
     assert "test/energy_pj" not in _row(document, "good")["metrics"]  # optional and absent
 
 
+def test_seeds_that_are_replicas_share_a_run_and_count_one_by_one(suite: Any) -> None:
+    seconds = {"label": "Time", "higher_is_better": False}
+    content = yaml.safe_load(suite.table().read_text())
+    path = suite.table(
+        replicas=2,
+        metrics=content["metrics"] | {"summary/wall_s": seconds},
+        rows=[content["rows"][0], {**content["rows"][1], "replicas": 1}],
+    )
+    assert main([str(path)]) == 0
+    words = [command["argv"] for command in suite.commands()]
+    assert len(words) == 2 + 3
+    first = [word for word in words if "--seed_everything=0" in word]
+    assert ["--model.init_args.replicas=2" in word for word in first] == [True, False]
+    document = _document()
+    good, bad = (_row(document, name) for name in ("good", "bad"))
+    assert good["metrics"]["test/accuracy"]["by_seed"] == pytest.approx({"0": 0.8, "1": 0.82, "2": 0.84})
+    assert bad["metrics"]["test/accuracy"]["by_seed"] == pytest.approx({"0": 0.6, "1": 0.61, "2": 0.62})
+    assert good["metrics"]["summary/wall_s"]["by_seed"] == {"0": 1.0, "2": 2.0}  # one measurement a run
+    assert [run["wall_s"] for run in good["runs"]] == [1.0, 1.0, 2.0]
+    assert [run["samples_seen"] for run in good["runs"]] == [320, 320, 640]
+    assert "--model.init_args.replicas=2" in good["command"]
+    assert document["claims"][0]["evidence"]["n"] == 3
+    before = RESULT.read_bytes()
+    assert main([str(path)]) == 0
+    assert len(suite.commands()) == 5
+    assert RESULT.read_bytes() == before
+
+
+def test_a_run_of_replicas_that_failed_fails_for_each_and_one_that_was_cut_off_goes_on(
+    suite: Any, rewrite: Rewrite
+) -> None:
+    rows = [{"name": "good", "config": "a.yaml"}, {"name": "bad", "config": "b.yaml", "overrides": {"fail": "yes"}}]
+    path = suite.table(replicas=3, rows=rows)
+    assert main([str(path)]) == 1
+    assert _row(_document(), "bad")["failed"] == dict.fromkeys("012", "exit code 1")
+    rewrite(_run_dir("good", 0), status="interrupted")
+    assert main([str(path), "--only", "good", "--seed", "1"]) == 0
+    assert suite.commands()[-1]["argv"][:2] == ["fit", "--resume"]
+    assert len(_row(_document(), "good")["seeds"]) == 3
+
+
 def test_what_is_published_names_neither_host_nor_user_nor_folder(suite: Any) -> None:
     suite.reproduced()
     document = _document()

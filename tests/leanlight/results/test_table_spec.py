@@ -37,6 +37,12 @@ def test_a_row_may_run_at_some_of_the_seeds(suite: Any, tmp_path: Path) -> None:
     assert [(cell.seed, cell.row.name) for cell in cells] == [(0, "good"), (1, "good"), (1, "bad"), (2, "good")]
 
 
+def test_replicas_are_neighbouring_seeds(suite: Any) -> None:
+    spec = load_table(str(suite.table(seeds=[0, 1, 2, 5, 6, 9], replicas=2)))
+    assert spec.rows[0].runs() == [(0, 1), (2,), (5, 6), (9,)]
+    assert load_table(str(suite.table())).rows[0].runs() == [(0,), (1,), (2,)]
+
+
 def test_a_curve_has_a_line_for_every_row_unless_it_names_some(suite: Any) -> None:
     curves = [NOISE, {**NOISE, "title": "Good", "rows": ["good"]}]
     every, some = load_table(str(suite.table(curves=curves))).curves

@@ -168,7 +168,7 @@ def test_the_score_in_a_run_is_that_of_train_and_score_and_of_a_classifier_on_th
     model.evaluation = Evaluation(1, (30,), recipe)
     run = trainer(2)
     run.fit(model, data)
-    seed = model._seed("judge", 0)
+    seed = model._seed(0, "judge", 0)
     test = model.preprocessing(data.test_split.images), data.test_split.labels
     (score,) = train_and_score((model.images.detach(), model.labels.detach()), NETWORK, recipe, [seed], test)
     (metrics,) = run.test(model, data, verbose=False)

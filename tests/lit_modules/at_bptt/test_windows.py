@@ -96,6 +96,26 @@ def test_stages_change_after_exactly_x_and_y_small_gains_and_never_back():
     assert stages(selector, [0.0, 50.0, 100.0], 100) == ["late"] * 3
 
 
+def test_a_stage_lasts_its_least_number_of_epochs():
+    selector = AdaptiveWindow(10, 4, patience_early=0.02, patience_late=0.02, min_stage_epochs=6)
+    assert stages(selector, [50.0] * 14, 100) == ["early"] * 5 + ["middle"] * 6 + ["late"] * 3
+
+
+@pytest.mark.parametrize("stage", ["early", "middle", "late"])
+@pytest.mark.parametrize("anchor", ["start", "end"])
+def test_no_adaptive_window_starts_before_the_least_step(stage, anchor):
+    starts = [window.start for window in windows(AdaptiveWindow(10, 4, anchor=anchor, min_start=7), stage)]
+    assert min(starts) == 7
+    assert max(starts) > 7
+
+
+def test_a_random_window_is_an_epoch_s_or_an_outer_step_s():
+    assert not RandomWindow(10).redraws
+    assert RandomWindow(10, redraw="step").redraws
+    with pytest.raises(UserError, match="redraw: expected epoch or step"):
+        RandomWindow(10, redraw="never")
+
+
 def test_consecutive_counting_starts_again_after_a_large_gain():
     rising = [0.0, 0.0, 0.0, 10.0, 10.0, 10.0, 20.0, 20.0]  # gains: 0 0 10 0 0 10 0
     settings = {"patience_early": 0.03, "patience_late": 0.5}
@@ -142,7 +162,16 @@ def test_halves_change_with_thirds_of_the_epochs():
     assert all(window.start >= 27 and window.length == 5 for window in second)
 
 
-@pytest.mark.parametrize("selector", [LastWindow(61), RandomWindow(61), RandomWindow(50, 11), AdaptiveWindow(55, 6)])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        LastWindow(61),
+        RandomWindow(61),
+        RandomWindow(50, 11),
+        AdaptiveWindow(55, 6),
+        AdaptiveWindow(40, 5, min_start=16),
+    ],
+)
 def test_windows_longer_than_the_inner_training_are_refused(selector):
     with pytest.raises(UserError, match=r"expected .* inner_steps"):
         selector.prepare(T, 10)

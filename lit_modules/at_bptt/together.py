@@ -1,0 +1,93 @@
+"""Train many fresh networks as one batch: each the one that it would be alone, up to rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import vector_to_parameters
+
+from leanlight.contracts import NetworkFactory, isolated_rng, to_device
+from leanlight.ops.differentiable import augment_each, find_augmentation
+from lit_modules.at_bptt.inner import FlatNetwork, StackedNetworks
+from lit_modules.classifier.training import LabelledImages, Recipe
+
+
+def can_stack(factory: NetworkFactory) -> bool:
+    """Whether networks of a factory can train as one batch: without batch norm, dropout and compiled code."""
+    with isolated_rng(0):
+        modules = list(factory().modules())
+    compiled = any(module._compiled_call_impl is not None for module in modules)
+    return not compiled and not any(isinstance(module, (_BatchNorm, _DropoutNd)) for module in modules)
+
+
+def train_together(
+    data: Sequence[LabelledImages], factory: NetworkFactory, recipe: Recipe, seeds: Sequence[int], epochs: Sequence[int]
+) -> list[list[nn.Module]]:
+    """Of each network its copies after so many epochs, in evaluation mode; leaves random states alone.
+
+    Args:
+        data: what each network trains on: images (n, C, H, W), float, and labels, (n,) or (n, K). All are equally
+            large, on one device; networks may share a set.
+        factory: makes a network that `can_stack`.
+        recipe: how it trains.
+        seeds: one a network: of its initialisation and of all that its training draws.
+        epochs: numbers of epochs to copy networks after, ascending.
+    """
+    device, count = data[0][0].device, len(data[0][0])
+    augment = find_augmentation(recipe.augment, "recipe.augment")
+    copies: list[list[nn.Module]] = [[] for _ in seeds]
+    # Callers are validation hooks, where Lightning has gradients and version counting off.
+    with torch.inference_mode(False), torch.enable_grad():
+        made = [_fresh(factory, seed) for seed in seeds]
+        modules, generators = [network.to(device) for network, _ in made], [generator for _, generator in made]
+        images, labels, first = _pool(data)
+        networks = StackedNetworks([FlatNetwork(module) for module in modules])
+        theta = nn.Parameter(networks.parameters())
+        # All of the recipe's optimisers work element by element, so that one matrix is as good as many networks.
+        optimizer = recipe.make_optimizer(nn.ParameterList([theta]))
+        scheduler = recipe.make_scheduler(optimizer, batches=-(-count // recipe.batch_size))
+        for epoch in range(1, recipe.epochs + 1):
+            order = torch.stack([torch.randperm(count, generator=generator) for generator in generators])
+            for index in (to_device(order, device) + first).split(recipe.batch_size, 1):
+                image, label = images[index], labels[index].flatten(0, 1)
+                logits = networks(theta, augment_each(augment, image, generators) if augment else image)
+                # Each network's mean over its batch; the sum of losses that share nothing has the gradients of all.
+                loss = F.cross_entropy(
+                    logits.flatten(0, 1), label, label_smoothing=recipe.label_smoothing, reduction="sum"
+                )
+                optimizer.zero_grad(set_to_none=True)
+                (loss / index.shape[1]).backward()
+                optimizer.step()
+                scheduler.step()
+            if epoch in epochs:
+                for own, module, row in zip(copies, modules, theta.detach(), strict=True):
+                    own.append(copy.deepcopy(module).eval())
+                    vector_to_parameters(row.clone(), own[-1].parameters())
+    return copies
+
+
+def _fresh(factory: NetworkFactory, seed: int) -> tuple[nn.Module, torch.Generator]:
+    """A network, and a generator that goes on where its initialisation left the random state."""
+    with isolated_rng(seed):
+        network = factory()
+        return network, torch.Generator().set_state(torch.get_rng_state())
+
+
+def _pool(data: Sequence[LabelledImages]) -> tuple[Tensor, Tensor, Tensor]:
+    """The images and labels of all sets, each of them once, and where that of each network begins (S, 1)."""
+    places: dict[int, int] = {}
+    sets: list[LabelledImages] = []
+    first = []
+    for images, labels in data:
+        if id(images) not in places:
+            places[id(images)] = len(sets) * len(images)
+            sets.append((images.detach(), labels.detach()))
+        first.append(places[id(images)])
+    start = torch.tensor(first).unsqueeze(1).to(data[0][0].device)
+    return torch.cat([images for images, _ in sets]), torch.cat([labels for _, labels in sets]), start
