@@ -47,7 +47,7 @@ class FlatNetwork:
         return functional_call(self.network, {**values, **(self.buffers if buffers is None else buffers)}, (image,))
 
 
-class StackedNetworks:
+class StackedNetworks(FlatNetwork):
     """Networks of one architecture as one function of their flat vectors.
 
     Args:
@@ -55,16 +55,17 @@ class StackedNetworks:
     """
 
     def __init__(self, networks: Sequence[FlatNetwork]) -> None:
+        super().__init__(networks[0].network)
         self.networks = networks
-        self.buffers = {name: torch.stack([each.buffers[name] for each in networks]) for name in networks[0].buffers}
+        self.buffers = {name: torch.stack([each.buffers[name] for each in networks]) for name in self.buffers}
 
     def parameters(self) -> Tensor:
         """The networks' present parameters (S, P)."""
         return torch.stack([each.parameters() for each in self.networks])
 
-    def __call__(self, theta: Tensor, image: Tensor) -> Tensor:
-        """theta (S, P), image (S, N, C, H, W) → logits (S, N, K)."""
-        return vmap(self.networks[0])(theta, image, self.buffers)
+    def __call__(self, theta: Tensor, image: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """theta (S, P), image (S, N, C, H, W), buffers (S, …) by name (their own by default) → logits (S, N, K)."""
+        return vmap(super().__call__)(theta, image, self.buffers if buffers is None else buffers)
 
 
 class Corrections(NamedTuple):
@@ -114,8 +115,8 @@ class InnerOptimizer:
         """
         if isinstance(count, Tensor):
             exact = count.clamp(min=1).double()
-            m, v = ((1 - beta**exact) for beta in self.betas)
-            return Corrections(*(value.to(count.dtype) for value in (m, v, self.lr / m, self.lr / v)))
+            first, second = (1 - beta**exact for beta in self.betas)
+            return Corrections(*(value.to(count.dtype) for value in (first, second, self.lr / first, self.lr / second)))
         m, v = (1 - beta**count for beta in self.betas)
         return Corrections(m, v, self.lr / m, self.lr / v)
 
@@ -246,9 +247,7 @@ class InnerProblem:
         augment: of the synthetic images, or None.
     """
 
-    def __init__(
-        self, network: FlatNetwork | StackedNetworks, optimizer: InnerOptimizer, augment: Augmentation | None
-    ) -> None:
+    def __init__(self, network: FlatNetwork, optimizer: InnerOptimizer, augment: Augmentation | None) -> None:
         self.network, self.optimizer, self.augment = network, optimizer, augment
 
     def inputs(self, data: SyntheticData, batch: InnerBatch) -> tuple[Tensor, Tensor]:
