@@ -334,7 +334,7 @@ class DatasetDistillation(LightningModule):
             *right, count = self._epoch_sums.tolist()
             self.side_by_side.end_epoch([100 * each / count for each in right])
         if (schedule := self.lr_schedulers()) is not None:
-            schedule.step()  # type: ignore[union-attr, call-arg]  # one, and none on a plateau
+            schedule.step()  # type: ignore[union-attr]  # one, and none on a plateau
 
     # ---- evaluation: fresh networks trained on the set ----
 
@@ -460,7 +460,7 @@ class DatasetDistillation(LightningModule):
         self._count(batch)
 
     def on_test_epoch_end(self) -> None:
-        best = self.best_epochs or [None] * self.replicas
+        best: Sequence[int | None] = self.best_epochs or [None] * self.replicas
         scores = [
             scores_on_test(each, self.evaluation.epochs, epochs)
             for each, epochs in zip(self._end_evaluation(), best, strict=True)
