@@ -15,18 +15,22 @@ from leanlight.flower.member import member, rounds_of
 from leanlight.flower.server import find_nodes
 from leanlight.invocation import expand
 
-SFEDCA = ["--config=sfedca/digits_small", "--model.local.epochs=1"]
-SCAFFOLD = [
-    *SFEDCA,
-    "--model.network={class_path: lit_modules.nn.MLP, init_args: {in_channels: 1, num_classes: 10, hidden: [8], "
-    "image_size: 8}}",
-    "--model.objective=lit_modules.federated.Scaffold",
+# Smaller than the smallest configs, which train the same way.
+MLP = "{class_path: lit_modules.nn.MLP, init_args: {in_channels: 1, num_classes: 10, hidden: [8], image_size: 8}}"
+SFEDCA = ["--config=sfedca/digits_small", "--model.local.epochs=1", "--model.network.init_args.time_steps=2"]
+PLAIN = ["--config=sfedca/digits_small", "--model.local.epochs=1", f"--model.network={MLP}"]
+SCAFFOLD = [*PLAIN, "--model.objective=lit_modules.federated.Scaffold"]
+SFEDHIFI = [
+    "--config=sfedhifi/digits_small",
+    "--model.local.epochs=1",
+    "--model.widths=[0.5,1]",
+    "--model.network.init_args.channels=[8,8]",
+    "--model.network.init_args.time_steps=2",
 ]
-SFEDHIFI = ["--config=sfedhifi/digits_small", "--model.local.epochs=1"]
 
 
 def callbacks(**server):
-    given = {"selector": {"class_path": "lit_modules.federated.RandomClients"}, "probe": 0, **server}
+    given = {"selector": selector("RandomClients"), "probe": 0, "every_n_epochs": 0, **server}
     return f"--trainer.callbacks={[{'class_path': 'callbacks.FederatedRounds', 'init_args': given}]}"
 
 
@@ -35,7 +39,7 @@ def selector(name, package="federated"):
 
 
 def built(folder, *words, rounds=2):
-    quiet = ["--run.wandb=disabled", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0", "--export_artifact.enabled=false"]
     place = f"--trainer.default_root_dir={folder}"
     return LeanlightCLI(expand(["fit", *words, f"--trainer.max_epochs={rounds}", place, *quiet]))
 
@@ -64,8 +68,8 @@ def assert_same(one, other):
     ("words", "server"),
     [
         (SFEDCA, {"selector": selector("CreditSelection", "sfedca"), "participants": 2, "candidates": 4}),
-        (SFEDCA, {"selector": selector("PowerOfChoice"), "participants": 2, "candidates": 4}),
-        (SFEDCA, {"participants": 4, "stragglers": 0.5, "dropout": 0.3}),
+        (PLAIN, {"selector": selector("PowerOfChoice"), "participants": 2, "candidates": 4}),
+        (PLAIN, {"participants": 4, "stragglers": 0.5, "dropout": 0.3}),
         (SCAFFOLD, {"participants": 8}),
         (SCAFFOLD, {"selector": selector("LargestUpdate"), "participants": 4, "candidates": 12}),
         (SFEDHIFI, {"participants": 3}),
@@ -104,7 +108,7 @@ def test_a_client_whose_answer_is_lost_counts_as_dropped_out(tmp_path):
     def lose(kind, config):
         return kind == "train" and config["client"] % 2 == 0
 
-    cli, grid = on_flower(tmp_path, *SFEDCA, callbacks(participants=6), lose=lose, rounds=1)
+    cli, grid = on_flower(tmp_path, *PLAIN, callbacks(participants=6), lose=lose, rounds=1)
     asked = {call.config["client"] for call in grid.calls("train")}
     assert rounds_of(cli).round.chosen == sorted(client for client in asked if client % 2)
     assert rounds_of(cli).round.dropped == sorted(client for client in asked if client % 2 == 0)
@@ -120,13 +124,13 @@ def test_a_chosen_client_that_does_not_send_its_weights_is_left_out(tmp_path):
             return True
         return False
 
-    cli, _ = on_flower(tmp_path, *SFEDCA, callbacks(**server), lose=lose, rounds=1)
+    cli, _ = on_flower(tmp_path, *PLAIN, callbacks(**server), lose=lose, rounds=1)
     assert len(rounds_of(cli).round.chosen) == 2
     assert lost[0] not in rounds_of(cli).round.chosen
 
 
 def test_each_client_is_asked_on_its_node(tmp_path):
-    _, grid = on_flower(tmp_path, *SFEDCA, callbacks(participants=12), nodes=5, rounds=1)
+    _, grid = on_flower(tmp_path, *PLAIN, callbacks(participants=12), nodes=5, rounds=1)
     assert len(grid.calls("query.clients")) == 5
     assert {call.config["client"] % 5 == call.part for call in grid.calls("train")} == {True}
     assert len({call.part for call in grid.calls("train")}) > 1
