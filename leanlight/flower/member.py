@@ -26,11 +26,13 @@ def build(config: str) -> LeanlightCLI:
     Raises:
         UserError: a bad config, or one that is no federation.
     """
+    quiet_lightning()
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Ray shows them for every process
     root = os.environ.get("LEANLIGHT_DATA")
     with tempfile.TemporaryDirectory() as folder, isolated_rng():
         path = Path(folder) / "config.yaml"
         path.write_text(config, encoding="utf-8")
-        cli = LeanlightCLI(expand(["fit", f"--config={path}", *([f"--data.init_args.root={root}"] if root else [])]))
+        cli = LeanlightCLI(expand(["fit", f"--config={path}", *([f"--data.root={root}"] if root else [])]))
     rounds_of(cli)
     return cli
 
@@ -100,6 +102,4 @@ class Member:
 @lru_cache(maxsize=1)
 def member(config: str) -> Member:
     """This process' only one, built when the first client is asked."""
-    quiet_lightning()
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Ray shows them for every process
     return Member(build(config))

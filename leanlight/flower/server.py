@@ -84,6 +84,7 @@ class FederationStrategy(Strategy):
     # ---- what the callback asks ----
 
     def score(self, round_number: int, clients: Sequence[int]) -> dict[int, float]:
+        """Ask clients for their scores before training; see `ClientEngine`, as for the two below."""
         config = ConfigRecord({"round": round_number, "clients": list(clients)})
         messages = self.configure_evaluate(round_number + 1, ArrayRecord(), config, self._grid)
         reports = [reply.content["report"] for reply in self._answers(messages)]
@@ -92,6 +93,7 @@ class FederationStrategy(Strategy):
     def train(
         self, round_number: int, joined: Sequence[int], work: Mapping[int, float]
     ) -> list[tuple[ClientUpdate, float | None]]:
+        """The first stage: clients train, and send their weights only where they need no score for it."""
         clients = {"clients": list(work), "work": list(work.values()), "joined": list(joined)}
         messages = self.configure_train(
             round_number + 1, ArrayRecord(), ConfigRecord({"round": round_number, **clients}), self._grid
@@ -101,6 +103,7 @@ class FederationStrategy(Strategy):
         return sorted(received, key=lambda pair: pair[0].client)
 
     def fetch(self, round_number: int, chosen: Mapping[int, ClientUpdate]) -> dict[int, ClientUpdate]:
+        """The second stage: the chosen send their weights, if they have not yet."""
         complete = {client: update for client, update in chosen.items() if update.state}
         messages = [
             self._message(client, "query.weights", round_number, config=ConfigRecord({"client": client}))

@@ -46,7 +46,7 @@ def test_bad_input_is_one_line(capsys, words, told, tmp_path, monkeypatch):
 
 
 @needs_flower
-def test_the_app_is_one_that_flower_accepts_and_holds_the_whole_config(capsys, tmp_path):
+def test_the_app_is_one_that_flower_accepts_and_holds_the_whole_config(tmp_path, monkeypatch):
     from flwr.cli.config_utils import load_and_validate
 
     from leanlight.flower import build
@@ -57,4 +57,7 @@ def test_the_app_is_one_that_flower_accepts_and_holds_the_whole_config(capsys, t
     assert tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["dependencies"] == []
     nodes = ast.parse((tmp_path / "federation_client.py").read_text()).body
     (config,) = [ast.literal_eval(n.value) for n in nodes if isinstance(n, ast.Assign) and n.targets[0].id == "CONFIG"]
-    assert build(config).model.local.epochs == 7
+    monkeypatch.setenv("LEANLIGHT_DATA", str(tmp_path / "of_this_node"))
+    cli = build(config)
+    assert cli.model.local.epochs == 7
+    assert str(cli.datamodule.root) == str(tmp_path / "of_this_node")
