@@ -20,13 +20,7 @@ MLP = "{class_path: lit_modules.nn.MLP, init_args: {in_channels: 1, num_classes:
 SFEDCA = ["--config=sfedca/digits_small", "--model.local.epochs=1", "--model.network.init_args.time_steps=2"]
 PLAIN = ["--config=sfedca/digits_small", "--model.local.epochs=1", f"--model.network={MLP}"]
 SCAFFOLD = [*PLAIN, "--model.objective=lit_modules.federated.Scaffold"]
-SFEDHIFI = [
-    "--config=sfedhifi/digits_small",
-    "--model.local.epochs=1",
-    "--model.widths=[0.5,1]",
-    "--model.network.init_args.channels=[8,8]",
-    "--model.network.init_args.time_steps=2",
-]
+SFEDHIFI = ["--config=sfedhifi/digits_small", "--model.local.epochs=1"]
 
 
 def callbacks(**server):
