@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from leanlight.contracts import Progress, atomic_write
 
+# A server that is gone keeps training waiting for half a minute, once; by MLflow's own defaults, 7 and 120, for many.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 ProgressSource = Callable[[], Progress]
 
 
@@ -174,6 +176,8 @@ class RunMLFlowLogger(_RunsOnProgress, MLFlowLogger):
 
     def __init__(self, directory: Path, project: str, name: str) -> None:
         server, self._kept = os.environ.get("MLFLOW_TRACKING_URI"), directory / "mlflow.id"
+        for setting, value in _PATIENCE.items():
+            os.environ.setdefault(setting, value)
         if not server:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 prefers databases, and asks
         super().__init__(

@@ -300,7 +300,8 @@ def code_version(files: Iterable[str] | None = None) -> tuple[str, list[str]]:
     """
     if files is None:
         loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-        paths = {Path(name).resolve() for name in loaded if name}
+        ours = (name for name in loaded if name and any(root in name for root in _CODE_ROOTS))  # resolving all is slow
+        paths = {Path(name).resolve() for name in ours}
         relative = (path.relative_to(PROJECT).as_posix() for path in paths if path.is_relative_to(PROJECT))
         files = [name for name in relative if name.startswith(_CODE_ROOTS) and _decides(name)]
     names = sorted(files)
@@ -320,23 +321,26 @@ def _decides(name: str) -> bool:
 def _meaning(source: bytes) -> str:
     """Hash of a Python file's syntax tree; of its bytes when it does not parse. A file is parsed once a process."""
     try:
-        return hashlib.sha256(repr(_tree(ast.parse(source))).encode()).hexdigest()
+        return hashlib.sha256(_text(ast.parse(source)).encode()).hexdigest()
     except (SyntaxError, ValueError):
         return hashlib.sha256(source).hexdigest()
 
 
-def _tree(node: Any) -> Any:
-    """A syntax tree as nested tuples, without positions, texts that are statements (docstrings) and empty fields.
+def _text(node: Any) -> str:
+    """A syntax tree as the text of nested tuples, without positions, texts that are statements (docstrings) and empty
+    fields.
 
     All other constants stay, texts too: a string may be a key or a mode. Empty fields go because each Python version
-    adds some, and an upgrade of Python must not outdate results.
+    adds some, and an upgrade of Python must not outdate results. Written at once, for each run hashes its code.
     """
     if isinstance(node, list):
-        return [_tree(item) for item in node if not (isinstance(item, ast.Expr) and _is_text(item.value))]
+        parts = [_text(item) for item in node if not (isinstance(item, ast.Expr) and _is_text(item.value))]
+        return f"[{', '.join(parts)}]"
     if not isinstance(node, ast.AST):
-        return node
-    fields = ((name, getattr(node, name, None)) for name in node._fields)
-    return (type(node).__name__, *((name, _tree(value)) for name, value in fields if value is not None and value != []))
+        return repr(node)
+    fields = [(name, getattr(node, name, None)) for name in node._fields]
+    parts = [f"('{name}', {_text(value)})" for name, value in fields if value is not None and value != []]
+    return f"('{type(node).__name__}', {', '.join(parts)})" if parts else f"('{type(node).__name__}',)"
 
 
 def _is_text(node: ast.expr) -> bool:
