@@ -8,6 +8,7 @@ mean in whitened or standardised space.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanlight.contracts.batch import to_device
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.ops.augment import AUGMENTATIONS, Augmentation
 
@@ -147,9 +149,12 @@ def one_of(image: Tensor, generator: Source = None, *, operations: Sequence[Oper
     if len(set(choices)) == 1:
         return apply(range(len(choices)), image)
     # Parts of the same choice are worked on together, and then put back into their order.
-    groups = [[i for i, other in enumerate(choices) if other == choice] for choice in sorted(set(choices))]
-    done = [apply(group, parts[group].flatten(0, 1)).unflatten(0, (-1, size)) for group in groups]
-    return torch.cat(done)[torch.tensor([i for group in groups for i in group]).argsort()].flatten(0, 1)
+    order = sorted(range(len(choices)), key=choices.__getitem__)
+    groups = [list(group) for _, group in itertools.groupby(order, choices.__getitem__)]
+    sorted_parts = parts[to_device(torch.tensor(order), image.device)].split([len(group) for group in groups])
+    done = [apply(group, own.flatten(0, 1)) for group, own in zip(groups, sorted_parts, strict=True)]
+    back = to_device(torch.tensor(order).argsort(), image.device)
+    return torch.cat(done).unflatten(0, (-1, size))[back].flatten(0, 1)
 
 
 def _place(generator: torch.Generator | None) -> torch.device | str:

@@ -297,11 +297,10 @@ class DatasetDistillation(LightningModule):
             self.labels.clamp_(min=0)
         assert self._epoch_sums is not None
         self._epoch_sums += torch.cat([accuracy, accuracy.new_ones(1)])
-        self._terms = {"outer_loss": loss.mean(), "gradient_norm": norm.mean()}
-        values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
-        means = {name: value.mean() for name, value in values.items()}
-        values_and_choices = {**means, **self.side_by_side.metrics()}
-        log_step(self, {f"train/{name}": value for name, value in values_and_choices.items()}, len(batch))
+        means = {"loss": loss.mean(), "accuracy": accuracy.mean(), "gradient_norm": norm.mean()}
+        self._terms = {"outer_loss": means["loss"], "gradient_norm": means["gradient_norm"]}
+        values = {**means, **self.side_by_side.metrics()}
+        log_step(self, {f"train/{name}": value for name, value in values.items()}, len(batch))
 
     def _mean_step(self, batch: ImageBatch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(S, …) gradients of images and labels, losses and accuracies, averaged over inner runs and processes."""

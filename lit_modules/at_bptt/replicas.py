@@ -181,7 +181,8 @@ class BatchedBPTT(Replicas):
         problem = StackedProblem(networks, first.inner_optimizer, first.augmentation)
         theta, batches = networks.parameters(), [own for _, own in runs]
         longest = max(map(len, batches))
-        steps_done = torch.tensor([[len(own) - longest] for own in batches]).to(theta)  # 0 once the wait is over
+        steps_done = torch.tensor([[len(own) - longest] for own in batches], dtype=theta.dtype)  # below 0: to wait
+        steps_done = to_device(steps_done, theta.device)
         return problem, first.inner_optimizer.start(theta, steps_done), _aligned(batches, theta.device)
 
     def _weights(self, windows: Sequence[Window], length: int, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+import leanlight
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
 from leanlight.ops.differentiable import ALL_AUGMENTATIONS, augment_each
@@ -283,6 +284,25 @@ def test_each_replica_is_exported_by_itself(tmp_path):
     assert card["images"] == [10, 1, 8, 8]
     assert card["scores"]["val/accuracy"] == made.scores["val/accuracy"][1]
     assert made.media("val")["images"].images.shape == (10, 1, 8, 8)
+
+
+def test_a_run_folder_tells_what_each_replica_scored_and_keeps_the_best_of_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {"model.init_args.replicas": 2, "trainer.max_epochs": 2, "trainer.limit_train_batches": 2}
+    changes |= {"trainer.check_val_every_n_epoch": 1, "trainer.accelerator": "cpu", "trainer.logger": False}
+    changes |= {"model.init_args.evaluation.init_args.epochs": [3, 6], "trainer.enable_progress_bar": False}
+    run, made, data = leanlight.build("at_bptt/digits_small", changes)
+    run.fit(made, data)
+    run.test(made, data, verbose=False)
+    (folder,) = tmp_path.glob("runs/at_bptt/digits/*")
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("val/accuracy", "test/accuracy"):
+        values = summary["replicas"][name]
+        assert len(values) == 2
+        assert summary["metrics"][name] == pytest.approx(sum(values) / 2)
+    best = leanlight.load(folder, "best")
+    assert torch.equal(best.images, made._best["images"].flatten(0, 1))
+    assert best.best_epochs == made._best["best_epochs"].tolist()
 
 
 def test_loaders_that_know_no_replicas_are_refused():
