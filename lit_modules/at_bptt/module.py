@@ -420,14 +420,22 @@ class DatasetDistillation(LightningModule):
         if not self._best:
             yield
             return
-        images, labels, epochs, scores = self.images.data, self.labels.data, self.best_epochs, self.scores
-        self.images.data, self.labels.data = (self._best[name].flatten(0, 1) for name in ("images", "labels"))
-        self.best_epochs = self._best["best_epochs"].tolist()
-        self.scores = {**scores, "val/accuracy": self._best["accuracy"].tolist()}
+        now = self.images.detach().clone(), self.labels.detach().clone(), self.best_epochs, self.scores
+        images, labels = (self._best[name].flatten(0, 1) for name in ("images", "labels"))
+        scores = {**self.scores, "val/accuracy": self._best["accuracy"].tolist()}
+        self._become(images, labels, self._best["best_epochs"].tolist(), scores)
         try:
             yield
         finally:
-            self.images.data, self.labels.data, self.best_epochs, self.scores = images, labels, epochs, scores
+            self._become(*now)
+
+    @torch.no_grad()
+    def _become(
+        self, images: Tensor, labels: Tensor, best_epochs: list[int], scores: Mapping[str, list[float]]
+    ) -> None:
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.best_epochs, self.scores = best_epochs, dict(scores)
 
     def on_test_epoch_start(self) -> None:
         trained, sets = self._start_evaluation(), self._sets()

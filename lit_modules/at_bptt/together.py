@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils import vector_to_parameters
 
 from leanlight.contracts import NetworkFactory, isolated_rng, to_device
 from leanlight.ops.differentiable import augment_each, find_augmentation
@@ -67,9 +66,18 @@ def train_together(
                 scheduler.step()
             if epoch in epochs:
                 for own, module, row in zip(copies, modules, theta.detach(), strict=True):
-                    own.append(copy.deepcopy(module).eval())
-                    vector_to_parameters(row.clone(), own[-1].parameters())
+                    own.append(_with_parameters(module, row))
     return copies
+
+
+@torch.no_grad()
+def _with_parameters(network: nn.Module, theta: Tensor) -> nn.Module:
+    """A copy of a network, in evaluation mode, with the parameters theta (P,)."""
+    made = copy.deepcopy(network).eval()
+    pieces = theta.split([value.numel() for value in made.parameters()])
+    for parameter, piece in zip(made.parameters(), pieces, strict=True):
+        parameter.copy_(piece.view_as(parameter))
+    return made
 
 
 def _fresh(factory: NetworkFactory, seed: int) -> tuple[nn.Module, torch.Generator]:

@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Case]] = {
         "unrolled": Case(
             ("--config=at_bptt/digits_small", *_model(distiller__init_args__engine="lit_modules.at_bptt.Unrolled"))
         ),
+        "replicas": Case(("--config=at_bptt/digits_small", *_model(replicas="3"))),
         "matching": Case(
             (
                 "--config=at_bptt/digits_small",
