@@ -123,12 +123,8 @@ class DatasetDistillation(LightningModule):
         seed: Seed | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("ipc", ipc),
-            ("num_classes", num_classes),
-            ("inner_runs", inner_runs),
-            ("replicas", replicas),
-        ):
+        counts = {"ipc": ipc, "num_classes": num_classes, "inner_runs": inner_runs, "replicas": replicas}
+        for name, value in counts.items():
             if value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         if clip is not None and clip <= 0:
