@@ -10,7 +10,8 @@ CONFIG = ["--config", "hid/planted_small", *SMALL, "--model.init_args.optimizer.
 HID = ["--model.init_args.intents.n=4", "--model.init_args.icloss.gather=true", "--model.init_args.epsilon=0.4"]
 VARIANTS = {
     "hid": HID,
-    "hid released": [*HID, "--model.init_args.icloss.form=released"],
+    # Its least and greatest variance pick rows: greater steps make of rounding another pick.
+    "hid released": [*HID, "--model.init_args.icloss.form=released", "--model.init_args.optimizer.init_args.lr=0.2"],
     "plain": ["--config", "hid/planted_small__plain"],
     "itemknn": ["--config", "hid/planted_small__itemknn"],
 }
