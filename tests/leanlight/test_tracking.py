@@ -175,7 +175,8 @@ def own_process():
     return int(found)
 
 
-@pytest.mark.parametrize("breaks", ["fall_silent", pytest.param("die", marks=pytest.mark.slow)])
+@pytest.mark.slow  # W&B's own process keeps its own time
+@pytest.mark.parametrize("breaks", ["fall_silent", "die"])
 def test_a_connection_that_is_lost_costs_a_wait_and_leaves_every_row_for_later(online, capsys, breaks):
     logger, folder, server = online
     send(logger, folder, 1)
@@ -202,6 +203,7 @@ def accuracy(record):
     return int(values["val/accuracy"]) if "val/accuracy" in values else None
 
 
+@pytest.mark.slow
 def test_a_process_of_wandb_that_dies_costs_one_line(online, capsys):
     logger, folder, _ = online
     logger.log_metrics({"val/accuracy": 1}, 1)
