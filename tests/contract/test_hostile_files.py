@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from one_step import one_step_run
 
 import leanlight as suite
 from datamodules import SubsetDataModule
 from leanlight.__main__ import main
 from leanlight.contracts import UserError
-
-QUICK = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 1, "trainer.limit_val_batches": 1}
 
 
 class Payload:
@@ -144,12 +143,7 @@ def test_a_csv_with_bytes_that_are_no_text(refused, words, content):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of one step."""
-    folder = tmp_path_factory.mktemp("run")
-    root = {"trainer.default_root_dir": str(folder), "trainer.enable_progress_bar": False}
-    trainer, model, data = suite.build("classifier/digits_small", QUICK | root)
-    trainer.fit(model, data)
-    shutil.move(trainer.default_root_dir, folder / "run")
-    return folder / "run"
+    return one_step_run(tmp_path_factory.mktemp("run"))
 
 
 CHANGES = {

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from one_step import one_step_run
 
 import leanlight as suite
 from leanlight.__main__ import main
@@ -39,7 +40,6 @@ COMMANDS = {
     "export": ["export", "RUN"],
     "export of a file": ["export", "FILE"],
 }
-QUICK = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 1, "trainer.limit_val_batches": 1}
 PLACES = {
     "the model": lambda saved, value: saved["model"].update(value),
     "the data": lambda saved, value: saved["data"].update(value),
@@ -51,12 +51,7 @@ PLACES = {
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
     """A finished run of the classifier, with a predict run inside."""
-    folder = tmp_path_factory.mktemp("honest")
-    root = {"trainer.default_root_dir": str(folder), "trainer.enable_progress_bar": False}
-    trainer, model, data = suite.build("classifier/digits_small", QUICK | root)
-    trainer.fit(model, data)
-    run = folder / "run"
-    shutil.move(trainer.default_root_dir, run)
+    run = one_step_run(tmp_path_factory.mktemp("honest"))
     shutil.copytree(run, run / "predict", ignore=shutil.ignore_patterns("predict"))
     (run / "predict" / "summary.json").write_text(json.dumps({"command": ["predict"]}))
     return run
