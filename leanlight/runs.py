@@ -116,6 +116,11 @@ _LATER_DEFAULTS = {
     "AdaptiveWindow.min_start": 0,
     "min_stage_epochs": 0,
     "redraw": "epoch",
+    "eps_placement": "after",
+    "outer_chunk": None,
+    "evaluation.steps": None,
+    "evaluation.classes_per_batch": None,
+    "evaluation.images_per_class": None,
 }
 
 
@@ -231,7 +236,7 @@ def identity(resolved: Mapping[str, Any], digests: Mapping[str, str], whole: boo
             defaults = {k.removeprefix(f"{of}."): v for k, v in _LATER_DEFAULTS.items()}
             later = {k for k, v in defaults.items() if value.get(k) == v and not whole}
             name = str(value.get("class_path", "")).rpartition(".")[2]
-            return {str(k): clean(v, name) for k, v in value.items() if k not in _PLACE_KEYS | later}
+            return {str(k): clean(v, name or str(k)) for k, v in value.items() if k not in _PLACE_KEYS | later}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         return without_place(str(value)) if isinstance(value, (str, Path)) else value

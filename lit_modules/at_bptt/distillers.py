@@ -21,6 +21,7 @@ from lit_modules.at_bptt.inner import (
     InnerBatch,
     InnerOptimizer,
     InnerProblem,
+    RealLoss,
     SyntheticData,
 )
 from lit_modules.at_bptt.pictures import gradient_norm_curve
@@ -146,6 +147,7 @@ class TruncatedBPTT(Distiller):
         augment: augmentation of the set in inner steps, a name of leanlight.ops.differentiable, null for none.
         outer_augment: augmentation of real batches, a name as for augment.
         weight_by_p: weigh the window's steps by P_trunc(i), as Eq. 13 does and no published code.
+        outer_chunk: real images at a time in the outer loss, for less memory and the same gradient; null for all.
     """
 
     inner_steps: PositiveInt = 200
@@ -157,10 +159,13 @@ class TruncatedBPTT(Distiller):
     augment: str | None = "flip_rotate"
     outer_augment: str | None = "flip_rotate"
     weight_by_p: bool = False
+    outer_chunk: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if self.inner_steps < 1:
             raise UserError(f"inner_steps: expected at least 1, got {self.inner_steps}")
+        if self.outer_chunk is not None and self.outer_chunk < 1:
+            raise UserError(f"outer_chunk: expected at least 1 or null, got {self.outer_chunk}")
         self.window_selector, self.gradient_engine = self.selector or AdaptiveWindow(), self.engine or Adjoint()
         if self.weight_by_p and not isinstance(self.window_selector, AdaptiveWindow):
             raise UserError("weight_by_p: needs selector AdaptiveWindow, which defines P(t)")
@@ -228,17 +233,11 @@ class TruncatedBPTT(Distiller):
             pass
         if self.outer_augmentation is not None:
             image = self.outer_augmentation(image, generator)
-        logits: list[Tensor] = []
-
-        def outer_loss(theta: Tensor) -> Tensor:
-            logits[:] = [network(theta, image)]
-            return F.cross_entropy(logits[0], label)
-
+        outer_loss = RealLoss(network, image, label, self.outer_chunk)
         result = self.gradient_engine.meta_gradient(
             problem, state, data, batches[window.start :], outer_loss, self._task.learn_labels, self.weights(window)
         )
-        right = (logits[0].detach().argmax(1) == label).float().mean()
-        return OuterStep(result.images, result.labels, result.loss, right)
+        return OuterStep(result.images, result.labels, outer_loss.loss, outer_loss.accuracy)
 
     def next_window(self, generator: torch.Generator) -> Window:
         """That of the next outer step: the epoch's, or one drawn for this step where the selector does that."""

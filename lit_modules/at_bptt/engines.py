@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from lit_modules.at_bptt.graphs import Cotangents, RecordedSteps
 from lit_modules.at_bptt.inner import InnerBatch, InnerProblem, InnerState, SyntheticData, times_each
 from lit_modules.at_bptt.lowrank import LowRankHessian
 
-OuterLoss = Callable[[Tensor], Tensor]
+#: theta → parts of the loss, one after another; their sum is differentiated.
+OuterLoss = Callable[[Tensor], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GradientEngine:
             state: parameters and moments at the window's start, held constant.
             data: the set.
             batches: inner mini-batches of the window, one a step.
-            outer_loss: theta (P,) → scalar; of replicas (S, P) → the sum of theirs.
+            outer_loss: theta (P,) → scalars, the parts of the loss; of replicas (S, P) → sums of theirs.
             learn_labels: whether labels want a gradient.
             weights: (length,), of replicas (length, S): factors of the steps' direct contributions, P_trunc(i) of
                 Eq. 13, and 0 before a replica's window begins; None for 1.
@@ -76,6 +77,16 @@ class GradientEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+
+
+def _outer_gradient(outer_loss: OuterLoss, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The outer loss at theta and its gradient there; the graph of one part is gone before that of the next is made."""
+    theta = theta.detach().requires_grad_()
+    loss, cotangent = theta.new_zeros(()), torch.zeros_like(theta)
+    for part in outer_loss(theta):
+        cotangent += torch.autograd.grad(part, theta)[0]
+        loss += part.detach()
+    return loss, cotangent
 
 
 def _leaves(data: SyntheticData, learn_labels: bool) -> SyntheticData:
@@ -104,10 +115,10 @@ class Unrolled(GradientEngine):
             theta, gradient = problem.gradient(state.theta, seen, batch, create_graph=True)
             state = problem.optimizer.step(InnerState(theta, state.m, state.v, state.count), gradient)
             norms.append(torch.linalg.vector_norm(gradient.detach(), dim=-1))
-        loss = outer_loss(state.theta)
+        loss, cotangent = _outer_gradient(outer_loss, state.theta)
         inputs = [data.images, data.labels] if learn_labels else [data.images]
-        gradients = torch.autograd.grad(loss, inputs)
-        return MetaGradient(gradients[0], gradients[1] if learn_labels else None, loss.detach(), torch.stack(norms))
+        gradients = torch.autograd.grad(state.theta, inputs, cotangent)
+        return MetaGradient(gradients[0], gradients[1] if learn_labels else None, loss, torch.stack(norms))
 
 
 def _scaled(value: Tensor, weight: Tensor) -> Tensor:
@@ -180,9 +191,7 @@ class Adjoint(GradientEngine):
             trajectory.append(self._keep(state))
             norms.append(norm)
         norm = torch.stack(norms)
-        end = state.theta.requires_grad_()
-        loss = outer_loss(end)
-        (cotangent,) = torch.autograd.grad(loss, end)
+        loss, cotangent = _outer_gradient(outer_loss, state.theta)
         leaves = _leaves(data, learn_labels)
         total = [torch.zeros_like(x) for x in ((data.images, data.labels) if learn_labels else (data.images,))]
         ranks = self._refresh(problem, trajectory[-2].theta, data, batches[-1], norm)
@@ -200,7 +209,7 @@ class Adjoint(GradientEngine):
                 cotangents = cotangent + products[-1], mu, nu
             elif self.hessian == "lowrank":
                 cotangents = cotangent + self._factor.product(w, ranks[i]), mu, nu
-        return MetaGradient(total[0], total[1] if learn_labels else None, loss.detach(), norm)
+        return MetaGradient(total[0], total[1] if learn_labels else None, loss, norm)
 
     def _pull_back(
         self,

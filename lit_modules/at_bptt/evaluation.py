@@ -7,67 +7,106 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from leanlight.contracts import NetworkFactory, UserError, isolated_rng
 from leanlight.contracts.ranges import PositiveInt
-from lit_modules.at_bptt.together import can_stack, train_together
+from lit_modules.at_bptt.inner import BatchSampler
+from lit_modules.at_bptt.together import Course, can_stack, train_together
 from lit_modules.classifier.training import LabelledImages, Recipe, train
+
+_EPOCHS = (300, 600, 1000, 3000)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a set is evaluated: fresh networks train on it, and are measured after several numbers of epochs.
+    """How a set is evaluated: fresh networks train on it, and are measured after several lengths of training.
+
+    Lengths are numbers of epochs, or numbers of steps whose mini-batches are drawn as those of inner training, as in
+    published code; the best on validation data counts.
 
     Args:
         networks: fresh networks whose accuracies are averaged.
-        epochs: numbers of epochs after which they are measured, ascending; the best on validation data counts.
-        recipe: how they train; its own ``epochs`` is not used.
+        epochs: numbers of epochs after which they are measured, ascending; without `steps` 300, 600, 1000 and 3000 by
+            default.
+        recipe: how they train; its own ``epochs`` is not used, with `steps` neither its ``batch_size``.
+        steps: numbers of steps after which they are measured, ascending, instead of `epochs`.
+        classes_per_batch: classes in a step's mini-batch, null for all; with `steps` only.
+        images_per_class: images of each class in a step's mini-batch, null for all; with `steps` only.
     """
 
     networks: PositiveInt = 8
-    epochs: tuple[PositiveInt, ...] = (300, 600, 1000, 3000)
+    epochs: tuple[PositiveInt, ...] | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(batch_size=512, augment="flip_rotate"))
+    steps: tuple[PositiveInt, ...] | None = None
+    classes_per_batch: PositiveInt | None = None
+    images_per_class: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if self.networks < 1:
             raise UserError(f"networks: expected at least 1, got {self.networks}")
-        if not self.epochs or list(self.epochs) != sorted(set(self.epochs)) or self.epochs[0] < 1:
-            raise UserError(f"epochs: expected ascending positive numbers, got {list(self.epochs)}")
+        for name, value in (("epochs", self.epochs), ("steps", self.steps)):
+            if value is not None and (not value or list(value) != sorted(set(value)) or value[0] < 1):
+                raise UserError(f"{name}: expected ascending positive numbers, got {list(value)}")
+        if self.steps is None:
+            for name in ("classes_per_batch", "images_per_class"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name}: expected null where epochs count, got {getattr(self, name)}; give steps")
+        elif self.epochs is not None:
+            raise UserError(f"epochs: expected null beside steps, got {list(self.epochs)}")
 
     @property
-    def full_recipe(self) -> Recipe:
-        """The recipe up to the last number of epochs."""
-        return dataclasses.replace(self.recipe, epochs=self.epochs[-1])
+    def unit(self) -> Literal["epochs", "steps"]:
+        """What lengths of training are numbers of."""
+        return "epochs" if self.steps is None else "steps"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of training after which networks are measured."""
+        return self.steps or self.epochs or _EPOCHS
+
+    def course(self, num_classes: int, ipc: int) -> Course:
+        """How networks train on a set of so many classes and images a class; UserError when it has not as many."""
+        recipe, order = dataclasses.replace(self.recipe, epochs=self.lengths[-1]), None
+        if self.steps is not None:
+            order = BatchSampler(num_classes, ipc, self.classes_per_batch, self.images_per_class)
+            recipe = dataclasses.replace(recipe, batch_size=order.size)
+        return Course(recipe, self.lengths, order)
+
+    def described(self, length: int) -> dict[str, Any]:
+        """A training of this length in words and numbers, for people and other programs."""
+        recipe = {**vars(self.recipe), self.unit: length}
+        if self.steps is not None:
+            del recipe["epochs"], recipe["batch_size"]
+            recipe |= {"classes_per_batch": self.classes_per_batch, "images_per_class": self.images_per_class}
+        return recipe
 
 
-def train_networks(
-    data: LabelledImages, factory: NetworkFactory, recipe: Recipe, seed: int, epochs: Sequence[int]
-) -> list[nn.Module]:
+def train_networks(data: LabelledImages, factory: NetworkFactory, course: Course, seed: int) -> list[nn.Module]:
     """Train one network and return its copies after so many epochs, in evaluation mode; leaves random states alone.
 
-    The network is the one that `train_and_score` makes of the same seed and recipe.
+    Where epochs go through all images, the network is the one that `train_and_score` makes of seed and recipe.
 
     Args:
         data: images (N, C, H, W) and labels, (N,) or (N, K), on the device to train on.
         factory: makes the network.
-        recipe: how it trains.
+        course: how it trains, and when it is copied.
         seed: of its initialisation and of all that training draws.
-        epochs: numbers of epochs to copy it after, ascending.
     """
     copies: list[nn.Module] = []
 
     def keep(epoch: int) -> None:
-        if epoch in epochs:
+        if epoch in course.epochs:
             copies.append(copy.deepcopy(network).eval())
 
     # Callers are validation hooks, where Lightning has gradients and version counting off.
     with isolated_rng(seed), torch.inference_mode(False), torch.enable_grad():
         network = factory().to(data[0].device)
-        train(network, (data[0].detach().clone(), data[1].detach().clone()), recipe, keep)
+        own = data[0].detach().clone(), data[1].detach().clone()
+        train(network, own, course.recipe, keep, course.order)
     return copies
 
 
@@ -154,10 +193,9 @@ def train_on_sets(
     name: str,
     data: Sequence[LabelledImages],
     factory: NetworkFactory,
-    recipe: Recipe,
-    epochs: Sequence[int],
+    course: Course,
 ) -> None:
-    """Train a network a seed on the set of each replica, this process its share, to be kept after each of `epochs`.
+    """Train a network a seed on the set of each replica, this process its share, to be kept when the course says.
 
     Those of several replicas train as one batch where that can be. Nothing is sent, so no process waits for another.
 
@@ -166,39 +204,39 @@ def train_on_sets(
         name: of the sets.
         data: of each replica, equally large; see `train_networks`.
         factory: see `train_networks`.
-        recipe: see `train_networks`.
-        epochs: see `train_networks`.
+        course: see `train_networks`.
     """
     jobs = [
         (each, number, seed, own)
         for each, own in zip(trained, data, strict=True)
-        for number, seed in each.claim(name, epochs)
+        for number, seed in each.claim(name, course.epochs)
     ]
     seeds, sets = [seed for *_, seed, _ in jobs], [own for *_, own in jobs]
     if len(trained) > 1 and jobs and can_stack(factory):
-        networks = train_together(sets, factory, recipe, seeds, epochs)
+        networks = train_together(sets, factory, course, seeds)
     else:
-        networks = [train_networks(own, factory, recipe, seed, epochs) for own, seed in zip(sets, seeds, strict=True)]
+        networks = [train_networks(own, factory, course, seed) for own, seed in zip(sets, seeds, strict=True)]
     for (each, number, *_), copies in zip(jobs, networks, strict=True):
         each.take(number, copies)
 
 
-def scores_on_test(accuracies: Mapping[str, Tensor], epochs: Sequence[int], best: int | None) -> dict[str, float]:
+def scores_on_test(accuracies: Mapping[str, Tensor], evaluation: Evaluation, best: int | None) -> dict[str, float]:
     """Scores of a set on test data.
 
     Args:
-        accuracies: ``set`` → (numbers of epochs, networks), likewise for other sets and networks by name; ``full``: of
-            networks trained on all real data, measured once.
-        epochs: the numbers of epochs.
-        best: the one that was best on validation data, None for the last.
+        accuracies: ``set`` → (lengths of training, networks), likewise for other sets and networks by name; ``full``:
+            of networks trained on all real data, measured once.
+        evaluation: how it was evaluated.
+        best: the length that was best on validation data, None for the last.
     """
-    chosen = epochs.index(best) if best in epochs else len(epochs) - 1
+    lengths = evaluation.lengths
+    chosen = lengths.index(best) if best in lengths else len(lengths) - 1
     of_set = accuracies["set"]
     scores = {
         "accuracy": float(of_set[chosen].mean()),
         "accuracy_spread": float(of_set[chosen].std(correction=0)),
         "accuracy_best_on_test": float(of_set.mean(1).max()),
-        "epochs": float(epochs[chosen]),
+        evaluation.unit: float(lengths[chosen]),
     }
     for name, values in accuracies.items():
         if name not in ("set", "full"):

@@ -93,16 +93,21 @@ class InnerOptimizer:
         lr: alpha, learning rate; 1e-3 in the paper.
         betas: of Adam, decay of its first and second moment.
         eps: of Adam, added to the root of its second moment.
+        eps_placement: eps is added ``after`` that moment's bias correction (torch) or ``before`` it (library higher, in
+            published code).
     """
 
     kind: Literal["adam", "sgd"] = "adam"
     lr: PositiveFloat = 1e-3
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
+    eps_placement: Literal["after", "before"] = "after"
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"lr: expected a positive number, got {self.lr}")
+        if self.eps_placement not in ("after", "before"):
+            raise UserError(f"eps_placement: expected after or before, got {self.eps_placement!r}")
 
     def start(self, theta: Tensor, count: int | Tensor = 0) -> InnerState:
         """The state before the first step; count: of `InnerState`."""
@@ -135,7 +140,11 @@ class InnerOptimizer:
         m = torch.lerp(gradient, state.m, b1)
         v = torch.addcmul(b2 * state.v, gradient, gradient, value=1 - b2)
         root = safe_sqrt(v / correct.v)
-        return InnerState(state.theta - correct.m_rate * m / (root + self.eps), m, v, count)
+        return InnerState(state.theta - correct.m_rate * m / (root + self._eps(correct)), m, v, count)
+
+    def _eps(self, correct: Corrections) -> float | Tensor:
+        """What is added to the root of the corrected second moment: sqrt(v) + eps, corrected, has a larger eps."""
+        return self.eps if self.eps_placement == "after" else self.eps / correct.v**0.5
 
     def pull_back(
         self,
@@ -166,7 +175,7 @@ class InnerOptimizer:
         root = (v / correct.v).sqrt()
         # Derivative of the square root, 0 where it would be infinite: parameters that never got a gradient.
         slope = torch.where(root > 0, 0.5 / torch.where(root > 0, root, 1.0), 0.0)
-        denominator = root + self.eps
+        denominator = root + self._eps(correct)
         mu = mu - correct.m_rate * cotangent / denominator
         nu = nu + correct.v_rate * cotangent * (m / correct.m) / denominator**2 * slope
         w = (1 - b1) * mu + 2 * (1 - b2) * gradient * nu
@@ -316,6 +325,43 @@ class StackedProblem(InnerProblem):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1), reduction="sum") / logits.shape[1]
 
 
+class RealLoss:
+    """The outer loss: cross entropy on real images, in parts that an engine differentiates one by one.
+
+    Args:
+        network: the inner network, or those of S replicas.
+        image: (N, C, H, W) or (S, N, C, H, W), preprocessed.
+        label: (N,) or (S, N) classes.
+        chunk: images of a part; all by default.
+    """
+
+    def __init__(self, network: FlatNetwork, image: Tensor, label: Tensor, chunk: int | None = None) -> None:
+        self.network, self.image, self.label, self.chunk = network, image, label, chunk
+        self._seen: list[tuple[Tensor, Tensor]] = []  # loss and accuracy of each part, weighted by its share
+
+    def __call__(self, theta: Tensor) -> Iterator[Tensor]:
+        """theta (P,) → parts of the loss; (S, P) → parts of the sum of the replicas' losses."""
+        self._seen, count = [], self.label.shape[-1]
+        size = self.chunk or count
+        images, labels = self.image.split(size, self.label.dim() - 1), self.label.split(size, -1)
+        for image, label in zip(images, labels, strict=True):
+            logits, share = self.network(theta, image), label.shape[-1] / count
+            losses = F.cross_entropy(logits.flatten(0, -2), label.flatten(), reduction="none").view_as(label)
+            loss = losses.mean(-1) * share
+            self._seen.append((loss.detach(), (logits.argmax(-1) == label).float().mean(-1) * share))
+            yield loss.sum()
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss at the theta of the last call, a scalar or (S,)."""
+        return torch.stack([loss for loss, _ in self._seen]).sum(0)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of images that were labelled right there, a scalar or (S,)."""
+        return torch.stack([accuracy for _, accuracy in self._seen]).sum(0)
+
+
 @dataclass(frozen=True)
 class BatchSampler:
     """Inner mini-batches: so many classes, so many of each class's images; None for all.
@@ -342,14 +388,34 @@ class BatchSampler:
             if value is not None and not 1 <= value <= most:
                 raise UserError(f"{name}: expected 1 to {most}, got {value}")
 
+    @property
+    def _taken(self) -> tuple[int, int]:
+        """Classes of a mini-batch, and images of each."""
+        return self.classes_per_batch or self.num_classes, self.images_per_class or self.ipc
+
+    @property
+    def size(self) -> int:
+        """Images of a mini-batch."""
+        classes, images = self._taken
+        return classes * images
+
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> list[InnerBatch]:
         """Draw `count` mini-batches, with a generator on the CPU, so that every device sees the same."""
         seeds = torch.randint(2**62, (count,), generator=generator).tolist()
-        classes = self.classes_per_batch or self.num_classes
-        images = self.images_per_class or self.ipc
-        if classes == self.num_classes and images == self.ipc:
+        if self.size == self.num_classes * self.ipc:
             return [InnerBatch(None, seed) for seed in seeds]
+        index = self._draw(count, generator).to(device, non_blocking=True)
+        return [InnerBatch(row, seed) for row, seed in zip(index, seeds, strict=True)]
+
+    def positions(self, generator: torch.Generator | None = None) -> Tensor:
+        """Positions (size,) of one mini-batch in the set, on the CPU, from the global random state by default.
+
+        So the sampler is the order of an epoch of one step, for `lit_modules.classifier.training`.
+        """
+        return self._draw(1, generator)[0]
+
+    def _draw(self, count: int, generator: torch.Generator | None) -> Tensor:
+        classes, images = self._taken
         chosen = torch.rand(count, self.num_classes, generator=generator).argsort(1)[:, :classes]
         within = torch.rand(count, classes, self.ipc, generator=generator).argsort(2)[..., :images]
-        index = (chosen.unsqueeze(2) * self.ipc + within).flatten(1).to(device, non_blocking=True)
-        return [InnerBatch(row, seed) for row, seed in zip(index, seeds, strict=True)]
+        return (chosen.unsqueeze(2) * self.ipc + within).flatten(1)

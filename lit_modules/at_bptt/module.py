@@ -50,6 +50,7 @@ from lit_modules.at_bptt.inner import SyntheticData
 from lit_modules.at_bptt.preprocessing import Preprocess, Preprocessing
 from lit_modules.at_bptt.replicas import side_by_side, unstacked
 from lit_modules.at_bptt.synthetic import Start, noise_images, one_hot_labels, real_images
+from lit_modules.at_bptt.together import Course
 from lit_modules.classifier.losses import class_index
 from lit_modules.classifier.training import LabelledImages, Recipe
 from lit_modules.history import History
@@ -86,7 +87,7 @@ class DatasetDistillation(LightningModule):
         mean: of ``standardize``, pixels in [0, 1], one number or one a channel.
         std: of ``standardize``, pixels in [0, 1], one number or one a channel.
         inner_runs: inner runs averaged in one outer step of a process, each with its share of the batch.
-        evaluation: how the set is evaluated: number of fresh networks, epochs, recipe.
+        evaluation: how the set is evaluated: number of fresh networks, epochs or steps, recipe.
         architectures: further networks, by name, that the test trains on the set.
         compare_with_random: also test random real images of the same number.
         full_recipe: recipe with which the test also trains on all real images, for the HLR score; null for not.
@@ -148,7 +149,7 @@ class DatasetDistillation(LightningModule):
         self.register_buffer("gradient_ema", torch.full((replicas,), torch.nan))
         self.classes: tuple[str, ...] = ()
         self.scores: dict[str, list[float]] = {}  # of each replica
-        self.best_epochs: list[int] = []  # of each replica, training epochs that were best on validation data
+        self.best_epochs: list[int] = []  # of each replica, epochs (or steps) that were best on validation data
         self._best: dict[str, Any] = {}  # with replicas: of each what `as_best` shows, and its accuracy
         self.history = History()
         self._restored = False  # whether this fit goes on from a checkpoint
@@ -195,6 +196,7 @@ class DatasetDistillation(LightningModule):
             if expected != got:
                 raise UserError(f"{name}: expected {expected}, that of the data; got {got}")
         self.classes = tuple(meta.classes)
+        self.evaluation.course(self.num_classes, self.ipc)  # refuses mini-batches that a set of this size has not
         with isolated_rng(0):
             check_classifier(self.make_network(), self.image_shape, self.num_classes)
         if stage in ("fit", "test"):
@@ -367,7 +369,7 @@ class DatasetDistillation(LightningModule):
         trained, evaluation = self._start_evaluation(), self.evaluation
         if not self.trainer.sanity_checking:
             sets, make = self._sets(), self._judge(self.make_network)
-            train_on_sets(trained, "set", sets, make, evaluation.full_recipe, evaluation.epochs)
+            train_on_sets(trained, "set", sets, make, evaluation.course(self.num_classes, self.ipc))
             for each in trained:
                 each.exchange()
 
@@ -382,12 +384,12 @@ class DatasetDistillation(LightningModule):
         accuracies = self._end_evaluation()
         if "set" not in accuracies[0]:
             return
-        by_epochs = torch.stack([each["set"].mean(1) for each in accuracies])  # (S, numbers of epochs)
-        accuracy = by_epochs.amax(1)
-        self.best_epochs = [self.evaluation.epochs[position] for position in by_epochs.argmax(1).tolist()]
-        values = {"val/accuracy": accuracy, "val/best_epochs": torch.tensor(self.best_epochs)}
-        for epochs, column in zip(self.evaluation.epochs, by_epochs.T, strict=True):
-            values[f"val/accuracy_{epochs}"] = column
+        by_length = torch.stack([each["set"].mean(1) for each in accuracies])  # (S, lengths of training)
+        accuracy, lengths = by_length.amax(1), self.evaluation.lengths
+        self.best_epochs = [lengths[position] for position in by_length.argmax(1).tolist()]
+        values = {"val/accuracy": accuracy, f"val/best_{self.evaluation.unit}": torch.tensor(self.best_epochs)}
+        for length, column in zip(lengths, by_length.T, strict=True):
+            values[f"val/accuracy_{length}"] = column
         if self.replicas > 1:
             values["val/accuracy_best"] = self._keep_best(accuracy)
         self._log_scores({name: value.tolist() for name, value in values.items()})
@@ -442,13 +444,14 @@ class DatasetDistillation(LightningModule):
             runs["hard_labels"] = [(images, hard_labels(labels)) for images, labels in sets], self.make_network
         if self.compare_with_random:
             runs["random"] = [self._random_set(replica) for replica in range(self.replicas)], self.make_network
+        course = self.evaluation.course(self.num_classes, self.ipc)
         for name, (data, make) in runs.items():
-            train_on_sets(trained, name, data, self._judge(make), self.evaluation.full_recipe, self.evaluation.epochs)
+            train_on_sets(trained, name, data, self._judge(make), course)
         if self.full_recipe:
             real, recipe = self._real_images(), self.full_recipe
             whole = self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
             make = self._judge(self.make_network)
-            train_on_sets(trained, "full", [whole] * self.replicas, make, recipe, [recipe.epochs])
+            train_on_sets(trained, "full", [whole] * self.replicas, make, Course(recipe, [recipe.epochs]))
         for each in trained:
             each.exchange()
 
@@ -465,7 +468,7 @@ class DatasetDistillation(LightningModule):
     def on_test_epoch_end(self) -> None:
         best: Sequence[int | None] = self.best_epochs or [None] * self.replicas
         scores = [
-            scores_on_test(each, self.evaluation.epochs, epochs)
+            scores_on_test(each, self.evaluation, epochs)
             for each, epochs in zip(self._end_evaluation(), best, strict=True)
         ]
         self._log_scores({f"test/{name}": [each[name] for each in scores] for name in scores[0]})
@@ -514,11 +517,11 @@ class DatasetDistillation(LightningModule):
         for replica, data in enumerate(unstacked(self._stacked)):
             folder = Path(directory) / f"replica_{replica}" if self.replicas > 1 else Path(directory)
             folder.mkdir(exist_ok=True)
-            epochs = self.best_epochs[replica] if self.best_epochs else self.evaluation.epochs[-1]
+            length = self.best_epochs[replica] if self.best_epochs else self.evaluation.lengths[-1]
             details = {
                 "classes": list(self.classes) or [str(i) for i in range(self.num_classes)],
                 "ipc": self.ipc,
-                "recipe": {**vars(self.evaluation.full_recipe), "epochs": epochs},
+                "recipe": self.evaluation.described(length),
                 "scores": {name: values[replica] for name, values in self.scores.items()},
                 "outer_steps": self.global_step if self._trainer is not None else 0,
             }

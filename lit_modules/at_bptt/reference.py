@@ -7,11 +7,10 @@ as published implementations do it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from leanlight.ops.differentiable import find_augmentation
 from lit_modules.at_bptt.engines import GradientEngine
-from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerOptimizer, InnerProblem, SyntheticData
+from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerOptimizer, InnerProblem, RealLoss, SyntheticData
 from lit_modules.nn import ConvNet
 
 _CLASSES, _IPC = 10, 10
@@ -29,6 +28,7 @@ class ReferenceWindow:
         dtype: of everything.
         optimizer: of the inner steps; Adam by default. With it float32 is a poor judge of engines: it divides
             gradients that are zero but for rounding (biases before a norm) by their own size.
+        chunk: real images at a time in the outer loss, all by default.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class ReferenceWindow:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         optimizer: InnerOptimizer | None = None,
+        chunk: int | None = None,
     ) -> None:
+        self.chunk = chunk
         torch.manual_seed(0)
         network = ConvNet(3, _CLASSES, width, 3, image_size=size, mean=0.0, std=1.0).to(device, dtype)
         optimizer = optimizer or InnerOptimizer()
@@ -57,9 +59,6 @@ class ReferenceWindow:
 
     def gradient(self, engine: GradientEngine) -> torch.Tensor:
         """The meta-gradient with respect to the images (n, 3, size, size)."""
-
-        def outer_loss(theta: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.problem.network(theta, self.image), self.label)
-
+        outer_loss = RealLoss(self.problem.network, self.image, self.label, self.chunk)
         result = engine.meta_gradient(self.problem, self.state, self.data, self.batches, outer_loss, False)
         return result.images

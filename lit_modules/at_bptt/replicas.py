@@ -23,6 +23,7 @@ from lit_modules.at_bptt.inner import (
     FlatNetwork,
     InnerBatch,
     InnerState,
+    RealLoss,
     StackedNetworks,
     StackedProblem,
     SyntheticData,
@@ -158,20 +159,12 @@ class BatchedBPTT(Replicas):
             pass
         if first.outer_augmentation is not None:
             image = augment_each(first.outer_augmentation, image, generators)
-        seen: list[Tensor] = []
-
-        def outer_loss(theta: Tensor) -> Tensor:
-            logits = problem.network(theta, image)
-            losses = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none").view(label.shape).mean(1)
-            seen[:] = logits, losses
-            return losses.sum()
-
+        outer_loss = RealLoss(problem.network, image, label, first.outer_chunk)
         weights = self._weights(windows, length, device)
         result = self._engine.meta_gradient(
             problem, state, data, batches[-length:], outer_loss, self._learn_labels, weights
         )
-        logits, losses = (value.detach() for value in seen)
-        return OuterStep(result.images, result.labels, losses, (logits.argmax(2) == label).float().mean(1))
+        return OuterStep(result.images, result.labels, outer_loss.loss, outer_loss.accuracy)
 
     def _together(
         self, runs: Sequence[tuple[FlatNetwork, list[InnerBatch]]]

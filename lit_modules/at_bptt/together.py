@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,22 @@ from torch.nn.modules.dropout import _DropoutNd
 from leanlight.contracts import NetworkFactory, isolated_rng, to_device
 from leanlight.ops.differentiable import augment_each, find_augmentation
 from lit_modules.at_bptt.inner import FlatNetwork, StackedNetworks
-from lit_modules.classifier.training import LabelledImages, Recipe
+from lit_modules.classifier.training import LabelledImages, Order, Recipe, Shuffled
+
+
+@dataclass(frozen=True)
+class Course:
+    """How networks train, and when they are measured.
+
+    Args:
+        recipe: how they train.
+        epochs: numbers of epochs to copy them after, ascending.
+        order: what an epoch goes through: all images by default, or one mini-batch, so that an epoch is a step.
+    """
+
+    recipe: Recipe
+    epochs: Sequence[int]
+    order: Order | None = None
 
 
 def can_stack(factory: NetworkFactory) -> bool:
@@ -26,7 +42,7 @@ def can_stack(factory: NetworkFactory) -> bool:
 
 
 def train_together(
-    data: Sequence[LabelledImages], factory: NetworkFactory, recipe: Recipe, seeds: Sequence[int], epochs: Sequence[int]
+    data: Sequence[LabelledImages], factory: NetworkFactory, course: Course, seeds: Sequence[int]
 ) -> list[list[nn.Module]]:
     """Of each network its copies after so many epochs, in evaluation mode; leaves random states alone.
 
@@ -34,11 +50,10 @@ def train_together(
         data: what each network trains on: images (n, C, H, W), float, and labels, (n,) or (n, K). All are equally
             large, on one device; networks may share a set.
         factory: makes a network that `can_stack`.
-        recipe: how it trains.
+        course: how it trains, in an order of its own, and when it is copied.
         seeds: one a network: of its initialisation and of all that its training draws.
-        epochs: numbers of epochs to copy networks after, ascending.
     """
-    device, count = data[0][0].device, len(data[0][0])
+    device, recipe, order = data[0][0].device, course.recipe, course.order or Shuffled(len(data[0][0]))
     augment = find_augmentation(recipe.augment, "recipe.augment")
     copies: list[list[nn.Module]] = [[] for _ in seeds]
     # Callers are validation hooks, where Lightning has gradients and version counting off.
@@ -50,10 +65,10 @@ def train_together(
         theta = nn.Parameter(networks.parameters())
         # All of the recipe's optimisers work element by element, so that one matrix is as good as many networks.
         optimizer = recipe.make_optimizer(nn.ParameterList([theta]))
-        scheduler = recipe.make_scheduler(optimizer, batches=-(-count // recipe.batch_size))
+        scheduler = recipe.make_scheduler(optimizer, batches=-(-order.size // recipe.batch_size))
         for epoch in range(1, recipe.epochs + 1):
-            order = torch.stack([torch.randperm(count, generator=generator) for generator in generators])
-            for index in (to_device(order, device) + first).split(recipe.batch_size, 1):
+            positions = torch.stack([order.positions(generator) for generator in generators])
+            for index in (to_device(positions, device) + first).split(recipe.batch_size, 1):
                 image, label = images[index], labels[index].flatten(0, 1)
                 logits = networks(theta, augment_each(augment, image, generators) if augment else image)
                 # Each network's mean over its batch; the sum of losses that share nothing has the gradients of all.
@@ -64,7 +79,7 @@ def train_together(
                 (loss / index.shape[1]).backward()
                 optimizer.step()
                 scheduler.step()
-            if epoch in epochs:
+            if epoch in course.epochs:
                 for own, module, row in zip(copies, modules, theta.detach(), strict=True):
                     own.append(_with_parameters(module, row))
     return copies

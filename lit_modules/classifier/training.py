@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,34 @@ class Recipe:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
+class Order(Protocol):
+    """Which images an epoch goes through, and in what order."""
+
+    @property
+    def size(self) -> int:
+        """Images of an epoch."""
+
+    def positions(self, generator: torch.Generator | None = None) -> Tensor:
+        """Positions (size,) of one epoch's images, on the CPU; drawn from the global random state by default."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """All of `size` images, in a random order."""
+
+    size: int
+
+    def positions(self, generator: torch.Generator | None = None) -> Tensor:
+        """See `Order`."""
+        return torch.randperm(self.size, generator=generator)
+
+
 def train(
-    network: nn.Module, data: LabelledImages, recipe: Recipe, after_epoch: Callable[[int], None] | None = None
+    network: nn.Module,
+    data: LabelledImages,
+    recipe: Recipe,
+    after_epoch: Callable[[int], None] | None = None,
+    order: Order | None = None,
 ) -> nn.Module:
     """Train `network` in place on `data` and return it in evaluation mode.
 
@@ -82,15 +108,17 @@ def train(
         data: images (N, C, H, W), float in [0, 1] or uint8 in [0, 255], and labels, (N,) int64 or (N, K) soft.
         recipe: epochs, optimiser, schedule, augmentation.
         after_epoch: called with the number of epochs done.
+        order: what each epoch goes through; all images, shuffled, by default.
     """
     images, labels = data
+    order = order or Shuffled(len(images))
     augment = find_augmentation(recipe.augment, "recipe.augment")
     optimizer = recipe.make_optimizer(network)
-    scheduler = recipe.make_scheduler(optimizer, batches=-(-len(images) // recipe.batch_size))
+    scheduler = recipe.make_scheduler(optimizer, batches=-(-order.size // recipe.batch_size))
     network.train()
     for epoch in range(1, recipe.epochs + 1):
         # The order is drawn on the CPU so that it does not depend on the device.
-        for index in to_device(torch.randperm(len(images)), images.device).split(recipe.batch_size):
+        for index in to_device(order.positions(), images.device).split(recipe.batch_size):
             image = _as_float(images[index])
             logits = network(augment(image, None) if augment else image)
             loss = F.cross_entropy(logits, labels[index], label_smoothing=recipe.label_smoothing)

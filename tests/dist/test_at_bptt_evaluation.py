@@ -9,9 +9,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lit_modules.at_bptt.evaluation import TrainedNetworks, train_on_sets
+from lit_modules.at_bptt.together import Course
 from lit_modules.classifier.training import Recipe
 
-SEEDS, EPOCHS, RECIPE = [3, 4, 5], [1, 3], Recipe(epochs=3, batch_size=4, lr=0.1)
+SEEDS, COURSE = [3, 4, 5], Course(Recipe(epochs=3, batch_size=4, lr=0.1), [1, 3])
 
 
 class Alone:
@@ -77,7 +78,7 @@ def evaluate(processes):
     """Accuracies on this process' half of twelve images of networks trained on two sets."""
     trained = TrainedNetworks(SEEDS, torch.device("cpu"), processes)
     for name, seed in (("set", 0), ("random", 1)):
-        train_on_sets([trained], name, [images(9, seed)], Judge, RECIPE, EPOCHS)
+        train_on_sets([trained], name, [images(9, seed)], Judge, COURSE)
     trained.exchange()
     image, label = images(12, 2)
     rank, world = processes.global_rank, processes.world_size

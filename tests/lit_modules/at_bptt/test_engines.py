@@ -10,7 +10,7 @@ from torch import nn
 from leanlight.contracts import UserError
 from leanlight.ops.differentiable import find_augmentation
 from lit_modules.at_bptt import Adjoint, InnerOptimizer, LowRankHessian, Unrolled
-from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerProblem, SyntheticData
+from lit_modules.at_bptt.inner import BatchSampler, FlatNetwork, InnerProblem, RealLoss, SyntheticData
 from lit_modules.at_bptt.lowrank import eigenpairs
 
 SHAPE = (1, 6, 6)
@@ -29,14 +29,16 @@ def convnet() -> nn.Module:
 class Case:
     """A small bilevel problem in float64: 3 classes, 2 images each, a window of `length` steps after `warm_up` ones."""
 
-    def __init__(self, network=convnet, kind="adam", augment=None, hard=False, warm_up=2, length=5, lr=0.05, images=2):
+    def __init__(
+        self, network=convnet, kind="adam", augment=None, hard=False, warm_up=2, length=5, lr=0.05, images=2, **settings
+    ):
         torch.manual_seed(0)
-        optimizer = InnerOptimizer(kind, lr)
+        optimizer = InnerOptimizer(kind, lr, **settings)
         self.problem = InnerProblem(FlatNetwork(network().double()), optimizer, find_augmentation(augment, "augment"))
         labels = torch.eye(3).repeat_interleave(2, 0).double()
         self.data = SyntheticData(torch.randn(6, *SHAPE).double(), labels if hard else labels + 0.1 * torch.rand(6, 3))
-        real, target = torch.randn(20, *SHAPE).double(), torch.randint(3, (20,))
-        self.outer = lambda theta: F.cross_entropy(self.problem.network(theta, real), target)
+        self.real, self.target = torch.randn(20, *SHAPE).double(), torch.randint(3, (20,))
+        self.outer = lambda theta: [F.cross_entropy(self.problem.network(theta, self.real), self.target)]
         batches = BatchSampler(3, 2, 2, images).draw(
             warm_up + length, torch.Generator().manual_seed(1), torch.device("cpu")
         )
@@ -53,7 +55,7 @@ class Case:
         """The outer loss after plain training: what the meta-gradient is the derivative of."""
         state = self.problem.trained(self.state, SyntheticData(images, labels), self.batches)
         with torch.no_grad():
-            return float(self.outer(state.theta))
+            return float(self.outer(state.theta)[0])
 
 
 def error(got, expected):
@@ -117,6 +119,88 @@ def test_an_inner_step_equals_that_of_torch_optim():
             state = optimizer.step(state, parameter.grad)
             reference.step()
         assert torch.allclose(state.theta, parameter.detach(), rtol=1e-12)
+
+
+def test_eps_before_the_bias_correction_is_added_to_the_plain_moment_s_root():
+    optimizer, (b1, b2), lr, eps = InnerOptimizer(lr=0.03, eps=0.01, eps_placement="before"), (0.9, 0.999), 0.03, 0.01
+    gradients, m, v = torch.randn(7, 50).double(), torch.zeros(50).double(), torch.zeros(50).double()
+    state, theta = optimizer.start(torch.zeros(50).double()), torch.zeros(50).double()
+    for count, gradient in enumerate(gradients, 1):
+        state = optimizer.step(state, gradient)
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        theta = theta - lr * (1 - b2**count) ** 0.5 / (1 - b1**count) * m / (v.sqrt() + eps)
+        torch.testing.assert_close(state.theta, theta, rtol=1e-12, atol=0)
+    with pytest.raises(UserError, match="eps_placement: expected after or before"):
+        InnerOptimizer(eps_placement="torch")
+
+
+@pytest.mark.parametrize("warm_up", [0, 3])
+def test_with_either_placement_of_eps_the_engines_agree_with_autograd_through_plain_adam(warm_up):
+    """An eps as large as here tells the placements apart; at 1e-8 only the first steps of training do."""
+    results = {}
+    for placement in ("after", "before"):
+        case = Case(_smooth_convnet, warm_up=warm_up, eps=1e-3, eps_placement=placement)
+        expected = _plain_adam(case, placement, warm_up)
+        for engine in (Unrolled(), Adjoint()):
+            result = case.gradient(engine)
+            assert error(result.images, expected[0]) < 1e-9
+            assert error(result.labels, expected[1]) < 1e-9
+        results[placement] = expected[0]
+    assert error(results["after"], results["before"]) > 0.01
+
+
+def _smooth_convnet():
+    return _smooth(convnet)
+
+
+def _plain_adam(case, placement, steps_done):
+    """Autograd through the window, Adam as in a textbook."""
+    images, labels = (x.detach().requires_grad_() for x in (case.data.images, case.data.labels))
+    theta, m, v, lr, eps = case.state.theta, case.state.m, case.state.v, 0.05, 1e-3
+    theta = theta.detach().requires_grad_()
+    for count, batch in enumerate(case.batches, steps_done + 1):
+        logits = case.problem.network(theta, images[batch.index])
+        (g,) = torch.autograd.grad(F.cross_entropy(logits, labels[batch.index]), theta, create_graph=True)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        c1, c2, tiny = 1 - 0.9**count, 1 - 0.999**count, 1e-60  # keeps the root's derivative finite at 0
+        if placement == "after":
+            theta = theta - lr * (m / c1) / ((v / c2 + tiny).sqrt() + eps)
+        else:
+            theta = theta - lr * (m / c1) * c2**0.5 / ((v + tiny).sqrt() + eps)
+    return torch.autograd.grad(case.outer(theta)[0], [images, labels])
+
+
+@pytest.mark.parametrize("engine", [Unrolled(), Adjoint()])
+def test_an_outer_loss_in_chunks_has_the_gradient_of_the_whole(engine):
+    case = Case()
+    whole, in_chunks = case.gradient(engine), RealLoss(case.problem.network, case.real, case.target, 7)
+    case.outer, plain = in_chunks, case.outer
+    result = case.gradient(engine)
+    assert error(result.images, whole.images) < 1e-12
+    assert error(result.labels, whole.labels) < 1e-12
+    assert torch.allclose(result.loss, whole.loss)
+    logits = case.problem.network(case.state.theta, case.real)
+    parts = list(in_chunks(case.state.theta))
+    assert [float(part) for part in parts] != [float(parts[0])] * 3
+    assert float(in_chunks.loss) == pytest.approx(float(plain(case.state.theta)[0]))
+    assert float(in_chunks.accuracy) == pytest.approx(float((logits.argmax(1) == case.target).float().mean()))
+
+
+def test_an_outer_loss_in_chunks_keeps_the_activations_of_one_chunk():
+    def peak(chunk):
+        case, live, seen = Case(length=1), {}, [0]
+        case.outer = RealLoss(case.problem.network, case.real.repeat(10, 1, 1, 1), case.target.repeat(10), chunk)
+
+        def pack(tensor):
+            handle = _Handle(tensor, live)
+            seen[0] = max(seen[0], sum(live.values()))
+            return handle
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda handle: handle.tensor):
+            case.gradient(Adjoint())
+        return seen[0]
+
+    assert peak(20) < 0.2 * peak(None)
 
 
 @pytest.mark.parametrize("engine", [Unrolled(), Adjoint()])

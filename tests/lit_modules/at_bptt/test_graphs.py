@@ -72,7 +72,7 @@ def recording(recorder, **settings):
 CASES = [
     ({}, {}),
     ({}, {"learn_labels": False, "augment": None, "classes_per_batch": None}),
-    ({"hessian": "zero", "offload": True}, {}),
+    ({"hessian": "zero", "offload": True}, {"inner_optimizer": InnerOptimizer(eps=1e-3, eps_placement="before")}),
     (
         {"hessian": "lowrank", "low_rank": LowRankHessian(3, refresh="window")},
         {"inner_optimizer": InnerOptimizer("sgd", 0.05)},

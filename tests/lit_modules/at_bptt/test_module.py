@@ -30,6 +30,7 @@ from lit_modules.at_bptt.distillers import Task
 from lit_modules.at_bptt.evaluation import label_robust_score, train_networks
 from lit_modules.at_bptt.inner import SyntheticData
 from lit_modules.at_bptt.synthetic import noise_images
+from lit_modules.at_bptt.together import Course
 from lit_modules.classifier import ImageClassifier
 from lit_modules.classifier.training import Recipe, accuracy, train_and_score
 from lit_modules.nn import MLP, ConvNet, pooled_features
@@ -187,10 +188,72 @@ def test_the_score_in_a_run_is_that_of_train_and_score_and_of_a_classifier_on_th
 
 def test_copies_after_fewer_epochs_see_the_same_training_at_different_times():
     data = torch.randn(10, 1, 8, 8), torch.arange(10)
-    early, late = train_networks(data, NETWORK, Recipe(epochs=20), 3, (5, 20))
-    (alone,) = train_networks(data, NETWORK, Recipe(epochs=5), 3, (5,))
+    early, late = train_networks(data, NETWORK, Course(Recipe(epochs=20), (5, 20)), 3)
+    (alone,) = train_networks(data, NETWORK, Course(Recipe(epochs=5), (5,)), 3)
     assert all(torch.equal(a, b) for a, b in zip(early.state_dict().values(), alone.state_dict().values(), strict=True))
     assert accuracy(late, data) > accuracy(early, data) - 0.2
+
+
+def test_with_steps_each_mini_batch_is_one_of_inner_training_s_kind():
+    seen = []
+
+    class Watching(nn.Linear):
+        def forward(self, image):
+            seen.append(image[:, 0, 0, 0].long())
+            return super().forward(image.flatten(1))
+
+    data = torch.arange(20.0).view(20, 1, 1, 1), torch.arange(10).repeat_interleave(2)
+    evaluation = Evaluation(1, recipe=Recipe(lr=0.1), steps=(10, 40), classes_per_batch=3, images_per_class=1)
+    train_networks(data, lambda: Watching(1, 10), evaluation.course(10, 2), 0)
+    assert len(seen) == 40
+    assert all(len(index) == 3 == len((index // 2).unique()) for index in seen)
+    assert torch.cat(seen).unique().numel() == 20
+
+
+def test_steps_of_the_whole_set_are_those_of_plain_pytorch():
+    data, make = (torch.randn(10, 1, 8, 8), torch.rand(10, 10)), functools.partial(MLP, hidden=[6], **MAKE)
+    course = Evaluation(1, recipe=Recipe(lr=0.1), steps=(4, 9)).course(10, 1)
+    with isolated_rng(5):
+        network = make()
+    optimizer, expected = torch.optim.Adam(network.parameters(), 0.1), []
+    for step in range(1, 10):
+        optimizer.zero_grad()
+        F.cross_entropy(network(data[0]), data[1]).backward()
+        optimizer.step()
+        if step in (4, 9):
+            expected.append([value.detach().clone() for value in network.parameters()])
+    for values, got in zip(expected, train_networks(data, make, course, 5), strict=True):
+        for value, parameter in zip(values, got.parameters(), strict=True):
+            torch.testing.assert_close(parameter, value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_set_evaluated_in_steps_says_so(tmp_path):
+    evaluation = Evaluation(1, recipe=RECIPE, steps=(2, 5), classes_per_batch=4)
+    model, run, data = module(evaluation=evaluation), trainer(limit_train_batches=1), digits()
+    run.fit(model, data)
+    (metrics,) = run.test(model, data, verbose=False)
+    assert metrics["test/steps"] == model.scores["val/best_steps"][0] in (2.0, 5.0)
+    assert "test/epochs" not in metrics
+    model.export(tmp_path)
+    recipe = json.loads((tmp_path / "card.json").read_text())["recipe"]
+    assert recipe["steps"] == metrics["test/steps"]
+    assert recipe["classes_per_batch"] == 4
+    assert not {"epochs", "batch_size"} & set(recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"epochs": (3,), "steps": (3,)}, "epochs: expected null beside steps"),
+        ({"steps": (5, 3)}, "steps: expected ascending"),
+        ({"epochs": ()}, "epochs: expected ascending"),
+        ({"images_per_class": 3}, "images_per_class: expected null where epochs count"),
+    ],
+)
+def test_lengths_of_evaluation_are_epochs_or_steps(settings, words):
+    with pytest.raises(UserError, match=words):
+        Evaluation(1, **settings)
+    assert Evaluation(1).lengths == (300, 600, 1000, 3000)
 
 
 def test_an_export_trains_in_plain_pytorch_and_reads_as_a_folder(tmp_path):
@@ -287,6 +350,7 @@ def test_lrs_runs_from_0_to_1():
         ({"ipc": 1000, "start": "random"}, "ipc"),
         ({"distiller": DistributionMatching(), "learn_labels": True}, "learn_labels"),
         ({"distiller": TruncatedBPTT(inner_steps=3)}, "window"),
+        ({"evaluation": Evaluation(1, steps=(3,), images_per_class=2)}, "images_per_class: expected 1 to 1"),
         ({"network": functools.partial(ConvNet, norm="batch", **MAKE)}, "batch norm"),
         ({"network": functools.partial(ConvNet, **{**MAKE, "num_classes": 9})}, "num_classes"),
     ],

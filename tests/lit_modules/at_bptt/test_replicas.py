@@ -30,9 +30,9 @@ from lit_modules.at_bptt import (
 )
 from lit_modules.at_bptt.distillers import Task
 from lit_modules.at_bptt.evaluation import train_networks
-from lit_modules.at_bptt.inner import SyntheticData
+from lit_modules.at_bptt.inner import BatchSampler, SyntheticData
 from lit_modules.at_bptt.replicas import BatchedBPTT, side_by_side
-from lit_modules.at_bptt.together import can_stack, train_together
+from lit_modules.at_bptt.together import Course, can_stack, train_together
 from lit_modules.classifier.training import Recipe
 from lit_modules.nn import MLP, ConvNet
 
@@ -71,8 +71,8 @@ def begun(made, sets, stages=STAGES):
         (FullWindow(), {}),
         (LastWindow(4), {"engine": Unrolled(), "augment": "flip", "outer_augment": None}),
         (RandomWindow(4), {"inner_optimizer": InnerOptimizer("sgd", 0.1), "classes_per_batch": None}),
-        (RandomWindow(4, redraw="step"), {"engine": Adjoint("zero"), "augment": "dsa"}),
-        (AdaptiveWindow(4, 3), {}),
+        (RandomWindow(4, redraw="step"), {"engine": Adjoint("zero"), "augment": "dsa", "outer_chunk": 7}),
+        (AdaptiveWindow(4, 3), {"inner_optimizer": InnerOptimizer(lr=0.02, eps=1e-3, eps_placement="before")}),
         (AdaptiveWindow(4, 3, length_stages="all"), {"engine": Unrolled(), "weight_by_p": True}),
     ],
 )
@@ -123,15 +123,20 @@ def test_batches_that_are_augmented_together_are_what_each_would_be_alone(name):
 
 
 @pytest.mark.parametrize(
-    ("make", "recipe"),
+    ("make", "recipe", "order"),
     [
-        (mlp, Recipe(lr=0.02, epochs=7, batch_size=8, augment="flip_rotate")),
-        (mlp, Recipe(lr=0.1, epochs=7, optimizer="sgd", weight_decay=0.01, schedule="cosine", label_smoothing=0.1)),
-        (functools.partial(ConvNet, width=4, depth=1, **MAKE), Recipe(lr=0.02, epochs=3, optimizer="sgd")),
+        (mlp, Recipe(lr=0.02, epochs=7, batch_size=8, augment="flip_rotate"), None),
+        (mlp, Recipe(lr=0.02, epochs=7, batch_size=7, augment="flip_rotate"), BatchSampler(10, 2, 7, 1)),
+        (
+            mlp,
+            Recipe(lr=0.1, epochs=7, optimizer="sgd", weight_decay=0.01, schedule="cosine", label_smoothing=0.1),
+            None,
+        ),
+        (functools.partial(ConvNet, width=4, depth=1, **MAKE), Recipe(lr=0.02, epochs=3, optimizer="sgd"), None),
     ],
 )
 @pytest.mark.parametrize("soft", [True, False])
-def test_networks_that_train_together_are_those_that_train_alone(make, recipe, soft):
+def test_networks_that_train_together_are_those_that_train_alone(make, recipe, order, soft):
     generator = torch.Generator().manual_seed(0)
     labels = torch.rand(20, 10, generator=generator).double() if soft else torch.arange(20) % 10
     shared, other = (torch.randn(20, 1, 8, 8, generator=generator).double() for _ in range(2))
@@ -141,10 +146,11 @@ def test_networks_that_train_together_are_those_that_train_alone(make, recipe, s
         [4, 5, 6],
     )
     before = torch.get_rng_state()
-    together = train_together(data, make, recipe, seeds, (2, recipe.epochs))
+    course = Course(recipe, (2, recipe.epochs), order)
+    together = train_together(data, make, course, seeds)
     assert torch.equal(torch.get_rng_state(), before)
     for own, seed, copies in zip(data, seeds, together, strict=True):
-        for got, expected in zip(copies, train_networks(own, make, recipe, seed, (2, recipe.epochs)), strict=True):
+        for got, expected in zip(copies, train_networks(own, make, course, seed), strict=True):
             assert not got.training
             for name, value in expected.state_dict().items():
                 torch.testing.assert_close(got.state_dict()[name], value, rtol=1e-8, atol=1e-10)
@@ -198,6 +204,7 @@ def test_a_run_of_replicas_is_the_runs_of_its_seeds(learn_labels):
     changes = {"learn_labels": learn_labels, "lr_scheduler": decay}
     if not learn_labels:
         changes |= {"full_recipe": Recipe(epochs=1, lr=0.02), "inner_runs": 2, "clip": 1.0}
+        changes["evaluation"] = Evaluation(2, recipe=Recipe(lr=0.02, augment="flip"), steps=(3, 8), classes_per_batch=7)
     together = fitted(seed=3, replicas=3, **changes)
     alone = [fitted(seed=seed, **changes) for seed in (3, 4, 5)]
     assert together.optimizers().param_groups[0]["lr"] == pytest.approx(0.05 * 0.5**2)
