@@ -121,6 +121,11 @@ _LATER_DEFAULTS = {
     "evaluation.steps": None,
     "evaluation.classes_per_batch": None,
     "evaluation.images_per_class": None,
+    "ImageAutoencoder.statistics": "eval",
+    "feature_weights": None,
+    "reference_statistics": None,
+    "inception_weights": None,
+    "shuffles": 16,
 }
 
 

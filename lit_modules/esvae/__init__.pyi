@@ -1,5 +1,12 @@
-from .ann import VAE as VAE
-from .ann import FeatureAutoencoder as FeatureAutoencoder
+from .ann import (
+    VAE as VAE,
+)
+from .ann import (
+    FeatureAutoencoder as FeatureAutoencoder,
+)
+from .ann import (
+    MeanImage as MeanImage,
+)
 from .module import ImageAutoencoder as ImageAutoencoder
 from .networks import (
     ESVAE as ESVAE,

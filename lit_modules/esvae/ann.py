@@ -1,4 +1,4 @@
-"""Ordinary counterparts of the spiking autoencoders: the VAE baseline and the feature autoencoder behind FAD."""
+"""Ordinary counterparts of the spiking autoencoders: VAE, the feature autoencoder behind FAD, and the mean image."""
 
 from __future__ import annotations
 
@@ -107,6 +107,43 @@ class VAE(FeatureAutoencoder):
     def draw(self, count: int) -> Tensor:
         weight = self.head.weight
         return torch.randn(count, self.latent_size, dtype=weight.dtype, device=weight.device)
+
+
+class MeanImage(Autoencoder):
+    """What needs no model: each answer is the mean of the training images, an image's features are its pixels.
+
+    A model that learned something has a smaller error, and features that keep more of the classes than a linear probe
+    finds in the pixels. The mean is learned with the optimiser of the other models.
+
+    Args:
+        in_channels: C of the images.
+        image_size: side of the square images, in pixels.
+    """
+
+    spiking = False
+    generates = False
+
+    def __init__(self, in_channels: PositiveInt = 1, image_size: PositiveInt = 32) -> None:
+        super().__init__(in_channels, image_size, in_channels * image_size**2)
+        self.encoder, self.decoder = nn.Flatten(), _Constant(self.image_shape)
+
+    def encode(self, image: Tensor) -> Code:
+        pixels = self.encoder(image)
+        return Code(pixels, pixels, pixels.new_zeros(()))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+class _Constant(nn.Module):
+    """The same learned answer to every item of a batch."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.value.expand(len(z), *self.value.shape)
 
 
 def _block(convolution: nn.Conv2d | nn.ConvTranspose2d, channels: int) -> nn.Sequential:

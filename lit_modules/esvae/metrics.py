@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 Noise = Literal["flip", "replace"]
+Gaussian = tuple[Tensor, Tensor]  # mean (d,) and covariance (d, d)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
@@ -33,50 +33,29 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     return (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
 
 
-class FrechetDistance(Metric):
-    """Fréchet distance between the features of real and generated items, over any number of batches and processes.
-
-    On features of an autoencoder it is the Fréchet autoencoder distance, FAD (Kamata et al. 2022). Sums are kept in
-    float64; `compute` needs at least two items of each kind, and more than d of each for covariances of full rank.
+class FeatureMoments:
+    """Mean and covariance of feature vectors that come in batches; sums are kept in float64.
 
     Args:
-        features: d, length of a feature vector.
-        kwargs: those of a torchmetrics `Metric`.
+        size: d, length of a feature vector.
     """
 
-    higher_is_better = False
-    full_state_update = False
-    real_count: Tensor
-    real_sum: Tensor
-    real_square: Tensor
-    generated_count: Tensor
-    generated_sum: Tensor
-    generated_square: Tensor
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(size, dtype=torch.float64)
+        self.square = torch.zeros(size, size, dtype=torch.float64)
 
-    def __init__(self, features: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for kind in ("real", "generated"):
-            self.add_state(f"{kind}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{kind}_sum", torch.zeros(features, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{kind}_square", torch.zeros(features, features, dtype=torch.float64), dist_reduce_fx="sum")
+    def update(self, features: Tensor) -> None:
+        """Add a batch of feature vectors (N, d), on any device."""
+        features = features.detach().cpu().double()
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.square += features.T @ features
 
-    def update(self, features: Tensor, real: bool) -> None:
-        """Add a batch of feature vectors (N, d)."""
-        features = features.detach().double()
-        kind = "real" if real else "generated"
-        setattr(self, f"{kind}_count", getattr(self, f"{kind}_count") + len(features))
-        setattr(self, f"{kind}_sum", getattr(self, f"{kind}_sum") + features.sum(0))
-        setattr(self, f"{kind}_square", getattr(self, f"{kind}_square") + features.T @ features)
-
-    def compute(self) -> Tensor:
-        """The distance, scalar float64."""
-        return frechet_distance(*self._moments("real"), *self._moments("generated"))
-
-    def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and unbiased covariance (d, d)."""
-        count, total, square = (getattr(self, f"{kind}_{what}") for what in ("count", "sum", "square"))
-        mean = total / count
-        return mean, (square - count * torch.outer(mean, mean)) / (count - 1)
+    def gaussian(self) -> Gaussian:
+        """Mean (d,) and unbiased covariance (d, d): of full rank after more than d vectors, defined after two."""
+        mean = self.sum / self.count
+        return mean, (self.square - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 def disturb(z: Tensor, strength: float, noise: Noise = "flip", generator: torch.Generator | None = None) -> Tensor:
@@ -95,9 +74,15 @@ def disturb(z: Tensor, strength: float, noise: Noise = "flip", generator: torch.
     return torch.where(hit, fresh.to(z.dtype), z)
 
 
-def shuffle_time(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Spikes (T, N, d) with the steps in another order, one permutation for the whole batch."""
-    return z[torch.randperm(len(z), device=z.device, generator=generator)]
+def time_orders(time_steps: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """`count` random orders of the steps of a spike train, (count, T) int64 on the CPU.
+
+    Args:
+        time_steps: T.
+        count: how many.
+        generator: of the draws; by default the global one.
+    """
+    return torch.rand(count, time_steps, generator=generator).argsort(1)
 
 
 def slope(x: list[float], y: list[float]) -> float:

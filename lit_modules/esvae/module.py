@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanlight.contracts import (
     Allows,
@@ -31,14 +31,16 @@ from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, Positive
 from lit_modules import optim
 from lit_modules.esvae.evaluation import (
     encode_all,
-    frechet_autoencoder_distance,
+    frechet_autoencoder_distances,
     mean_image_error,
     robustness,
 )
 from lit_modules.esvae.export import export_autoencoder
-from lit_modules.esvae.metrics import Noise, linear_probe, slope
+from lit_modules.esvae.inception import fid_and_score, load_inception
+from lit_modules.esvae.metrics import Gaussian, Noise, linear_probe, slope
 from lit_modules.esvae.networks import ESVAE, Autoencoder, Code, to_signed, to_unit
 from lit_modules.esvae.pictures import pairs, pictures
+from lit_modules.esvae.published import published_features, reference_gaussian, use_batch_statistics
 from lit_modules.frozen import Frozen, frozen_module
 from lit_modules.hparams import save_hparams
 from lit_modules.step_log import log_evaluation, log_step
@@ -58,13 +60,20 @@ class ImageAutoencoder(LightningModule):
         lr_scheduler: makes the schedule of the learning rate, stepped each epoch; none by default.
         divergence_weight: λ, 1e-3 in the paper; ``1/num_batches`` for one over the training batches an epoch.
         bottleneck_lr_factor: learning rate of ESVAE's prior over that of the rest; 10 in the published code.
-        feature_checkpoint: checkpoint of a trained `FeatureAutoencoder`; without it FAD is not measured.
-        generated: images drawn from the prior for FAD; 5,120 in the published code.
+        feature_checkpoint: checkpoint of a trained `FeatureAutoencoder`; without it, or `feature_weights`, no FAD.
+        generated: images drawn from the prior for FAD, FID and Inception score; 5,120 in the published code's FAD.
         strengths: probabilities in [0, 1] of spike noise in the robustness test; 0.05 to 0.3 in the paper's figure.
         noise: what a hit spike becomes: ``flip``, the other value; ``replace``, one drawn anew.
         probe: whether to measure a linear probe on the features.
         probe_images: the probe learns from at most so many training images.
         eval_seed: seed of everything that evaluation, pictures and export draw.
+        statistics: of the feature network's norms: ``eval``, those of its training, so that an image has the same
+            features in every batch; ``batch``, those of the batch, as in the published code, for its figures.
+        feature_weights: file of weights of a published feature network, in place of `feature_checkpoint`.
+        reference_statistics: ``.npz`` with ``mu`` and ``sigma`` of the reference, in place of the test images' own.
+        inception_weights: file of weights of torch-fidelity's Inception network (extra ``fidelity``); without it FID
+            and Inception score are not measured.
+        shuffles: orders of the latent steps at which the error is measured.
     """
 
     allows = Allows()
@@ -83,6 +92,11 @@ class ImageAutoencoder(LightningModule):
         probe: bool = True,
         probe_images: PositiveInt = 10_000,
         eval_seed: Seed = 0,
+        statistics: Literal["eval", "batch"] = "eval",
+        feature_weights: Path | None = None,
+        reference_statistics: Path | None = None,
+        inception_weights: Path | None = None,
+        shuffles: PositiveInt = 16,
     ) -> None:
         super().__init__()
         if isinstance(divergence_weight, float) and divergence_weight < 0:
@@ -91,6 +105,12 @@ class ImageAutoencoder(LightningModule):
             raise UserError(f"generated: expected at least 2, got {generated}")
         if not all(0 <= strength <= 1 for strength in strengths) or len(strengths) < 2:
             raise UserError(f"strengths: expected two or more numbers in [0, 1], got {strengths}")
+        if statistics not in ("eval", "batch"):
+            raise UserError(f"statistics: expected eval or batch, got {statistics!r}")
+        if feature_checkpoint is not None and feature_weights is not None:
+            raise UserError("feature_weights: expected one feature network, got feature_checkpoint as well")
+        if reference_statistics is not None and feature_checkpoint is None and feature_weights is None:
+            raise UserError("reference_statistics: expected the feature network that they belong to, got none")
         save_hparams(self)
         self.network = network()
         self.make_optimizer = optimizer
@@ -103,7 +123,12 @@ class ImageAutoencoder(LightningModule):
         self.noise: Noise = noise
         self.probe, self.probe_images = probe, probe_images
         self.eval_seed = eval_seed
+        self.statistics, self.feature_weights = statistics, feature_weights
+        self.reference_statistics, self.inception_weights = reference_statistics, inception_weights
+        self.shuffles = shuffles
         self._features: Frozen[Autoencoder] | None = None  # the feature autoencoder behind FAD
+        self._reference: Gaussian | None = None
+        self._inception: Frozen[nn.Module] | None = None
         self._terms: dict[str, Tensor] = {}
         self._shown: Tensor | None = None
         self._under_noise: UnderNoise | None = None
@@ -119,10 +144,23 @@ class ImageAutoencoder(LightningModule):
                 f"network: made for in_channels {channels} and image_size {size}, the data has shape "
                 f"{tuple(meta.shape)}; image_size of the data resizes it"
             )
-        if self.feature_checkpoint is not None and self._features is None:
-            self._features = Frozen(self._load_features())
+        self._load_judges()
+
+    def _load_judges(self) -> None:
+        """The networks that the test measures with, before training, so that none lacks after it."""
+        if self._features is None and (self.feature_checkpoint or self.feature_weights) is not None:
+            features = self._load_features()
+            if self.statistics == "batch":
+                use_batch_statistics(features)
+            if self.reference_statistics is not None:
+                self._reference = reference_gaussian(self.reference_statistics, features.latent_size)
+            self._features = Frozen(features)
+        if self._inception is None and self.inception_weights is not None:
+            self._inception = Frozen(load_inception(self.inception_weights))
 
     def _load_features(self) -> Autoencoder:
+        if self.feature_weights is not None:
+            return published_features(self.feature_weights, self.network.image_shape)
         source = frozen_module(ImageAutoencoder, self.feature_checkpoint, "feature_checkpoint", _PIPELINE)
         expected, got = self.network.image_shape, source.network.image_shape
         if got != expected:
@@ -210,19 +248,35 @@ class ImageAutoencoder(LightningModule):
         }
         with isolated_rng(self.eval_seed):
             if network.spiking:
-                shuffled, self._under_noise = robustness(network, test.images, self.strengths, self.noise)
-                noisy = self._under_noise.values("mse_") | self._under_noise.losses()
-                levels = self._under_noise.noisy[self.noise]
-                noisy |= {"mse_shuffled": shuffled, "noise_slope": slope(list(levels), list(levels.values()))}
-                values |= {f"test/{name}": value for name, value in noisy.items()}
-            if self._features is not None and network.generates:
-                features = self._features.to(self.device).network
-                values["test/fad"] = frechet_autoencoder_distance(network, features, test.images, self.generated)
+                values |= self._measure_robustness(test.images)
+            values |= self._measure_samples(train.images, test.images)
             if self.probe:
                 few = train.images[: self.probe_images], train.labels[: self.probe_images]
                 known, unknown = (encode_all(network, images) for images in (few[0], test.images))
                 values["test/probe_accuracy"] = linear_probe(known, few[1], unknown, test.labels)
         self.log_dict({name: torch.tensor(value) for name, value in values.items()}, rank_zero_only=True)
+
+    def _measure_robustness(self, images: Tensor) -> dict[str, float]:
+        shuffled, noise = robustness(self.network, images, self.strengths, self.noise, self.shuffles)
+        self._under_noise, levels = noise, noise.noisy[self.noise]
+        values = noise.values("mse_") | noise.losses() | {"noise_slope": slope(list(levels), list(levels.values()))}
+        values["mse_shuffled"] = float(shuffled.mean())
+        values["mse_shuffled_std"] = float(shuffled.std(correction=0))
+        values["shuffle_change"] = values["mse_shuffled"] / noise.clean - 1
+        return {f"test/{name}": value for name, value in values.items()}
+
+    def _measure_samples(self, train: Tensor, test: Tensor) -> dict[str, float]:
+        network, values = self.network, {}
+        if self._features is not None:
+            features = self._features.to(self.device).network
+            floor, distance = frechet_autoencoder_distances(
+                network, features, test, train, self.generated, self._reference
+            )
+            values = {"test/fad_real": floor} | ({} if distance is None else {"test/fad": distance})
+        if self._inception is not None and network.generates:
+            inception = self._inception.to(self.device).network
+            values["test/fid"], values["test/is"] = fid_and_score(network, inception, test, self.generated)
+        return values
 
     # ---- what callbacks and commands ask ----
 

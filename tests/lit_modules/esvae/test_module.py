@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from datamodules import ImageDataModule, ImageFolderStream
 from leanlight.contracts import ImageGrid, UserError
-from lit_modules.esvae import ESVAE, FeatureAutoencoder, ImageAutoencoder
+from lit_modules.esvae import ESVAE, FeatureAutoencoder, ImageAutoencoder, MeanImage
+from lit_modules.esvae import module as training_glue
 
 SMALL = functools.partial(ESVAE, image_size=8, channels=(4, 8), latent_size=6, time_steps=4)
 FEATURES = functools.partial(FeatureAutoencoder, image_size=8, channels=(4, 8), latent_size=5)
@@ -92,6 +93,78 @@ def test_the_feature_autoencoder_measures_and_stays_outside(tmp_path, features):
     assert module.state_dict().keys() == without.state_dict().keys()
     for name, value in without.state_dict().items():  # loading it changed nothing of the training
         assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_real_images_are_closer_than_those_of_a_hardly_trained_network(tmp_path, features):
+    module, fitted = fit(tmp_path, feature_checkpoint=features)
+    (figures,) = fitted.test(module, datamodule=digits(), verbose=False)
+    assert 0 <= figures["test/fad_real"] < 0.5 * figures["test/fad"]
+
+
+def test_shuffles_are_summed_up_against_the_spikes_in_order(tmp_path):
+    module, fitted = fit(tmp_path, epochs=20, shuffles=4)
+    (figures,) = fitted.test(module, datamodule=digits(), verbose=False)
+    clean = figures["test/mse_shuffled"] / (1 + figures["test/shuffle_change"])
+    noisy = [value for name, value in figures.items() if name.startswith("test/mse_flip_")]
+    assert clean == pytest.approx(sum(noisy) / len(noisy) - figures["test/drop"], rel=1e-4)
+    assert figures["test/mse_shuffled_std"] > 0
+
+
+def test_batch_statistics_change_the_distance_alone(tmp_path, features):
+    figures = []
+    for statistics in ("eval", "batch"):
+        module, fitted = fit(tmp_path, feature_checkpoint=features, statistics=statistics)
+        figures += fitted.test(module, datamodule=digits(), verbose=False)
+    names = {name for name in figures[0] if abs(figures[0][name] - figures[1][name]) > 1e-9}
+    assert names == {"test/fad", "test/fad_real"}
+
+
+def test_inception_measures_what_a_network_generates_and_stays_outside(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_glue, "load_inception", lambda path: torch.nn.Linear(1, 1))
+    told = lambda network, inception, images, count: (float(len(images)), float(count))  # noqa: E731
+    monkeypatch.setattr(training_glue, "fid_and_score", told)
+    module, fitted = fit(tmp_path, inception_weights=tmp_path / "weights.pth")
+    (figures,) = fitted.test(module, datamodule=digits(), verbose=False)
+    assert (figures["test/fid"], figures["test/is"]) == (len(digits_of(fitted).images), 32)
+    assert not any("inception" in name for name in module.state_dict())
+    plain, fitted = fit(tmp_path, FEATURES, inception_weights=tmp_path / "weights.pth")
+    (figures,) = fitted.test(plain, datamodule=digits(), verbose=False)
+    assert not {"test/fid", "test/is"} & figures.keys()
+
+
+def digits_of(fitted):
+    return fitted.datamodule.test_split
+
+
+def test_the_mean_image_is_learned_and_its_features_are_the_pixels(tmp_path):
+    module, fitted = fit(
+        tmp_path,
+        functools.partial(MeanImage, image_size=8),
+        epochs=8,
+        optimizer=functools.partial(torch.optim.SGD, lr=9),
+    )
+    (figures,) = fitted.test(module, datamodule=digits(), verbose=False)
+    data = fitted.datamodule
+    train, test = (split.images.float().div(255) for split in (data.train_split, data.test_split))
+    floor = (2 * (test - train.mean(0))).square().mean()
+    assert figures["test/mse_mean_image"] == pytest.approx(float(floor), rel=1e-4)
+    with torch.no_grad():
+        error = (2 * (module.network.eval()(test) - test)).square().mean()
+    assert error == pytest.approx(float(floor), rel=0.02)
+    assert torch.equal(module.network.encode(test[:3]).features, test[:3].flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"statistics": "train"}, "statistics: expected eval or batch"),
+        ({"feature_checkpoint": "a", "feature_weights": "b"}, "feature_weights: expected one feature network"),
+        ({"reference_statistics": "a"}, "reference_statistics: expected the feature network"),
+    ],
+)
+def test_options_of_the_distance_that_do_not_go_together_are_refused(options, said):
+    with pytest.raises(UserError, match=f"^{said}"):
+        ImageAutoencoder(SMALL, **options)
 
 
 def test_a_feature_autoencoder_for_other_images_is_refused(tmp_path, features):
