@@ -126,6 +126,8 @@ _LATER_DEFAULTS = {
     "reference_statistics": None,
     "inception_weights": None,
     "shuffles": 16,
+    "DatasetDistillation.init": None,
+    "without_augmentation": False,
 }
 
 

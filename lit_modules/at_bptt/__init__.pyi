@@ -10,9 +10,12 @@ from .distillers import (
 from .engines import Adjoint as Adjoint
 from .engines import Unrolled as Unrolled
 from .evaluation import Evaluation as Evaluation
+from .from_file import FromFile as FromFile
+from .gradient_matching import GradientMatching as GradientMatching
 from .inner import InnerOptimizer as InnerOptimizer
 from .lowrank import LowRankHessian as LowRankHessian
 from .module import DatasetDistillation as DatasetDistillation
+from .trajectory_matching import TrajectoryMatching as TrajectoryMatching
 from .windows import (
     AdaptiveWindow as AdaptiveWindow,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from lit_modules.at_bptt.inner import (
 )
 from lit_modules.at_bptt.pictures import gradient_norm_curve
 from lit_modules.at_bptt.windows import AdaptiveWindow, Window, WindowSelector
+from lit_modules.classifier.training import LabelledImages
 from lit_modules.nn.features import pooled_features, require_features
 
 
@@ -38,12 +40,14 @@ class OuterStep:
         labels: gradient with respect to the labels, None where they are fixed.
         loss: of the outer level, a scalar tensor.
         accuracy: share of the real batch that was labelled right, a scalar tensor.
+        own: gradient (k,) of what the distiller itself learns, None for nothing.
     """
 
     images: Tensor
     labels: Tensor | None
     loss: Tensor
     accuracy: Tensor
+    own: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,35 @@ class Task:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class Study:
+    """What a distiller that `studies` is given before the first outer step.
+
+    Args:
+        real: all real images (N, C, H, W), preprocessed, and their labels (N,).
+        folder: of the run, for files that are to be there when it goes on.
+        seed: decides all that is drawn.
+        rank: number of this process.
+        world: number of processes; none goes on before all have studied.
+    """
+
+    real: LabelledImages
+    folder: Path
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+
 class Distiller:
     """Base of what computes an outer step: one call of `outer_step` a real batch, one of `start_epoch` before them."""
 
+    studies: ClassVar[bool] = False  # whether `study` wants all real images
+
     def prepare(self, task: Task) -> None:
         """Take the task; UserError when it does not fit."""
+
+    def study(self, study: Study) -> None:
+        """Learn from all real images, before the first outer step, and again when a run goes on."""
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         """Make this epoch's choices; on rank 0 alone, see `choice`."""
@@ -95,6 +123,9 @@ class Distiller:
             seed: decides all that is drawn.
         """
         raise NotImplementedError
+
+    def updated(self, data: SyntheticData, own: Tensor | None) -> None:
+        """Take the set as an outer step has left it, and the mean of `OuterStep.own` over processes and inner runs."""
 
     def end_epoch(self, accuracy: float) -> None:
         """Take the mean accuracy, in percent, of the epoch's outer steps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -221,7 +220,7 @@ def train_on_sets(
 
 
 def scores_on_test(accuracies: Mapping[str, Tensor], evaluation: Evaluation, best: int | None) -> dict[str, float]:
-    """Scores of a set on test data.
+    """Accuracies of a set, and of what it is compared with, on test data.
 
     Args:
         accuracies: ``set`` → (lengths of training, networks), likewise for other sets and networks by name; ``full``:
@@ -241,28 +240,11 @@ def scores_on_test(accuracies: Mapping[str, Tensor], evaluation: Evaluation, bes
     for name, values in accuracies.items():
         if name not in ("set", "full"):
             scores[f"accuracy_{name}"] = float(values[chosen].mean())
-    if "accuracy_random" in scores:
-        scores["ior"] = scores["accuracy"] - scores["accuracy_random"]
     if "full" in accuracies:
         scores["accuracy_full"] = float(accuracies["full"].mean())
-        scores["hlr"] = scores["accuracy_full"] - scores["accuracy_hard_labels"]
-        if "ior" in scores:
-            scores["lrs"] = label_robust_score(scores["ior"], scores["hlr"])
     return scores
 
 
 def hard_labels(labels: Tensor) -> Tensor:
     """(n, K) soft labels → (n,) int64."""
     return labels.argmax(1)
-
-
-def label_robust_score(improvement: float, loss: float, weight: float = 0.5) -> float:
-    """LRS of DD-Ranking (Li et al. 2025), in [0, 1], from accuracies in [0, 1].
-
-    Args:
-        improvement: IOR, accuracy of the set less that of random real images under the same recipe.
-        loss: HLR, accuracy of all real data less that of the set, both with hard labels.
-        weight: of the improvement; the loss has the rest.
-    """
-    alpha = weight * improvement - (1 - weight) * loss
-    return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))

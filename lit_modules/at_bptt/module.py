@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ from leanlight.contracts import (
 from leanlight.contracts.ranges import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, Seed, UnitInterval
 from lit_modules.at_bptt import pictures
 from lit_modules.at_bptt.clipping import clip_by_average
-from lit_modules.at_bptt.distillers import Distiller, FixedSet, Task, TruncatedBPTT
+from lit_modules.at_bptt.dd_ranking import ranking_scores, teacher_labels
+from lit_modules.at_bptt.distillers import Distiller, FixedSet, OuterStep, Task, TruncatedBPTT
 from lit_modules.at_bptt.evaluation import (
     Evaluation,
     Processes,
@@ -46,6 +48,7 @@ from lit_modules.at_bptt.evaluation import (
     train_on_sets,
 )
 from lit_modules.at_bptt.export import export_set
+from lit_modules.at_bptt.from_file import FirstSet, FromFile
 from lit_modules.at_bptt.inner import SyntheticData
 from lit_modules.at_bptt.preprocessing import Preprocess, Preprocessing
 from lit_modules.at_bptt.replicas import side_by_side, unstacked
@@ -78,6 +81,7 @@ class DatasetDistillation(LightningModule):
         distiller: what an outer step computes; TruncatedBPTT with AdaptiveWindow (AT-BPTT) by default.
         learn_labels: learn soft labels too; else they stay one-hot.
         start: first images: ``noise`` (paper), or real ones, ``random`` or by ``herding``.
+        init: first images and labels from a file, in place of `start`; null for none.
         optimizer: of the outer level; Adam with lr 1e-3 by default, as in the paper for CIFAR.
         lr_scheduler: makes the schedule of its learning rate, a step an outer epoch; constant by default.
         clip: clip the images' gradient to this many times the moving average of its norm, null for never.
@@ -91,6 +95,7 @@ class DatasetDistillation(LightningModule):
         architectures: further networks, by name, that the test trains on the set.
         compare_with_random: also test random real images of the same number.
         full_recipe: recipe with which the test also trains on all real images, for the HLR score; null for not.
+        without_augmentation: also train without the recipe's augmentation in the test, for the ARS score.
         replicas: runs of the seeds `seed`, `seed` + 1, … that are advanced as one; each is what it would be alone.
         seed: of everything drawn here; that of ``seed_everything`` by default.
     """
@@ -107,6 +112,7 @@ class DatasetDistillation(LightningModule):
         distiller: Distiller | None = None,
         learn_labels: bool = False,
         start: Start = "noise",
+        init: FromFile | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         clip: PositiveFloat | None = 2.0,
@@ -120,6 +126,7 @@ class DatasetDistillation(LightningModule):
         architectures: dict[str, NetworkFactory] | None = None,
         compare_with_random: bool = True,
         full_recipe: Recipe | None = None,
+        without_augmentation: bool = False,
         replicas: PositiveInt = 1,
         seed: Seed | None = None,
     ) -> None:
@@ -135,12 +142,15 @@ class DatasetDistillation(LightningModule):
         self.image_shape: tuple[int, int, int] = tuple(image_shape)  # type: ignore[assignment]  # a config gives a list
         self.distiller = distiller or TruncatedBPTT()
         self.replicas, self.side_by_side = replicas, side_by_side(self.distiller, replicas)
-        self.learn_labels, self.start = learn_labels, start
+        self.learn_labels, self.start, self.init = learn_labels, start, init
         self.make_optimizer, self.make_scheduler = optimizer or _ADAM, lr_scheduler
         self.clip, self.clip_decay, self.inner_runs = clip, clip_decay, inner_runs
         self.evaluation = evaluation or Evaluation()
         self.architectures = dict(architectures or {})
         self.compare_with_random, self.full_recipe = compare_with_random, full_recipe
+        self.without_augmentation = without_augmentation
+        if without_augmentation and (self.evaluation.recipe.augment is None or not compare_with_random):
+            raise UserError("without_augmentation: true needs evaluation.recipe.augment, and compare_with_random: true")
         self.seed = run_seed(seed)
         self.images = nn.Parameter(torch.zeros(replicas * num_classes * ipc, *self.image_shape))
         self.labels = nn.Parameter(one_hot_labels(num_classes, ipc).repeat(replicas, 1), requires_grad=learn_labels)
@@ -152,6 +162,7 @@ class DatasetDistillation(LightningModule):
         self.best_epochs: list[int] = []  # of each replica, epochs (or steps) that were best on validation data
         self._best: dict[str, Any] = {}  # with replicas: of each what `as_best` shows, and its accuracy
         self.history = History()
+        self._first: FirstSet | None = None  # what `init` has read
         self._restored = False  # whether this fit goes on from a checkpoint
         self._chosen_in: int | None = None  # the epoch of the distiller's present choice
         self._epoch_sums: Tensor | None = None  # (S + 1,) accuracies and number of outer steps of this epoch
@@ -173,17 +184,34 @@ class DatasetDistillation(LightningModule):
         task = Task(self.make_network, self.num_classes, self.ipc, epochs or 1, self.learn_labels, device)
         self.side_by_side.prepare(task)
         self._restored = False
+        if self.init is not None and self.trainer.ckpt_path is None:
+            self._first = self.init.read(self.num_classes, self.ipc, self.image_shape)
+            if self._first.own_space:
+                self.preprocessing.take(self._first.own_space, f"the set of init ({self.init.file})")
+
+    def on_fit_start(self) -> None:
+        """Make preprocessing and first images, which a resumed run has; let a distiller study real images."""
+        if not self._restored:
+            self._make_set()
+        if self.side_by_side.studies:
+            folder, world = Path(self.trainer.default_root_dir), self.trainer.world_size
+            self.side_by_side.study(self._all_real(), folder, self._seeds("study"), self.global_rank, world)
+            self.trainer.strategy.barrier()
 
     @torch.no_grad()
-    def on_fit_start(self) -> None:
-        """Fit the preprocessing, on one process, and make the first images; a resumed run has both."""
-        if self._restored:
-            return
-        if self.preprocessing.kind == "zca":
+    def _make_set(self) -> None:
+        """Fit the preprocessing, on one process, and make the first images."""
+        first = self._first
+        if self.preprocessing.kind == "zca" and not (first and first.own_space):
             if self.global_rank == 0:
                 self.preprocessing.fit(self._real_images().images)
             whitening = self.preprocessing.whitening
             whitening.copy_(self.trainer.strategy.broadcast(whitening.cpu()))
+        if first is not None:
+            self.images.copy_(first.preprocessed(self.preprocessing).repeat(self.replicas, 1, 1, 1))
+            self.labels.copy_(first.labels.repeat(self.replicas, 1))
+            self._first = None
+            return
         self.images.copy_(torch.cat([self._first_images(replica) for replica in range(self.replicas)]))
         self.labels.copy_(one_hot_labels(self.num_classes, self.ipc).repeat(self.replicas, 1))
 
@@ -205,12 +233,13 @@ class DatasetDistillation(LightningModule):
     def _check_real_images(self, stage: str, smallest_class: int) -> None:
         """Refuse, before anything is trained, what needs real images in memory, or more of them than there are."""
         fitting = stage == "fit"
-        start, random = fitting and self.start != "noise", self.compare_with_random
+        start, random = fitting and self.start != "noise" and self.init is None, self.compare_with_random
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         for needed, setting, instead in (
             (fitting and self.preprocessing.kind == "zca", "preprocess: zca", "standardize"),
             (start, f"start: {self.start}", "noise"),
             (random, "compare_with_random: true", "false"),
+            (fitting and self.distiller.studies, f"distiller: {type(self.distiller).__name__}", "another"),
             (self.full_recipe is not None, "full_recipe: training on all real images", "null"),
         ):
             if needed and not isinstance(data, InMemoryImages):
@@ -280,42 +309,50 @@ class DatasetDistillation(LightningModule):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         if self._chosen_in != self.current_epoch:
             self._start_epoch()
-        images, labels, loss, accuracy = self._mean_step(batch)
-        norm = images.flatten(1).norm(dim=1)
+        step = self._mean_step(batch)
+        images, norm = step.images, step.images.flatten(1).norm(dim=1)
         if self.clip is not None:
             images, average = clip_by_average(images, norm, self.gradient_ema, self.clip, self.clip_decay)
             self.gradient_ema.copy_(average)
         self.images.grad = images.flatten(0, 1)
-        if labels is not None:
-            self.labels.grad = labels.flatten(0, 1)
+        if step.labels is not None:
+            self.labels.grad = step.labels.flatten(0, 1)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
         with torch.no_grad():
             self.labels.clamp_(min=0)
+        self.side_by_side.updated(self._stacked, step.own)
         assert self._epoch_sums is not None
-        self._epoch_sums += torch.cat([accuracy, accuracy.new_ones(1)])
-        means = {"loss": loss.mean(), "accuracy": accuracy.mean(), "gradient_norm": norm.mean()}
+        self._epoch_sums += torch.cat([step.accuracy, step.accuracy.new_ones(1)])
+        means = {"loss": step.loss.mean(), "accuracy": step.accuracy.mean(), "gradient_norm": norm.mean()}
         self._terms = {"outer_loss": means["loss"], "gradient_norm": means["gradient_norm"]}
         values = {**means, **self.side_by_side.metrics()}
         log_step(self, {f"train/{name}": value for name, value in values.items()}, len(batch))
 
-    def _mean_step(self, batch: ImageBatch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(S, …) gradients of images and labels, losses and accuracies, averaged over inner runs and processes."""
+    def _mean_step(self, batch: ImageBatch) -> OuterStep:
+        """(S, …) gradients, losses and accuracies, averaged over inner runs and processes."""
         runs = []
         image, label = self._each(self.preprocessing(batch.image)), self._each(class_index(batch.label))
         parts = zip(image.chunk(self.inner_runs, 1), label.chunk(self.inner_runs, 1), strict=True)
         for number, part in enumerate(parts):
             seeds = self._seeds("step", self.global_step, self.global_rank * self.inner_runs + number)
             runs.append(self.side_by_side.outer_step(self._stacked, *part, seeds))
-        reduce = self.trainer.strategy.reduce
-        mean = [
-            reduce(torch.stack(values).mean(0), reduce_op="mean")
-            for values in zip(*((run.images, run.loss, run.accuracy) for run in runs), strict=True)
-        ]
-        labels = [run.labels for run in runs if run.labels is not None]
-        label_gradient = reduce(torch.stack(labels).mean(0), reduce_op="mean") if labels else None
-        return mean[0], label_gradient, mean[1], mean[2]
+
+        def mean(values: list[Tensor]) -> Tensor:
+            return self.trainer.strategy.reduce(torch.stack(values).mean(0), reduce_op="mean")
+
+        labels, own = (
+            [value for value in values if value is not None]
+            for values in zip(*((r.labels, r.own) for r in runs), strict=True)
+        )
+        return OuterStep(
+            mean([run.images for run in runs]),
+            mean(labels) if labels else None,
+            mean([run.loss for run in runs]),
+            mean([run.accuracy for run in runs]),
+            mean(own) if own else None,
+        )
 
     def _start_epoch(self) -> None:
         """Let rank 0 choose and tell the others."""
@@ -436,24 +473,49 @@ class DatasetDistillation(LightningModule):
         self.best_epochs, self.scores = best_epochs, dict(scores)
 
     def on_test_epoch_start(self) -> None:
-        trained, sets = self._start_evaluation(), self._sets()
-        runs: dict[str, tuple[list[LabelledImages], NetworkFactory]] = {"set": (sets, self.make_network)}
-        for name, make in self.architectures.items():
-            runs[f"on_{name}"] = sets, make
-        if self.learn_labels or self.full_recipe:
-            runs["hard_labels"] = [(images, hard_labels(labels)) for images, labels in sets], self.make_network
-        if self.compare_with_random:
-            runs["random"] = [self._random_set(replica) for replica in range(self.replicas)], self.make_network
-        course = self.evaluation.course(self.num_classes, self.ipc)
-        for name, (data, make) in runs.items():
+        trained = self._start_evaluation()
+        for name, (data, make, course) in self._test_runs().items():
             train_on_sets(trained, name, data, self._judge(make), course)
-        if self.full_recipe:
-            real, recipe = self._real_images(), self.full_recipe
-            whole = self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
-            make = self._judge(self.make_network)
-            train_on_sets(trained, "full", [whole] * self.replicas, make, Course(recipe, [recipe.epochs]))
         for each in trained:
             each.exchange()
+
+    def _test_runs(self) -> dict[str, tuple[list[LabelledImages], NetworkFactory, Course]]:
+        """By name, what is trained on in the test: of each replica a set, networks, how they train."""
+        sets, make, course = self._sets(), self.make_network, self.evaluation.course(self.num_classes, self.ipc)
+        runs = {"set": (sets, make, course)}
+        for name, other in self.architectures.items():
+            runs[f"on_{name}"] = sets, other, course
+        if self._soft:
+            runs["hard_labels"] = [(images, hard_labels(labels)) for images, labels in sets], make, course
+        if self.full_recipe:
+            runs["full"] = [self._all_real()] * self.replicas, make, Course(self.full_recipe, [self.full_recipe.epochs])
+        if not self.compare_with_random:
+            return runs
+        random = alike = [self._random_set(replica) for replica in range(self.replicas)]
+        runs["random"] = random, make, course
+        if self._soft:
+            if self.full_recipe is None:
+                return runs
+            seeds = self._seeds("teacher")
+            alike = [
+                (images, teacher_labels(images, self._all_real(), make, self.full_recipe, seed))
+                for (images, _), seed in zip(random, seeds, strict=True)
+            ]
+            runs["random_soft"] = alike, make, course
+        if self.without_augmentation:
+            bare = dataclasses.replace(course, recipe=dataclasses.replace(course.recipe, augment=None))
+            runs["unaugmented"], runs["random_unaugmented"] = (sets, make, bare), (alike, make, bare)
+        return runs
+
+    def _all_real(self) -> LabelledImages:
+        """All real images to train on, preprocessed."""
+        real = self._real_images()
+        return self.preprocessing(real.images.to(self.device)), real.labels.to(self.device)
+
+    @property
+    def _soft(self) -> bool:
+        """Whether labels are other than one-hot."""
+        return self.learn_labels or not bool(torch.isin(self.labels.detach(), self.labels.new_tensor([0, 1])).all())
 
     def _random_set(self, replica: int) -> LabelledImages:
         """As many random real images, under hard labels."""
@@ -471,6 +533,7 @@ class DatasetDistillation(LightningModule):
             scores_on_test(each, self.evaluation, epochs)
             for each, epochs in zip(self._end_evaluation(), best, strict=True)
         ]
+        scores = [each | ranking_scores(each, self._soft) for each in scores]
         self._log_scores({f"test/{name}": [each[name] for each in scores] for name in scores[0]})
 
     def _count(self, batch: ImageBatch) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from leanlight.contracts import UserError
 from leanlight.ops.whitening import apply_zca, fit_zca
 
 Preprocess = Literal["zca", "standardize"]
@@ -58,6 +59,14 @@ class Preprocessing(nn.Module):
         if self.kind == "zca":
             return apply_zca(image, self.whitening)
         return (image - self.mean) / self.std
+
+    def take(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """Become the space whose `tensors` are given; UserError that names `origin` when it is of another kind."""
+        shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (self.tensors(), tensors)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"preprocess: {self.kind} needs tensors {shapes[0]}; {origin} has {shapes[1]}")
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
 
     def tensors(self) -> dict[str, Tensor]:
         """What the space is made of, for a file: the whitening matrix (D, D), or mean and std (C, 1, 1)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from leanlight.contracts import MediaItem, to_device
 from leanlight.ops.differentiable import augment_each
-from lit_modules.at_bptt.distillers import Distiller, OuterStep, Task, TruncatedBPTT
+from lit_modules.at_bptt.distillers import Distiller, OuterStep, Study, Task, TruncatedBPTT
 from lit_modules.at_bptt.engines import Adjoint, Unrolled
 from lit_modules.at_bptt.inner import (
     FlatNetwork,
@@ -29,6 +30,7 @@ from lit_modules.at_bptt.inner import (
     SyntheticData,
 )
 from lit_modules.at_bptt.windows import Window
+from lit_modules.classifier.training import LabelledImages
 
 
 class Replicas:
@@ -48,6 +50,17 @@ class Replicas:
         """See `Distiller.prepare`."""
         for distiller in self.each:
             distiller.prepare(task)
+
+    @property
+    def studies(self) -> bool:
+        """See `Distiller.studies`."""
+        return self.each[0].studies
+
+    def study(self, real: LabelledImages, folder: Path, seeds: Sequence[int], rank: int, world: int) -> None:
+        """See `Distiller.study` and `Study`; each replica in a folder of its own."""
+        for number, (distiller, seed) in enumerate(zip(self.each, seeds, strict=True)):
+            own = folder / f"replica_{number}" if len(self.each) > 1 else folder
+            distiller.study(Study(real, own, seed, rank, world))
 
     def start_epoch(self, data: SyntheticData, seeds: Sequence[int]) -> None:
         """See `Distiller.start_epoch`; data: (S, …) sets."""
@@ -79,11 +92,23 @@ class Replicas:
             for distiller, *arguments in zip(self.each, unstacked(data), image, label, seeds, strict=True)
         ]
         labels = [step.labels for step in steps if step.labels is not None]
+        own = [step.own for step in steps if step.own is not None]
         images, loss, accuracy = (
             torch.stack(values)
             for values in zip(*((step.images, step.loss, step.accuracy) for step in steps), strict=True)
         )
-        return OuterStep(images, torch.stack(labels) if labels else None, loss, accuracy)
+        return OuterStep(
+            images,
+            torch.stack(labels) if labels else None,
+            loss,
+            accuracy,
+            torch.stack(own) if own else None,
+        )
+
+    def updated(self, data: SyntheticData, own: Tensor | None) -> None:
+        """See `Distiller.updated`; data: (S, …) sets, own: (S, k)."""
+        for number, (distiller, part) in enumerate(zip(self.each, unstacked(data), strict=True)):
+            distiller.updated(part, None if own is None else own[number])
 
     def end_epoch(self, accuracies: Sequence[float]) -> None:
         """See `Distiller.end_epoch`."""
