@@ -160,7 +160,7 @@ class TrajectoryMatching(Distiller):
         start, target = self._experts.after(expert, (begin, begin + self.expert_epochs), device)
         images = data.images.detach().requires_grad_()
         labels = data.labels.detach().requires_grad_(self._task.learn_labels)
-        rate = to_device(self._rate, device).requires_grad_()
+        rate = to_device(self._rate, device).clone().requires_grad_()
         loss = trajectory_loss(self.student(SyntheticData(images, labels), start, rate, generator), start, target)
         learned = [images, rate, labels] if self._task.learn_labels else [images, rate]
         gradients = torch.autograd.grad(loss, learned)
