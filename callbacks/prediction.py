@@ -57,6 +57,8 @@ class PredictionWriter(pl.Callback):
         """Find whole pieces, before the loaders are made, and let the DataModule leave their items out."""
         if stage != "predict":
             return
+        if type(pl_module).predict_step is pl.LightningModule.predict_step:  # forward of a whole batch
+            raise UserError(f"predict: {type(pl_module).__name__} has nothing to predict of items")
         trainer.predict_loop.return_predictions = False  # Lightning would keep all of them in memory
         self.folder = Path(trainer.default_root_dir) / "artifacts" / "predictions"
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -325,6 +325,18 @@ def test_too_few_items_are_told(tmp_path):
         trainer(tmp_path).predict(Local(), datamodule=ImageDataModule("digits", eval_batch_size=100))
 
 
+def test_a_module_that_predicts_nothing_is_one_line(tmp_path):
+    class Mute(Module):
+        predict_step = pl.LightningModule.predict_step
+
+        def forward(self, image):
+            return image
+
+    with pytest.raises(UserError, match="predict: Mute has nothing to predict of items"):
+        trainer(tmp_path).predict(Mute(), datamodule=ImageDataModule("digits"))
+    assert not pieces(tmp_path).exists()
+
+
 @pytest.mark.parametrize("arguments", [{"piece_items": 0}, {"seconds": -1}])
 def test_wrong_settings_are_named(arguments):
     with pytest.raises(UserError, match="piece_items"):

@@ -148,6 +148,7 @@ def test_a_run_killed_at_a_random_moment_resumes_exactly(tmp_path, undisturbed, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_run_killed_again_and_again_resumes_exactly(tmp_path, undisturbed, case):
     """Twice in training, while a checkpoint is written, while it exports, and in its test."""

@@ -41,7 +41,7 @@ def kill_when(process, folder, condition):
     kill(process, folder)
 
 
-def finish(process, timeout=280):
+def finish(process, timeout=600):
     """Wait for a command that must end well."""
     _, error = process.communicate(timeout=timeout)
     assert process.returncode == 0, error.decode()[-3000:]
