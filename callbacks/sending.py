@@ -20,6 +20,7 @@ _NAMES = {WandbLogger: "W&B", TensorBoardLogger: "TensorBoard", MLFlowLogger: "M
 _LARGEST_TABLE = 10_000  # cells; a heat map of more is a picture alone
 _LONGEST_WAIT = 8.0  # seconds for a table of W&B, which asks its server in the process that trains, for 10 at most
 _EVERYTHING = "data"
+_METRICS = "metrics"
 _FILES = "tables and artefacts"
 _given_up: WeakKeyDictionary[Logger, set[str]] = WeakKeyDictionary()
 
@@ -37,7 +38,7 @@ def warn(text: str) -> None:
 def keep_from_stopping(logger: Logger) -> Logger:
     """Make what Lightning calls of a logger harmless, and return it: see `attempt`."""
     metrics = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
-    for what, methods in {"metrics": metrics, _FILES: ("log_table",)}.items():
+    for what, methods in {_METRICS: metrics, _FILES: ("log_table",)}.items():
         for method in methods:
             if hasattr(logger, method):
                 setattr(logger, method, partial(attempt, logger, what, getattr(logger, method)))
@@ -53,7 +54,8 @@ def attempt(logger: Logger, what: str, call: Callable[..., Any], *args: Any, **k
     """Call something of a logger; an error becomes one line of warning, and `what` is sent there no more.
 
     Networks fail, homes are read-only, disks fill: a run goes on without its dashboard, and ``metrics.csv`` has all.
-    After a `ConnectionError`, as of a process that has died, nothing at all is sent there.
+    Where not even metrics are taken, or after a `ConnectionError`, as of a process that has died, nothing at all is
+    sent there.
 
     Args:
         logger: whose it is.
@@ -69,7 +71,7 @@ def attempt(logger: Logger, what: str, call: Callable[..., Any], *args: Any, **k
     try:
         return call(*args, **kwargs)
     except Exception as error:  # of any library
-        what = _EVERYTHING if isinstance(error, ConnectionError) else what
+        what = _EVERYTHING if what == _METRICS or isinstance(error, ConnectionError) else what
         given_up.add(what)
         warn(f"{name_of(logger)} gets no more {what} of this run ({type(error).__name__}: {error})")
         return None
@@ -99,7 +101,7 @@ def send_figures(loggers: Sequence[Logger], figures: Mapping[str, float], step: 
     """Send figures that differ from run to run to every logger but those whose files are compared byte for byte."""
     for logger in loggers:
         if not isinstance(logger, ResumableLogger):
-            attempt(logger, "metrics", logger.log_metrics, dict(figures), step)
+            attempt(logger, _METRICS, logger.log_metrics, dict(figures), step)
 
 
 def send_artifact(

@@ -177,15 +177,13 @@ class LeanlightCLI(LightningCLI):
         self.method = self.settings.method or method_of(self.resolved["model"]["class_path"])
         self.dataset = self.settings.dataset or dataset_of(self.resolved["data"])
         root = Path(self.resolved["trainer"]["default_root_dir"] or "runs")
-        inherited = os.environ.get(_RUN_DIR) if "LOCAL_RANK" in os.environ else None
-        chosen = self.call.run_dir or (Path(inherited) if inherited else None)
-        if inherited and os.environ["LOCAL_RANK"] != "0":
-            chosen = Path(inherited)  # not what `--from` chose here, after the first process had made its folder
+        inherited = os.environ.get(_RUN_DIR) if os.environ.get("LOCAL_RANK", "0") != "0" else None
         place = root / self.method / self.dataset
-        run_id = self.settings.id or runs.new_run_id(identity, place)
-        self.run_dir = (chosen or place / run_id).resolve()
+        nodes = self.resolved["trainer"]["num_nodes"]
+        chosen = self.call.run_dir or place / (self.settings.id or runs.new_run_id(identity, place, nodes))
+        # Of a launch the first process chooses: others would look when its folder may be there already.
+        self.run_dir = Path(inherited) if inherited else runs.told_by_rank_zero(chosen.resolve())
         self.title = self.settings.experiment or self.dataset
-        self.fresh = chosen is None or not chosen.exists()
         self.recorder = RunRecorder(
             self.run_dir,
             self.only,
@@ -325,7 +323,7 @@ class Session:
 
     def _open(self) -> None:
         if self.trainer.is_global_zero:
-            if self.cli.fresh and self.run_dir.exists():
+            if not self.cli.call.resumes and self.run_dir.exists():
                 raise UserError(
                     f"run.id: {self.run_dir} exists already; choose another --run.id, or go on with --resume RUN_DIR"
                 )
@@ -429,7 +427,7 @@ class Session:
             with memory_errors():
                 yield
         except (UserError, MisconfigurationException) as error:
-            if self._opened and self.cli.fresh and not self.cli.recorder.started:
+            if self._opened and not self.cli.call.resumes and not self.cli.recorder.started:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
                 with suppress(OSError):  # another run has come beside it
                     for parent in self._made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,12 +71,19 @@ def expand(argv: list[str]) -> Invocation:
     if source is not None:
         if command == "fit":
             raise UserError("--from: goes with validate, test and predict; fit takes --resume RUN_DIR")
-        target = Path(source) / command
-        target = target if not target.exists() else target.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return Invocation(_from_checkpoint(command, Path(source), "--from", [*configs, *args]), target, trusted)
+        arguments = _from_checkpoint(command, Path(source), "--from", [*configs, *args])
+        return Invocation(arguments, _new_folder(Path(source), command), trusted)
     # First of all, so that a name in a config, as that of a run folder, stands above it.
     named = [f"--run.experiment={title}" for title in [_title(names)] if title]
     return Invocation([command, *named, *configs, *args], None, trusted)
+
+
+def _new_folder(source: Path, command: str) -> Path:
+    """Where a command works that starts from a run: inside of that."""
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # a task cannot look whether a folder is there: another has made it
+        return source / "-".join([command, "slurm", os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_STEP_ID", "0")])
+    folder = source / command
+    return folder if not folder.exists() else folder.with_name(f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _title(configs: list[str]) -> str:

@@ -75,6 +75,7 @@ _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data li
 _SPARE = ("previous.ckpt", DIGESTS)  # beside the checkpoints, in case they are damaged
 _MANY_FILES = 1000  # a folder of more artefacts than this is one line of a summary
 _PUBLISHED = Path("docs/results")
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of what torchrun starts
 
 
 def folder_name(value: str, where: str) -> str:
@@ -397,20 +398,38 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def new_run_id(identity: str, place: Path) -> str:
-    """A run folder's name inside `place`: the same on every process of one launch, different for every launch."""
+def new_run_id(identity: str, place: Path, nodes: int = 1) -> str:
+    """Name of a run folder inside `place` that is not there yet; under SLURM that of the job, on every process."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"slurm-{job}"
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # the local agent is the common parent of this node's processes
-        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-            raise UserError("run.id: torchrun on several nodes needs --run.id NAME, so that all nodes share one folder")
-        return f"{stamp[:8]}-torchrun-{os.getppid()}"
-    name = f"{stamp}-{identity[:6]}"
+    if nodes > 1 and _TORCHRUN not in os.environ:
+        raise UserError("run.id: several nodes need torchrun, SLURM or --run.id NAME, so that all share one folder")
+    name = f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-{identity[:6]}"
     taken = 1  # two starts in a second, or a clock that was set back
-    while "LOCAL_RANK" not in os.environ and (place / (name if taken == 1 else f"{name}-{taken}")).exists():
+    while (place / (name if taken == 1 else f"{name}-{taken}")).exists():
         taken += 1
     return name if taken == 1 else f"{name}-{taken}"
+
+
+def told_by_rank_zero(folder: Path) -> Path:
+    """The folder that the first process of a launch by torchrun chose, on all of its processes; else `folder`."""
+    if _TORCHRUN not in os.environ:
+        return folder
+    store, rank = _launch_store()
+    begun = f"leanlight {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # one store may serve a launch that restarts
+    key = f"{begun} folder {store.add(f'{begun} rank {rank}', 1)}"  # of a process's first run, its second, ...
+    if rank == 0:
+        store.set(key, str(folder))
+    return Path(store.get(key).decode())
+
+
+@cache  # the process that serves it must keep it
+def _launch_store() -> tuple[Any, int]:
+    """Where processes of a torchrun launch tell one another before they are a process group, and this one's rank."""
+    from torch.distributed import rendezvous
+
+    store, rank, _ = next(iter(rendezvous("env://")))
+    return store, rank
 
 
 def read_summary(run_dir: Path | str) -> dict[str, Any] | None:

@@ -20,12 +20,15 @@ if TYPE_CHECKING:  # `leanlight select` starts without Lightning
     from lightning.pytorch.loggers import Logger, WandbLogger
 
 # Seconds that W&B waits for its server at the start, before it takes a table, and at the end; its own defaults are 90,
-# 19, and for ever. What it has not sent by then lies in the run folder, and without an error nobody would know.
+# 19, and for ever. What it has not sent by then lies in the run folder, and without an error nobody would know. It
+# writes what it is told into its file there each second: by its own default each 15, and a process that is killed, or
+# gives up waiting, would leave a file without the last rows.
 _PATIENCE = {
     "WANDB_INIT_TIMEOUT": "20",
     "WANDB_HTTP_TIMEOUT": "10",
     "WANDB_FINISH_TIMEOUT": "60",
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
+    "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1",
 }
 _HOMES = {
     "WANDB_CACHE_DIR": ".cache/wandb",

@@ -3,7 +3,7 @@
 #
 #   scripts/torchrun.sh --config classifier/cifar10 --run.id first                    all GPUs of this machine
 #   PROCESSES=2 ACCELERATOR=cpu scripts/torchrun.sh --config classifier/digits_small  two processes on the CPU
-#   NODES=2 NODE_RANK=0 MASTER=node0:29500 scripts/torchrun.sh --config … --run.id first   once on each node
+#   NODES=2 NODE_RANK=0 MASTER=node0:29500 scripts/torchrun.sh --config …   once on each node
 set -euo pipefail
 
 accelerator=${ACCELERATOR:-gpu}

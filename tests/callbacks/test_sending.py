@@ -78,6 +78,17 @@ def test_what_fails_for_pictures_leaves_metrics_alone(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_what_takes_no_metrics_is_asked_for_nothing_more(capsys):
+    logger = Broken()
+
+    def fail():
+        raise NotADirectoryError("the store is gone")
+
+    assert attempt(logger, "metrics", fail) is None
+    assert attempt(logger, "pictures", lambda: 7) is None
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_tensorboard_has_scalars_and_the_very_pictures_inside_the_run_folder(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

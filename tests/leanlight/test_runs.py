@@ -11,9 +11,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from leanlight import runs
 from leanlight.contracts import UserError
+from leanlight.invocation import expand
 
 CONFIG = {
     "model": {"class_path": "x.M", "init_args": {"lr": 0.1}},
@@ -291,9 +293,32 @@ def test_a_run_id_that_is_no_folder_name_is_refused(value):
         runs.RunSettings(id=value)
 
 
-def test_runs_of_one_torchrun_launch_share_a_name(monkeypatch, tmp_path):
+def test_processes_of_a_torchrun_launch_work_where_the_first_one_chose(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert runs.new_run_id("a" * 64, tmp_path) == runs.new_run_id("b" * 64, tmp_path)
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    store = HashStore()
+    for first, second in (("a", "b"), ("c", "d")):  # two runs, one after the other
+        for rank, chosen in enumerate((first, second)):
+            monkeypatch.setattr(runs, "_launch_store", lambda rank=rank: (store, rank))
+            assert runs.told_by_rank_zero(Path(chosen)) == Path(first)
+
+
+def test_a_process_that_is_alone_works_where_it_chose():
+    assert runs.told_by_rank_zero(Path("a")) == Path("a")
+
+
+def test_nodes_that_no_launcher_started_need_a_name(monkeypatch, tmp_path):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"run\.id"):
-        runs.new_run_id("a" * 64, tmp_path)
+        runs.new_run_id("a" * 64, tmp_path, nodes=2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert runs.new_run_id("a" * 64, tmp_path, nodes=2).endswith("aaaaaa")
+
+
+def test_tasks_of_slurm_that_start_from_a_run_choose_one_folder(monkeypatch, tmp_path):
+    for name in ("config.yaml", "checkpoints/last.ckpt", "predict-slurm-7-1/summary.json"):  # of the first task
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for name, value in {"NTASKS": "2", "JOB_ID": "7", "STEP_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert expand(["predict", "--from", str(tmp_path)]).run_dir == tmp_path / "predict-slurm-7-1"
