@@ -45,7 +45,11 @@ class ThroughputMonitor(Callback):
         self.train_wall_s = 0.0
         self._clock = _Clock(torch.device("cpu"))
         self._running_since: float | None = None
+        self._goes_on = False  # what is loaded is where training goes on, not what is tested
         self._start_epoch()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._goes_on = stage == "fit"
 
     @property
     def peak_rss_mb(self) -> float:
@@ -134,8 +138,10 @@ class ThroughputMonitor(Callback):
         return {"samples_seen": self.samples_seen, "train_wall_s": self.train_wall_s + running}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples_seen = state_dict["samples_seen"]
-        self.train_wall_s = state_dict["train_wall_s"]
+        # The best checkpoint, tested after a training that went on, knows of a part of it alone.
+        if self._goes_on or state_dict["train_wall_s"] > self.train_wall_s:
+            self.samples_seen = state_dict["samples_seen"]
+            self.train_wall_s = state_dict["train_wall_s"]
 
 
 class _Clock:

@@ -129,6 +129,7 @@ _LATER_DEFAULTS = {
     "shuffles": 16,
     "DatasetDistillation.init": None,
     "without_augmentation": False,
+    "layer_lag": False,
 }
 
 

@@ -291,7 +291,7 @@ class _Evaluation:
     def judge(self, values: np.ndarray) -> int:
         """Note the values (A,) of a greedy decision; return its action."""
         if self.greedy == 0 or values.max() > self.max_q:
-            self.max_q, self.spread = float(values.max()), float(values.std())
+            self.max_q, self.spread = float(values.max()), float(values.std(ddof=1))
         self.greedy += 1
         return int(values.argmax())
 

@@ -73,7 +73,7 @@ class Episode:
         decisions: actions taken.
         greedy: of them, decisions that asked the agent.
         max_q: largest value of any action at any greedy decision; 0 without one.
-        q_spread: standard deviation over the actions at greedy decisions; 0 without one.
+        q_spread: sample standard deviation (n - 1) over the actions at that decision; 0 without one.
         frames: (T, 3, H, W) uint8 pictures, where they were asked for.
     """
 

@@ -41,15 +41,22 @@ class ConvertedDQN(nn.Module):
         neurons: one multi-step integrate-and-fire neuron a layer.
         time_steps: T.
         decoding: ``robust``: spikes plus the potential left, in units of the threshold; ``spikes``: their number alone.
+        layer_lag: a layer receives at step t what the layer before it, or the image, gave at t - 1 (published
+            simulator): at the first step biases alone. Without, what it gives at t.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], neurons: Sequence[nn.Module], time_steps: int, decoding: Decoding
+        self,
+        layers: Sequence[nn.Module],
+        neurons: Sequence[nn.Module],
+        time_steps: int,
+        decoding: Decoding,
+        layer_lag: bool = True,
     ) -> None:
         super().__init__()
         require_positive(time_steps=time_steps)
         self.layers, self.neurons = nn.ModuleList(layers), nn.ModuleList(neurons)
-        self.time_steps, self.decoding = time_steps, decoding
+        self.time_steps, self.decoding, self.layer_lag = time_steps, decoding, layer_lag
 
     def forward(self, state: Tensor) -> Tensor:
         return self.decode(*self.simulate(state))
@@ -62,17 +69,27 @@ class ConvertedDQN(nn.Module):
         """Output spikes counted over T steps and the output potential after the last, (N, A) each."""
         reset(self)
         current = self.layers[0](state)
+        arrived = self.layers[0](torch.zeros_like(state)) if self.layer_lag else current
+        before: list[Tensor | None] = [None] * len(self.layers)  # the last spikes of each layer
         counts = current.new_zeros(())
         for steps in time_pieces(self.time_steps, _CHUNK):
-            spikes = self.neurons[0](repeat_time(current, steps))
-            for layer, fire in zip(self.layers[1:], self.neurons[1:], strict=True):
+            spikes = self.neurons[0](torch.cat([arrived[None], repeat_time(current, steps - 1)]))
+            for number, (layer, fire) in enumerate(zip(self.layers[1:], self.neurons[1:], strict=True)):
+                if self.layer_lag:
+                    spikes, before[number] = _delayed(spikes, before[number]), spikes[-1:]
                 x = fold_time(spikes)
                 spikes = fire(unfold_time(layer(x.flatten(1) if isinstance(layer, nn.Linear) else x), steps))
+            arrived = current
             counts = counts + spikes.sum(0)
         potential = self.neurons[-1].v
         assert isinstance(potential, Tensor)
         reset(self)
         return counts, potential
+
+
+def _delayed(spikes: Tensor, before: Tensor | None) -> Tensor:
+    """Spikes (T, …) one step later; `before` (1, …) comes first, nothing at the beginning."""
+    return torch.cat([torch.zeros_like(spikes[:1]) if before is None else before, spikes[:-1]])
 
 
 class _Chain(nn.Module):
@@ -134,6 +151,7 @@ def convert(
     decoding: Decoding = "robust",
     node: Node = "if",
     tau: float = 100.0,
+    layer_lag: bool = True,
 ) -> ConvertedDQN:
     """Convert a trained network, which stays as it is.
 
@@ -145,6 +163,7 @@ def convert(
         decoding: see `ConvertedDQN`.
         node: ``if``, or ``lif``, which leaks: a control that should fail.
         tau: time constant of ``lif`` in steps.
+        layer_lag: see `ConvertedDQN`.
 
     Raises:
         UserError: `network` is no `DQN`, or `percentile` out of range.
@@ -167,7 +186,7 @@ def convert(
     layers, neurons = fold_scales(graph)
     for each in neurons:
         each.step_mode = "m"
-    return ConvertedDQN(layers, neurons, time_steps, decoding)
+    return ConvertedDQN(layers, neurons, time_steps, decoding, layer_lag)
 
 
 @torch.no_grad()

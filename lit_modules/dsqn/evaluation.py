@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts import Episode, GameData, GameMeta, QFunction, UnderNoise, isolated_rng
 from leanlight.ops.corruptions import gaussian
+from lit_modules.nn.checks import device_of
 
 Noise = Literal["gaussian", "weight"]
 
@@ -55,21 +57,33 @@ class GameEvaluation:
         return sum(episode.greedy for episode in played)
 
     def play_under_noise(self, games: GameData, network: nn.Module) -> dict[str, float]:
-        """Play the episodes again at every level; return scores and what noise costs by name.
-
-        ``score_<kind>_<level>``, ``drop_<kind>`` in points of score and, where scores are positive,
-        ``retention_<kind>``.
-        """
-        clean = mean_score(self.episodes)
-        self.under_noise = {
-            kind: UnderNoise(clean, {kind: {at: score_under(kind, at, network, games, self._seeds) for at in levels}})
+        """Play the episodes again at every level; return ``score_<kind>_<level>``."""
+        return {
+            f"score_{kind}_{level:g}": score_under(kind, level, network, games, self._seeds)
             for kind, levels in self.levels.items()
-            if levels
+            for level in levels
         }
-        values: dict[str, float] = {}
-        for kind, result in self.under_noise.items():
-            losses = {f"{name}_{kind}": value for name, value in result.losses().items()}
-            values |= result.values("score_") | losses
+
+    def noise_losses(self, figures: Mapping[str, float], game: GameMeta) -> dict[str, float]:
+        """What noise costs by name, and keep the scores for `under_noise`.
+
+        ``drop_<kind>``: in points of score. ``retention_<kind>``: the ratio of the scores, where both are positive.
+        ``lost_<kind>``: the share of what the score is above that of random play. Where this is within two standard
+        errors of the episodes there is nothing to lose, and no share.
+
+        Args:
+            figures: what `summary` and `play_under_noise` gave, as means over all processes.
+            game: with the score of random play, where it is known, and the number of test episodes.
+        """
+        clean, values = figures["score"], dict[str, float]()
+        doubt = 2 * figures["score_std"] / math.sqrt(game.counts["test"])
+        above = 0.0 if game.random_score is None else clean - game.random_score
+        for kind, levels in self.levels.items():
+            if levels:
+                scores = {level: figures[f"score_{kind}_{level:g}"] for level in levels}
+                self.under_noise[kind] = result = UnderNoise(clean, {kind: scores})
+                losses = result.losses() | ({"lost": (clean - result.mean) / above} if above > doubt else {})
+                values |= {f"{name}_{kind}": value for name, value in losses.items()}
         return values
 
 
@@ -111,7 +125,7 @@ def score_under(kind: Noise, level: float, network: nn.Module, games: GameData, 
         games: the DataModule that plays.
         seeds: one an episode.
     """
-    device = next(network.parameters()).device
+    device = device_of(network)
 
     def values(state: Tensor) -> Tensor:
         state = scaled(state.to(device))

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -26,13 +27,16 @@ from leanlight.contracts import (
     Transition,
     UserError,
     data_of,
+    derived_seed,
     isolated_rng,
+    run_seed,
 )
 from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare, TimeSteps
 from lit_modules import optim
 from lit_modules.dsqn.conversion import ConvertedDQN, Decoding, Node, convert, record
 from lit_modules.dsqn.evaluation import GameEvaluation, scaled, summary
 from lit_modules.dsqn.export import export_agent
+from lit_modules.dsqn.floors import FixedValues, Policy, constant_score
 from lit_modules.dsqn.learning import (
     Loss,
     Rule,
@@ -57,7 +61,7 @@ _PIPELINE = "leanlight run dsqn/pipelines/catch_small__converted trains one firs
 
 
 class GameAgent(LightningModule):
-    """An agent that is measured by playing whole games: what a trained and a converted one share.
+    """An agent that is measured by playing whole games: what trained, converted and fixed ones share.
 
     Args:
         input_noise: standard deviations of Gaussian noise on the pixels, in [0, 1], for test episodes played again.
@@ -122,8 +126,11 @@ class GameAgent(LightningModule):
             self._history.add(frames=float(self.games.frames), **values)
 
     def on_test_epoch_end(self) -> None:
-        self._log_means("test", self._figures())
-        self._log_means("test", self._evaluation.play_under_noise(self.games, self.network))
+        figures = self._log_means("test", self._figures())
+        # Losses come from the means: a process whose own episodes leave one without a meaning would lack it.
+        figures |= self._log_means("test", self._evaluation.play_under_noise(self.games, self.network))
+        losses = self._evaluation.noise_losses(figures, self.games.meta)
+        self.log_dict({f"test/{name}": value for name, value in losses.items()})
 
     def _figures(self) -> dict[str, float]:
         """What this process's episodes of an evaluation gave."""
@@ -136,6 +143,27 @@ class GameAgent(LightningModule):
         means = dict(zip(values, mean.tolist(), strict=True))
         self.log_dict({f"{split}/{name}": value for name, value in means.items()})
         return means
+
+    # ---- checkpoints ----
+
+    def _build(self, num_actions: int) -> None:
+        """Make the networks that need to know no more: the number of actions is the game's, or a checkpoint's."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["q_learning"] = {
+            "actions": list(self.actions),
+            "shape": list(self.shape),
+            "history": self._history.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["q_learning"]
+        self.actions, self.shape = tuple(state["actions"]), tuple(state["shape"])
+        if len(state["history"].get("frames", [])) >= len(self._history["frames"]):
+            # Else: the best checkpoint is tested after a training that went on; its curves are kept whole.
+            self._history.load_state_dict(state["history"])
+        if not hasattr(self, "network"):
+            self._build(len(self.actions))
 
     # ---- what callbacks and commands ask ----
 
@@ -197,7 +225,6 @@ class DeepQLearning(GameAgent):
         self.rule, self.loss, self.target_period, self.target_rate = rule, loss, target_period, target_rate
 
     def _build(self, num_actions: int) -> None:
-        """Make the networks: the number of actions is known from the game, or from a checkpoint."""
         self.network = self.make_network(num_actions)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
 
@@ -269,23 +296,55 @@ class DeepQLearning(GameAgent):
         if curve := self._history["score"]:
             self.log("test/curve_mean", sum(curve) / len(curve))  # area under the curve of evaluations
 
-    # ---- checkpoints ----
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["q_learning"] = {
-            "actions": list(self.actions),
-            "shape": list(self.shape),
-            "history": self._history.state_dict(),
-        }
+class FixedPolicy(GameAgent):
+    """A policy that looks at nothing: the floor of a game, above which an agent has learned. It trains nothing.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["q_learning"]
-        self.actions, self.shape = tuple(state["actions"]), tuple(state["shape"])
-        if len(state["history"].get("frames", [])) >= len(self._history["frames"]):
-            # Else: the best checkpoint is tested after a training that went on; its curves are kept whole.
-            self._history.load_state_dict(state["history"])
+    Args:
+        policy: ``constant``: of all actions the one that scores most in training episodes; ``random``: each as likely.
+        episodes: training episodes that are played with each action to choose one.
+        input_noise: standard deviations of Gaussian noise on the pixels, in [0, 1], for test episodes played again.
+        weight_noise: standard deviations of a random relative change of every weight, for test episodes played again.
+    """
+
+    def __init__(
+        self,
+        policy: Policy = "constant",
+        episodes: PositiveInt = 30,
+        input_noise: Sequence[NonNegativeFloat] = (),
+        weight_noise: Sequence[NonNegativeFloat] = (),
+    ) -> None:
+        super().__init__(input_noise, weight_noise)
+        save_hparams(self)
+        self.policy, self.episodes = policy, episodes
+        self.automatic_optimization = False
+
+    def _build(self, num_actions: int) -> None:
+        self.network = FixedValues(num_actions, self.policy)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
         if not hasattr(self, "network"):
             self._build(len(self.actions))
+        self.games.follow(self.values)
+
+    def configure_optimizers(self) -> None:
+        """There is nothing to train."""
+
+    def training_step(self, batch: Transition, batch_idx: int) -> None:
+        """Nothing: a batch passes so that the policy is validated and kept like any agent."""
+
+    def on_train_start(self) -> None:
+        """Choose the constant action; its episodes are a function of the seed, and not those of validation or test."""
+        network = cast(FixedValues, self.network)
+        if self.policy == "constant" and not network.values.any():
+            number = len(self.actions)
+            seeds = [derived_seed(run_seed(), "constant", episode) % 2**31 for episode in range(self.episodes)]
+            actions = track(
+                range(number), "trying each action", transient=True, disable=not self.trainer.is_global_zero
+            )
+            scores = [constant_score(self.games, number, action, seeds) for action in actions]
+            network.always = max(range(number), key=scores.__getitem__)
 
 
 class Conversion(GameAgent):
@@ -299,6 +358,7 @@ class Conversion(GameAgent):
         node: ``if`` (paper) or ``lif``, which leaks: a control that should fail.
         tau: time constant of ``lif`` in steps.
         states: how many states are recorded in play for the normalisation; 15,000 in the paper.
+        layer_lag: every layer receives what the one before it gave a step earlier, as in the published simulator.
         input_noise: standard deviations of Gaussian noise on the pixels, in [0, 1], for test episodes played again.
         weight_noise: standard deviations of a random relative change of every weight, for test episodes played again.
     """
@@ -312,6 +372,7 @@ class Conversion(GameAgent):
         node: Node = "if",
         tau: PositiveFloat = 100.0,
         states: PositiveInt = 15_000,
+        layer_lag: bool = True,
         input_noise: Sequence[NonNegativeFloat] = (),
         weight_noise: Sequence[NonNegativeFloat] = (),
     ) -> None:
@@ -322,6 +383,7 @@ class Conversion(GameAgent):
         save_hparams(self)
         self.source_checkpoint, self.time_steps, self.percentile = source_checkpoint, time_steps, percentile
         self.decoding, self.node, self.tau, self.states = decoding, node, tau, states
+        self.layer_lag = layer_lag
         self._source: Frozen[nn.Module] | None = None
         self._agreement: dict[str, list[int]] = {"robust": [], "spikes": []}
 
@@ -338,7 +400,7 @@ class Conversion(GameAgent):
                 )
             with isolated_rng(0):
                 states = record(self.games, source.values, self.states)
-            options = (self.time_steps, self.percentile, self.decoding, self.node, self.tau)
+            options = (self.time_steps, self.percentile, self.decoding, self.node, self.tau, self.layer_lag)
             self.network = convert(cast(Any, source.network), scaled(states), *options).to(self.device)
             self._source = Frozen(source.network)
 

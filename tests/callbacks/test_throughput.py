@@ -33,6 +33,20 @@ def test_totals_go_on_after_a_resume(tmp_path):
     assert monitor.train_wall_s > before["train_wall_s"]
 
 
+def test_measuring_an_earlier_checkpoint_leaves_the_totals_of_the_training(tmp_path):
+    resume_run.run(tmp_path / "short", max_epochs=1, extra=[ThroughputMonitor()])
+    earlier = str(tmp_path / "short" / "checkpoints" / "last.ckpt")
+    monitor = ThroughputMonitor()
+    _, _, trainer = resume_run.run(tmp_path / "long", extra=[monitor])
+    trained = monitor.train_wall_s
+    trainer.validate(trainer.lightning_module, resume_run.val_loader(), ckpt_path=earlier, verbose=False)
+    assert (monitor.samples_seen, monitor.train_wall_s) == (3 * ITEMS_AN_EPOCH, trained)
+    alone = ThroughputMonitor()  # a process that trained nothing says what the checkpoint knows
+    module, trainer = resume_run.build(tmp_path / "long", extra=[alone])
+    trainer.validate(module, resume_run.val_loader(), ckpt_path=earlier, verbose=False)
+    assert alone.samples_seen == ITEMS_AN_EPOCH
+
+
 @pytest.mark.parametrize(
     ("batch", "items"),
     [

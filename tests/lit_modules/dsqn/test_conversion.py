@@ -41,9 +41,9 @@ def test_more_time_steps_agree_better_with_the_source(trained):
     assert shares[0] < 0.95 < shares[-1]
 
 
-def test_the_robust_readout_agrees_at_least_as_well_as_counting_spikes(trained):
+def test_without_lag_the_robust_readout_agrees_at_least_as_well_as_counting_spikes(trained):
     robust, spikes = (
-        [agreement(*trained, time_steps=steps, decoding=decoding) for steps in (4, 8, 16, 32)]
+        [agreement(*trained, time_steps=steps, decoding=decoding, layer_lag=False) for steps in (4, 8, 16, 32)]
         for decoding in ("robust", "spikes")
     )
     assert sum(robust) > sum(spikes)
@@ -79,7 +79,7 @@ def test_folded_weights_spike_like_spikingjellys_scaled_graph(trained):
     functional.reset_net(graph)
     with torch.no_grad():
         total = sum(graph(recorded[:50]) for _ in range(70))
-        converted = convert(network, recorded, time_steps=70, decoding="spikes")
+        converted = convert(network, recorded, time_steps=70, decoding="spikes", layer_lag=False)
         counts, _ = converted.simulate(recorded[:50])
     fired = counts > 0
     assert torch.equal(total > 0, fired)
@@ -87,21 +87,37 @@ def test_folded_weights_spike_like_spikingjellys_scaled_graph(trained):
     torch.testing.assert_close(scales, scales[:1].expand_as(scales))
 
 
-def test_integrate_and_fire_step_by_step(trained):
+@pytest.mark.parametrize("lag", [True, False])
+def test_integrate_and_fire_step_by_step(trained, lag):
     network, states = trained
-    converted = convert(network, states, time_steps=70)
+    converted = convert(network, states, time_steps=70, layer_lag=lag)
     x, layers = states[:5], list(converted.layers)
     v, counts = [0.0] * len(layers), 0.0
+    sent = [torch.zeros_like(x)]  # what image and layers gave at the step before: nothing at first
     with torch.no_grad():
+        for layer in layers[:-1]:
+            sent.append(torch.zeros_like(layer(flat(layer, sent[-1]))))
         for _ in range(70):
-            signal = x
+            signals = [x]
             for i, layer in enumerate(layers):
-                v[i] = v[i] + layer(signal.flatten(1) if isinstance(layer, torch.nn.Linear) else signal)
-                signal = (v[i] >= 1).float()
-                v[i] = v[i] - signal
-            counts = counts + signal
+                v[i] = v[i] + layer(flat(layer, sent[i] if lag else signals[i]))
+                signals.append((v[i] >= 1).float())
+                v[i] = v[i] - signals[-1]
+            counts, sent = counts + signals[-1], signals
         got = converted(x)
     torch.testing.assert_close(got, (counts + v[-1]) / 70, rtol=1e-4, atol=1e-3)
+
+
+def flat(layer, signal):
+    return signal.flatten(1) if isinstance(layer, torch.nn.Linear) else signal
+
+
+def test_with_lag_as_many_steps_as_there_are_layers_know_nothing_of_the_image(trained):
+    network, states = trained  # four layers: two convolutions, the hidden one, the output
+    bright = 9 * states[:9]  # so that whatever sees them fires at once
+    early, late = (convert(network, states, time_steps=steps).simulate(bright) for steps in (4, 5))
+    assert all(torch.equal(part, part[:1].expand_as(part)) for part in early)
+    assert len(late[1].unique(dim=0)) > 1
 
 
 def test_values_that_are_all_negative_are_ranked_by_the_potential(trained):

@@ -12,8 +12,8 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from callbacks import EnergyMeter
 from datamodules import GameDataModule
 from leanlight.contracts import Episode, GameMeta, Transition, UserError
-from lit_modules.dsqn import DQN, DSQN, Conversion, DeepQLearning
-from lit_modules.dsqn.evaluation import disturbed_weights, summary
+from lit_modules.dsqn import DQN, DSQN, Conversion, DeepQLearning, FixedPolicy
+from lit_modules.dsqn.evaluation import GameEvaluation, disturbed_weights, summary
 
 NETWORK = {"history": 1, "frame_size": 8, "convolutions": [[4, 3, 1]], "hidden": 16}
 DATA = {
@@ -212,6 +212,54 @@ def test_scores_are_normalised_between_random_and_human():
     assert (values["score"], values["score_std"], values["score_max"]) == (15.0, 5.0, 20.0)
     assert values["human_normalised"] == 0.5
     assert "human_normalised" not in summary(episodes, game)
+
+
+@pytest.mark.parametrize(
+    ("clean", "lost"),
+    # Random play scores 5. Of 16 episodes with deviation 4 the mean is known to 1, so up to 7 nothing is above chance.
+    [(25.0, 0.75), (8.0, -2 / 3), (7.0, None), (1.0, None)],
+)
+def test_a_share_is_lost_of_what_is_above_random_play_beyond_doubt(clean, lost):
+    game = GameMeta(name="g", source="", counts={"test": 16}, fingerprint="", actions=(), shape=(1, 8, 8))
+    figures = {"score": clean, "score_std": 4.0, "score_gaussian_0.1": 15.0, "score_gaussian_0.2": 5.0}
+    evaluation = GameEvaluation(input_noise=[0.1, 0.2])
+    values = evaluation.noise_losses(figures, replace(game, random_score=5.0))
+    assert values["drop_gaussian"] == clean - 10.0
+    assert values.get("lost_gaussian") == (None if lost is None else pytest.approx(lost))
+    assert evaluation.under_noise["gaussian"].noisy == {"gaussian": {0.1: 15.0, 0.2: 5.0}}
+    assert set(evaluation.noise_losses(figures, game)) == {"drop_gaussian", "retention_gaussian"}
+
+
+def test_the_constant_action_is_the_best_of_the_training_episodes(tmp_path):
+    policy = FixedPolicy(episodes=25)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, limit_train_batches=1, num_sanity_val_steps=0, **QUIET
+    )
+    data = GameDataModule(**{**DATA, "eval_epsilon": 0.0})
+    seeds, play = [], data.play
+    data.play = lambda given, *more: seeds.append(tuple(given)) or play(given, *more)
+    pl.seed_everything(3, verbose=False)
+    trainer.fit(policy, datamodule=data)
+    tried, evaluated = seeds[:3], {seed for batch in data.val_dataloader() for seed in batch.seed.tolist()}
+    assert len(set(tried)) == 1
+    assert len(set(tried[0])) == 25
+    assert not set(tried[0]) & evaluated
+    balls = []
+    for seed in tried[0]:
+        frame, _ = data.make_game(training=False).reset(seed=seed)
+        balls.append(int(frame[0].argmax()))
+    caught = [balls.count(column) for column in (0, 4, 7)]  # where the paddle ends that always does the same
+    assert caught[policy.network.always] == max(caught)
+    trainer.save_checkpoint(tmp_path / "floor.ckpt")
+    again = FixedPolicy.load_from_checkpoint(tmp_path / "floor.ckpt", weights_only=True)
+    assert again.values(torch.zeros(5, 1, 8, 8, dtype=torch.uint8)).argmax(1).tolist() == [policy.network.always] * 5
+
+
+def test_random_actions_are_equally_likely_in_any_state(tmp_path):
+    policy = FixedPolicy("random")
+    assert measure(policy, tmp_path, test_episodes=300)["test/score"] == pytest.approx(-0.75, abs=0.2)
+    actions = policy.values(torch.zeros(6000, 1, 8, 8, dtype=torch.uint8)).argmax(1)
+    assert actions.bincount(minlength=3).tolist() == pytest.approx([2000] * 3, abs=150)
 
 
 def test_play_prints_scores_and_writes_an_animation(leanlight, tmp_path):
