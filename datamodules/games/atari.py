@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.wrappers import AtariPreprocessing, TimeLimit
 
+from datamodules.games.boards import BOARDS
 from leanlight.contracts import MissingExtraError, UserError, nearest
 
 NOOP, FIRE, SECOND = 0, 1, 2
@@ -145,7 +146,9 @@ def make_atari(
 def _emulator(game: str, sticky: float) -> gymnasium.Env[Any, Any]:
     roms = atari_games()
     if game not in roms:
-        raise UserError(f"game: {game!r} is neither catch nor an Atari game{nearest(game, roms)}")
+        raise UserError(
+            f"game: {game!r} is neither catch, catch_hard nor an Atari game{nearest(game, [*BOARDS, *roms])}"
+        )
     name = "".join(word.capitalize() for word in game.split("_"))
     options: dict[str, Any] = {"frameskip": 1, "repeat_action_probability": sticky}
     options |= {"obs_type": "grayscale", "render_mode": "rgb_array"}  # AtariPreprocessing fetches its pictures itself

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from datamodules.games.boards import BOARDS
 from datamodules.loaders import rank_and_world
 from leanlight.contracts import (
     Episode,
@@ -31,7 +32,6 @@ from leanlight.contracts.ranges import NonNegativeInt, PositiveInt, Seed, UnitIn
 if TYPE_CHECKING:
     from datamodules.games.play import Game, TrainingGame, TrainingGames
 
-_CATCH_RANDOM, _CATCH_BEST = -0.75, 1.0
 _SPLITS = {"val": 0, "test": 1}
 _WRAPPERS = ("frame_skip", "noop_max", "screen_size", "max_decisions", "sticky", "episodic_life", "fire_reset")
 _COUNTS = (
@@ -104,7 +104,7 @@ class GameDataModule(pl.LightningDataModule):
     All counts are in decisions (of `frame_skip` emulator frames each).
 
     Args:
-        game: an Atari game by the name of its ROM (``breakout``, ``space_invaders``), or ``catch``.
+        game: an Atari game by the name of its ROM (``breakout``, ``space_invaders``), ``catch`` or ``catch_hard``.
         batch_size: transitions of an update; 32 in the paper.
         decisions_per_update: decisions between two updates, of all training games together; 4 in the paper.
         decisions_per_epoch: decisions of an epoch, that is, between two evaluations.
@@ -125,7 +125,7 @@ class GameDataModule(pl.LightningDataModule):
         history: frames K of a state, the newest last; 4 in the paper.
         frame_skip: emulator frames that an action lasts; Catch: always 1.
         noop_max: most steps without action at the start of a game; not in Catch.
-        screen_size: side of a frame in pixels; not in Catch, whose board has 8.
+        screen_size: side of a frame in pixels; not in Catch, whose boards have 8 and 12.
         max_decisions: actions after which a game is cut off; 18,000 of 4 frames are 20 minutes; not in Catch.
         sticky: probability that the emulator repeats the last action, in [0, 1]; not in Catch.
         episodic_life: whether a lost life ends a training episode; not in Catch.
@@ -182,9 +182,9 @@ class GameDataModule(pl.LightningDataModule):
         self.exploration_settings = (epsilon_start, epsilon_end, epsilon_decisions // training_games)
         self.eval_epsilon, self.eval_together, self.history = eval_epsilon, eval_together, history
         self.episodes = {"val": eval_episodes, "test": test_episodes}
-        self.frame_skip = 1 if game == "catch" else frame_skip
-        wrappers = () if game == "catch" else _WRAPPERS
-        self.wrapper_settings: dict[str, Any] = {name: given[name] for name in wrappers}
+        self.frame_skip = 1 if game in BOARDS else frame_skip
+        atari = {name: given[name] for name in _WRAPPERS}
+        self.game_settings: dict[str, Any] = BOARDS[game].settings if game in BOARDS else atari
         self.clip_rewards, self.bootstrap_on_truncation = clip_rewards, bootstrap_on_truncation
         self.seed, self.split_seed = seed, split_seed
         self.training: TrainingGames | None = None
@@ -197,19 +197,19 @@ class GameDataModule(pl.LightningDataModule):
     def make_game(self, training: bool) -> Game:
         """A game whose observations are single frames (H, W) uint8. Raises UserError, or names the missing extra."""
         try:
-            if self.game == "catch":
+            if self.game in BOARDS:
                 from datamodules.games.catch import Catch
 
-                return Catch()
+                return Catch(**self.game_settings)
             from datamodules.games.atari import make_atari
         except ModuleNotFoundError as error:
             raise MissingExtraError(str(error.name), "rl") from error
-        return make_atari(self.game, training, **self.wrapper_settings)
+        return make_atari(self.game, training, **self.game_settings)
 
     @property
     def step_shape(self) -> tuple[int, ...]:
         """(N, K, H, W) of the states of a training batch, before a game is made."""
-        side = self.wrapper_settings.get("screen_size", 8)  # that of Catch's board
+        side = BOARDS[self.game].size if self.game in BOARDS else self.game_settings["screen_size"]
         return (self.batch_size, self.history, side, side)
 
     def ensure_available(self) -> None:
@@ -228,8 +228,8 @@ class GameDataModule(pl.LightningDataModule):
         game: Any = self._pool[0]
         height, width = game.observation_space.shape
         shape = (self.history, height, width)
-        packages = [f"{name} {version(name)}" for name in ("gymnasium", *(["ale-py"] if self.game != "catch" else []))]
-        facts = (self.game, shape, self.wrapper_settings, packages, self.split_seed, _rom(self.game))
+        packages = [f"{name} {version(name)}" for name in ("gymnasium", *([] if self.game in BOARDS else ["ale-py"]))]
+        facts = (self.game, shape, self.game_settings, packages, self.split_seed, _rom(self.game))
         self.meta = GameMeta(
             name=self.game,
             source=", ".join(packages),
@@ -377,8 +377,8 @@ def _check(given: Mapping[str, Any]) -> None:
 
 
 def _scores(game: str) -> dict[str, float]:
-    if game == "catch":
-        return {"random_score": _CATCH_RANDOM, "human_score": _CATCH_BEST}
+    if game in BOARDS:
+        return {"random_score": BOARDS[game].random, "human_score": BOARDS[game].best}
     from datamodules.games.atari import SCORES
 
     known = SCORES.get(game)
@@ -386,8 +386,8 @@ def _scores(game: str) -> dict[str, float]:
 
 
 def _rom(game: str) -> str:
-    """Digest of the game's program, empty for Catch."""
-    if game == "catch":
+    """Digest of the game's program, empty for the suite's own."""
+    if game in BOARDS:
         return ""
     from ale_py import roms
 

@@ -9,6 +9,7 @@ import torch
 
 from datamodules import GameDataModule
 from datamodules.games.atari import SCORES, EpisodicLife, FireReset, atari_games, make_atari
+from datamodules.games.boards import BOARDS
 from datamodules.games.catch import Catch
 from datamodules.games.play import Exploration, TrainingGame, TrainingGames, play
 from datamodules.games.replay import ReplayMemory
@@ -42,15 +43,50 @@ def test_catch_rewards_the_paddle_under_the_ball():
         assert (total, steps) == (1.0, 7)
 
 
-def test_a_random_policy_scores_what_the_text_says():
-    game, generator, scores = Catch(), np.random.default_rng(0), []
-    for seed in range(3000):
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_random_policy_scores_what_the_text_says(name):
+    game, generator, scores = Catch(**BOARDS[name].settings), np.random.default_rng(0), []
+    for seed in range(3000 // game.balls):
         game.reset(seed=seed)
-        over = False
+        over, score = False, 0.0
         while not over:
             _, reward, over, _, _ = game.step(int(generator.integers(3)))
-        scores.append(reward)
-    assert np.mean(scores) == pytest.approx(-0.75, abs=0.04)
+            score += reward
+        scores.append(score)
+    assert np.mean(scores) == pytest.approx(BOARDS[name].random, abs=0.04 * game.balls)
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_who_knows_all_balls_scores_at_most_what_the_text_says(name):
+    game = Catch(**BOARDS[name].settings)
+    scores = []
+    for seed in range(300):
+        frame, _ = game.reset(seed=seed)
+        # The best score on the way to each column, by trying every way.
+        best = np.where(np.arange(game.size) == game.size // 2, 0.0, -np.inf)
+        over = False
+        while not over:
+            above = frame[-2].copy()
+            frame, reward, over, _, _ = game.step(1)
+            reached = np.pad(best, 1, constant_values=-np.inf)
+            best = np.maximum(np.maximum(reached[:-2], reached[1:-1]), reached[2:])
+            if reward:
+                best += np.where(above > 0, 1.0, -1.0)
+        scores.append(best.max())
+    assert np.mean(scores) == pytest.approx(BOARDS[name].best, abs=0.3)
+
+
+def test_every_ball_is_judged_once_and_then_gone():
+    game = Catch(size=6, balls=4, apart=2)
+    game.reset(seed=0)
+    rewards, shown, over = [], [], False
+    while not over:
+        frame, reward, over, _, _ = game.step(1)
+        rewards.append(reward != 0)
+        shown.append(int((frame[:-1] > 0).sum()))
+        assert over or frame[-1].sum() == 255  # the paddle alone
+    assert [step for step, judged in enumerate(rewards, 1) if judged] == [5, 7, 9, 11]
+    assert shown == [1, 2, 2, 3, 2, 3, 2, 2, 1, 1, 0]
 
 
 # ---- wrappers on a real game ----
