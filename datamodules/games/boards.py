@@ -28,6 +28,6 @@ class Board:
 
 BOARDS = {
     "catch": Board(-0.75, 1.0),
-    # Three balls are in sight, and about a quarter of all cannot be reached: which to let fall has to be planned.
-    "catch_hard": Board(-8.35, 5.0, {"size": 12, "balls": 10, "apart": 4}),
+    # Four balls are in sight, and a third of all cannot be reached: which to let fall has to be planned.
+    "catch_hard": Board(-8.3, 3.6, {"size": 12, "balls": 10, "apart": 3}),
 }

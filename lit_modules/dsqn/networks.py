@@ -6,6 +6,7 @@ can be copied between them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -132,17 +133,12 @@ class DSQN(DQN):
         if tau <= 1:
             raise UserError(f"tau: expected a time constant above 1 step, got {tau}")
         self.time_steps, self.readout = time_steps, readout
-        self.share = 1 / tau if neuron == "lif" else 1.0
-        options = {
-            "v_threshold": float(v_threshold),
-            "v_reset": 0.0 if reset == "hard" else None,
-            "detach_reset": detach_reset,
-        }
-        self.neurons = nn.ModuleList(
-            _neuron(neuron, float(tau), surrogate_gradient, alpha, options) for _ in range(len(self.convolutions) + 1)
-        )
+        leak = float(tau) if neuron == "lif" else None
+        options = {"v_reset": 0.0 if reset == "hard" else None, "detach_reset": detach_reset}
+        make = functools.partial(_neuron, leak, float(v_threshold), surrogate_gradient, float(alpha), options)
+        self.neurons = nn.ModuleList(make() for _ in range(len(self.convolutions) + 1))
         if readout == "spike_rate":
-            self.output: nn.Module = _neuron(neuron, float(tau), surrogate_gradient, alpha, options)
+            self.output: nn.Module = make()
         elif readout != "rate":
             self.output = _Integrator()
         with torch.no_grad():
@@ -152,7 +148,7 @@ class DSQN(DQN):
     def forward(self, state: Tensor) -> Tensor:
         reset(self)
         # This memory format spares the convolutions copies.
-        current = self._current(self.convolutions[0], state.contiguous(memory_format=torch.channels_last))
+        current = self.convolutions[0](state.contiguous(memory_format=torch.channels_last))
         together = max(1, _numbers_together(state.device) // current.numel())
         spikes = torch.cat([self._hidden(repeat_time(current, n)) for n in time_pieces(self.time_steps, together)])
         values = self._read(spikes)
@@ -164,23 +160,16 @@ class DSQN(DQN):
         steps = len(current)
         spikes = self.neurons[0](current)
         for layer, fire in zip(self.convolutions[1:], self.neurons[1:-1], strict=True):
-            spikes = fire(unfold_time(self._current(layer, fold_time(spikes)), steps))
-        current = self._current(self.hidden, fold_time(spikes).flatten(1))
+            spikes = fire(unfold_time(layer(fold_time(spikes)), steps))
+        current = self.hidden(fold_time(spikes).flatten(1))
         return self.neurons[-1](unfold_time(current, steps))
-
-    def _current(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What of a layer's output enters its neurons: the share 1/τ, taken of the weights, which are few."""
-        scaled = {name: parameter * self.share for name, parameter in layer.named_parameters()}
-        return torch.func.functional_call(layer, scaled, (x,))
 
     def _read(self, spikes: Tensor) -> Tensor:
         """(T, N, hidden) → (N, num_actions)."""
         if self.readout == "rate":
             # The head is linear: the mean over time of its outputs is its output at the mean firing rate.
             return self.head(spikes.mean(0))
-        x = fold_time(spikes)
-        current = self._current(self.head, x) if self.readout == "spike_rate" else self.head(x)
-        sequence = self.output(unfold_time(current, self.time_steps))
+        sequence = self.output(unfold_time(self.head(fold_time(spikes)), self.time_steps))
         if self.readout == "max_mem":
             return sequence.amax(0)
         return sequence[-1] if self.readout == "last_mem" else sequence.mean(0)
@@ -199,11 +188,19 @@ def time_pieces(time_steps: int, most: int) -> list[int]:
     return [min(most, time_steps - start) for start in range(0, time_steps, most)]
 
 
-def _neuron(kind: Neuron, tau: float, name: Surrogate, alpha: float, options: dict[str, Any]) -> nn.Module:
+def _neuron(tau: float | None, v_threshold: float, name: Surrogate, alpha: float, options: dict[str, Any]) -> nn.Module:
+    """A leaky neuron, or without `tau` one that does not leak.
+
+    All potentials of a leaky one are τ times the paper's, so is the threshold, and the surrogate is α / τ steep. Spikes
+    and gradients are the same, and neither currents nor weights need the factor 1/τ: that would be a pass over them.
+    """
+    scale = 1.0 if tau is None else tau
+    alpha = alpha / scale
     function = surrogate.ATan(alpha=alpha) if name == "atan" else surrogate.Sigmoid(alpha=alpha)
-    if kind == "if":
-        return FusedIFNode(surrogate_function=function, step_mode="m", **options)
-    return FusedLIFNode(tau=tau, decay_input=False, surrogate_function=function, step_mode="m", **options)
+    given: dict[str, Any] = {"v_threshold": v_threshold * scale, "surrogate_function": function, "step_mode": "m"}
+    if tau is None:
+        return FusedIFNode(**given, **options)
+    return FusedLIFNode(tau=tau, decay_input=False, **given, **options)
 
 
 class _Integrator(nn.Module):

@@ -98,7 +98,7 @@ def test_all_networks_can_take_each_others_weights():
 
 
 def neuron_of(**options):
-    """A hidden neuron; the factor 1/τ = 1/2 of its input is in the weights before it."""
+    """A hidden neuron with τ = 2, whose input is the current I; it keeps τ times the potential."""
     return DSQN(3, **SMALL, **options).neurons[0]
 
 
@@ -109,12 +109,12 @@ def neuron_of(**options):
 )
 def test_a_constant_current_fires_as_worked_out_by_hand(current, spikes):
     fire = neuron_of()
-    assert fire(torch.full((8, 1), current / 2)).flatten().tolist() == spikes
+    assert fire(torch.full((8, 1), current)).flatten().tolist() == spikes
 
 
 def test_soft_and_hard_reset_differ_only_after_the_first_spike():
-    current = torch.full((12, 1), 1.3)
-    current[:4] = 0.25
+    current = torch.full((12, 1), 2.6)
+    current[:4] = 0.5
     hard, soft = neuron_of()(current).flatten(), neuron_of(reset="soft")(current).flatten()
     first = int(hard.argmax())
     assert torch.equal(hard[: first + 1], soft[: first + 1])
@@ -129,9 +129,9 @@ def test_soft_and_hard_reset_differ_only_after_the_first_spike():
 
 @pytest.mark.parametrize("potential", [0.0, 1.0, -1.0])
 def test_the_derivative_of_a_spike_is_the_arctangent(potential):
-    current = torch.tensor([[1.0 + potential]], requires_grad=True)
+    current = torch.tensor([[2 * (1.0 + potential)]], requires_grad=True)  # at rest, half of it enters
     (gradient,) = torch.autograd.grad(neuron_of()(current).sum(), current)
-    assert float(gradient) == pytest.approx(1 / (1 + (math.pi * potential) ** 2), rel=1e-5)
+    assert float(gradient) == pytest.approx(0.5 / (1 + (math.pi * potential) ** 2), rel=1e-5)
 
 
 def test_the_rate_readout_is_the_mean_of_the_head_over_time():
