@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -81,6 +81,7 @@ class Study:
         seed: decides all that is drawn.
         rank: number of this process.
         world: number of processes; none goes on before all have studied.
+        tell: takes a line on how far it is, for people.
     """
 
     real: LabelledImages
@@ -88,6 +89,7 @@ class Study:
     seed: int
     rank: int = 0
     world: int = 1
+    tell: Callable[[str], None] = lambda line: None
 
 
 class Distiller:

@@ -35,7 +35,7 @@ class FirstSet:
     Args:
         images: (n, C, H, W) float.
         labels: (n, K) float, non-negative.
-        place: the space of the images.
+        space: of the images.
         mean: of ``standardized``, (C, 1, 1).
         std: of ``standardized``, (C, 1, 1).
         own_space: whitening (D, D), or mean and std (C, 1, 1), where the file brings the space of its images.
@@ -43,16 +43,16 @@ class FirstSet:
 
     images: Tensor
     labels: Tensor
-    place: Space
+    space: Space
     mean: Tensor
     std: Tensor
     own_space: Mapping[str, Tensor] = field(default_factory=dict)
 
     def preprocessed(self, preprocessing: Preprocessing) -> Tensor:
         """The images in the space of `preprocessing`."""
-        if self.place == "preprocessed":
+        if self.space == "preprocessed":
             return self.images
-        pixels = self.images if self.place == "pixels" else self.images * self.std + self.mean
+        pixels = self.images if self.space == "pixels" else self.images * self.std + self.mean
         device = preprocessing.whitening.device
         return preprocessing(pixels.to(device))
 
@@ -97,18 +97,18 @@ class FromFile:
         Raises:
             UserError: there is no such file, it is damaged or refused, or what it holds does not fit.
         """
-        path = self._place()
+        path = self._path()
         tensors = _tensors(path, "file")
         found, given = _first(tensors, _IMAGES), _first(tensors, _LABELS)
         if found is None:
             raise UserError(f"file: expected images under one of {', '.join(_IMAGES)}; {path} holds {_named(tensors)}")
-        images, place = self._images(path, found, num_classes * ipc, shape)
-        own = {name: tensors[name].float() for name in _OWN_SPACE if name in tensors}
+        images, space = self._images(path, found, num_classes * ipc, shape)
+        own = {name: tensors[name].float() for name in _OWN_SPACE if name in tensors and path.suffix == ".safetensors"}
         if own:
-            place = "preprocessed"
-        if place is None:
+            space = "preprocessed"
+        if space is None:
             raise UserError(f"space: expected one of {', '.join(get_args(Space))}, since {path} does not say; got null")
-        if place == "pixels" and not -1 <= float(images.min()) <= float(images.max()) <= 2:
+        if space == "pixels" and not -1 <= float(images.min()) <= float(images.max()) <= 2:
             raise UserError(
                 f"space: expected pixels in [0, 1] or near; {path} has {float(images.min()):.3g} to "
                 f"{float(images.max()):.3g}; other spaces are standardized and preprocessed"
@@ -119,9 +119,9 @@ class FromFile:
         soft, hard = self._labels(path, given, num_classes, ipc)
         order = _by_class(soft, ipc, hard, path)
         mean, std = (torch.as_tensor(value).float().reshape(-1, 1, 1) for value in (self.mean, self.std))
-        return FirstSet(images[order], soft[order], place, mean, std, own)
+        return FirstSet(images[order], soft[order], space, mean, std, own)
 
-    def _place(self) -> Path:
+    def _path(self) -> Path:
         if self.file is None:
             raise UserError("file: expected the file of a set; give --model.init_args.init.file=PATH")
         path = Path(self.file)
@@ -259,7 +259,9 @@ def _torch(path: Path) -> dict[str, Tensor]:
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested containers with its key, which is empty outside of dictionaries."""
     if isinstance(value, Tensor):
-        yield name, value
+        # Others (sparse, complex, without data) are no images, and most of what is asked of images fails on them.
+        if value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex():
+            yield name, value
     elif isinstance(value, Mapping):
         for key, held in value.items():
             yield from _leaves(held, str(key))

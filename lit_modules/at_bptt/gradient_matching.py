@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlight.contracts import UserError, derived_seed
+from leanlight.contracts import UserError, derived_seed, to_device
 from leanlight.contracts.ranges import PositiveFloat, PositiveInt, Share
 from leanlight.ops.differentiable import dsa, siamese_dsa
 from lit_modules.at_bptt.distillers import Distiller, OuterStep, Task, fresh_network
@@ -65,7 +65,8 @@ class GradientMatching(Distiller):
         if task.learn_labels:
             raise UserError("learn_labels: gradient matching has no gradient for labels; use false")
         FlatNetwork(fresh_network(task.network, 0, torch.device("cpu")))  # refuses batch norm
-        self._task = task
+        self._task, self._step, self._saved = task, 0, None
+        self._network = self._optimizer = None
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         self._seed, self._networks = seed, 0
@@ -137,7 +138,7 @@ class GradientMatching(Distiller):
         with torch.enable_grad():
             for _ in range(self.inner_loop):
                 for index in torch.randperm(len(data.images), generator=generator).split(self.batch_size):
-                    index = index.to(data.images.device, non_blocking=True)
+                    index = to_device(index, data.images.device)
                     images = data.images[index]
                     logits = network(dsa(images, generator) if self.augment else images)
                     optimizer.zero_grad(set_to_none=True)

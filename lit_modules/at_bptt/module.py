@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -38,7 +39,7 @@ from leanlight.contracts.ranges import FiniteFloat, NonNegativeFloat, PositiveFl
 from lit_modules.at_bptt import pictures
 from lit_modules.at_bptt.clipping import clip_by_average
 from lit_modules.at_bptt.dd_ranking import ranking_scores, teacher_labels
-from lit_modules.at_bptt.distillers import Distiller, FixedSet, OuterStep, Task, TruncatedBPTT
+from lit_modules.at_bptt.distillers import Distiller, FixedSet, OuterStep, Study, Task, TruncatedBPTT
 from lit_modules.at_bptt.evaluation import (
     Evaluation,
     Processes,
@@ -194,8 +195,9 @@ class DatasetDistillation(LightningModule):
         if not self._restored:
             self._make_set()
         if self.side_by_side.studies:
-            folder, world = Path(self.trainer.default_root_dir), self.trainer.world_size
-            self.side_by_side.study(self._all_real(), folder, self._seeds("study"), self.global_rank, world)
+            seeds, folder = self._seeds("study"), Path(self.trainer.default_root_dir)
+            study = Study(self._all_real(), folder, seeds[0], self.global_rank, self.trainer.world_size, rank_zero_info)
+            self.side_by_side.study(study, seeds)
             self.trainer.strategy.barrier()
 
     @torch.no_grad()

@@ -7,8 +7,8 @@ rounding.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
@@ -30,7 +30,6 @@ from lit_modules.at_bptt.inner import (
     SyntheticData,
 )
 from lit_modules.at_bptt.windows import Window
-from lit_modules.classifier.training import LabelledImages
 
 
 class Replicas:
@@ -56,11 +55,11 @@ class Replicas:
         """See `Distiller.studies`."""
         return self.each[0].studies
 
-    def study(self, real: LabelledImages, folder: Path, seeds: Sequence[int], rank: int, world: int) -> None:
-        """See `Distiller.study` and `Study`; each replica in a folder of its own."""
+    def study(self, study: Study, seeds: Sequence[int]) -> None:
+        """See `Distiller.study`; with seeds of each replica, and a folder for each."""
         for number, (distiller, seed) in enumerate(zip(self.each, seeds, strict=True)):
-            own = folder / f"replica_{number}" if len(self.each) > 1 else folder
-            distiller.study(Study(real, own, seed, rank, world))
+            own = study.folder / f"replica_{number}" if len(self.each) > 1 else study.folder
+            distiller.study(dataclasses.replace(study, folder=own, seed=seed))
 
     def start_epoch(self, data: SyntheticData, seeds: Sequence[int]) -> None:
         """See `Distiller.start_epoch`; data: (S, …) sets."""

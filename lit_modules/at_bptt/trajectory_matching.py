@@ -131,6 +131,7 @@ class TrajectoryMatching(Distiller):
 
     def prepare(self, task: Task) -> None:
         self._task = task
+        self._rate, self._velocity = torch.tensor(self.lr), torch.tensor(0.0)
         self._network = FlatNetwork(fresh_network(task.network, 0, task.device))  # a form for parameters alone
 
     def study(self, study: Study) -> None:
@@ -138,6 +139,7 @@ class TrajectoryMatching(Distiller):
         self._experts = Experts(study.folder / "experts", study.seed, self.recipe)
         for number in range(study.rank, self.experts, study.world):
             self._experts.make(number, self._task.network, study.real)
+            study.tell(f"expert {number + 1} of {self.experts} is there")
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         self._shown = float(self._rate)

@@ -87,6 +87,21 @@ VARIANTS: dict[str, dict[str, Case]] = {
                 *_model(distiller="lit_modules.at_bptt.DistributionMatching", learn_labels="false"),
             )
         ),
+        "gradients": Case(
+            (
+                "--config=at_bptt/digits_small",
+                *_model(distiller="lit_modules.at_bptt.GradientMatching", learn_labels="false"),
+                *_model(distiller__init_args__inner_loop="2", distiller__init_args__augment="true"),
+            )
+        ),
+        "trajectories": Case(
+            (
+                "--config=at_bptt/digits_small",
+                *_model(distiller="lit_modules.at_bptt.TrajectoryMatching", distiller__init_args__recipe__epochs="2"),
+                *_model(distiller__init_args__experts="2", distiller__init_args__steps="3"),
+                *_model(distiller__init_args__expert_epochs="1", distiller__init_args__max_start="1"),
+            )
+        ),
     },
     "dsqn": {
         "dqn": Case(("--config=dsqn/catch_small__dqn",)),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
+from torch import Tensor
 
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError
@@ -177,6 +178,12 @@ def test_hdf5_leads_to_no_other_file_and_to_no_more_memory_than_it_holds(tmp_pat
             else:
                 file.create_dataset("data", (10**7, 10**5), "f4", chunks=(1, 10**5))
         assert "holds no tensor" in refused(tmp_path / f"{name}.h5")
+
+
+@pytest.mark.parametrize("kind", [Tensor.to_sparse, lambda x: x.to("meta"), lambda x: torch.complex(x, x)])
+def test_tensors_that_hold_no_plain_numbers_are_no_images(tmp_path, kind):
+    torch.save({"images": kind(IMAGES)}, tmp_path / "images.pt")
+    assert "holds no tensor" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("write", [export, hdf5, state_dict, pair])
