@@ -1,4 +1,4 @@
-"""`leanlight report`: turn results into Markdown, figures and one HTML page."""
+"""`leanlight report`: turn results into Markdown, figures and a site, or one page of the tables given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def main(argv: list[str]) -> int:
     """Write the report and say where it is."""
     parser = Parser(prog="leanlight report", description=__doc__)
     parser.add_argument("tables", nargs="*", type=Path, metavar="TABLE_JSON", help="files that `reproduce` wrote")
-    parser.add_argument("--all", action="store_true", help="every table in RUNS_ROOT/results and docs/results")
+    parser.add_argument(
+        "--all", action="store_true", help="a site of every table in RUNS_ROOT/results and docs/results"
+    )
     parser.add_argument("--output", type=output_folder, help="folder of index.html (default: RUNS_ROOT/report)")
     parser.add_argument("--readme", action="store_true", help="also rewrite the README files from docs/results")
     parser.add_argument(
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
     # For README files what is published counts, on a page for oneself what this machine has measured.
     folders = [published] if args.readme else [published, local]
     paths = find_documents(*folders) if args.all else args.tables
-    page = write_report(paths, args.output or args.runs_root / "report", args.runs_root)
+    page = write_report(paths, args.output or args.runs_root / "report", args.runs_root, site=args.all)
     for path in [*(path.with_suffix(".md") for path in paths), *(write_pages(*folders) if args.all else [])]:
         print(path)
     if args.readme:

@@ -35,6 +35,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def smallest_difference(claim: Mapping[str, Any]) -> float | None:
+    """Half the width of an inconclusive claim's interval: a distance from the margin above which it would have parted.
+
+    In the units of the claim's expression; None for other verdicts.
+    """
+    if claim["verdict"] != "inconclusive":
+        return None
+    low, high = claim["evidence"]["interval"]
+    return float(high - low) / 2
+
+
 def paired(expression: Expression, seeds: Sequence[int], values: Values) -> tuple[dict[int, float], str]:
     """Evaluate `expression` for every seed at which all its rows have values; also say why seeds are left out."""
     found: dict[int, float] = {}

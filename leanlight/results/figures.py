@@ -1,4 +1,4 @@
-"""Small figures of a table: bars over rows with every seed shown, learning curves of its runs."""
+"""Figures of a table that need axes of their own: learning curves, means over a setting, performance profiles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from leanlight.results.claims import interval
-from leanlight.results.format import show_number
 from leanlight.results.profile import confidence_band, shares_above
 
 # Distinguishable with the common colour deficiencies, readable on light and dark ground.
@@ -44,50 +42,6 @@ class Curve:
     label: str
     lines: Sequence[tuple[Sequence[float], Sequence[float]]]
     position: int
-
-
-def draw_bars(document: Mapping[str, Any], metrics: Sequence[str], theme: Theme = LIGHT, columns: int = 1) -> bytes:
-    """PNG of one panel a metric: a bar from zero for each row, its deviation, a dot for each seed."""
-    rows = list(reversed(document["rows"]))
-    columns = min(columns, len(metrics))
-    lines = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(4.4 * columns, (0.42 * len(rows) + 0.75) * lines), facecolor=theme.ground, dpi=144)
-    for position, name in enumerate(metrics):
-        axes = figure.add_subplot(lines, columns, position + 1)
-        _bar_panel(axes, rows, name, document["metrics"][name], theme)
-    return _png(figure)
-
-
-def _bar_panel(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, shown: Mapping[str, Any], theme: Theme
-) -> None:
-    scale, lowest, widest = shown["scale"], 0.0, 0.0
-    for height, row in enumerate(rows):
-        measured = row["metrics"].get(name)
-        if measured is None:
-            continue
-        mean, std = measured["mean"] * scale, (measured["std"] or 0.0) * scale
-        seeds = [value * scale for value in measured["by_seed"].values()]
-        color = PALETTE[(len(rows) - 1 - height) % len(PALETTE)]
-        axes.barh(height, mean, height=0.62, color=color, alpha=0.75)
-        axes.errorbar(mean, height, xerr=std, color=theme.text, capsize=2.5, linewidth=1.1)
-        axes.plot(seeds, [height] * len(seeds), ".", color=theme.text, markersize=3.5, alpha=0.7)
-        end = max(0.0, mean + std, *seeds)
-        lowest, widest = min(lowest, mean - std, *seeds), max(widest, end)
-        label = show_number(mean, shown["digits"])
-        axes.annotate(
-            label, (end, height), xytext=(6, 0), textcoords="offset points", va="center", color=theme.text, fontsize=8.5
-        )
-    axes.set_yticks(range(len(rows)), [_plain(row["label"], 28) for row in rows])
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    if lowest < widest:
-        axes.set_xlim(lowest, widest + 0.16 * (widest - lowest))  # room for the last label
-    unit = f" ({shown['unit']})" if shown["unit"] else ""
-    better = "higher" if shown["higher_is_better"] else "lower"
-    axes.set_title(_plain(f"{shown['label']}{unit}, {better} is better"), loc="left", color=theme.text, fontsize=9.5)
-    _calm(axes, theme)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
 
 
 def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, theme: Theme = LIGHT) -> bytes:

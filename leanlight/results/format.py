@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from leanlight.results.claims import smallest_difference
+
 MISSING = "\N{EN DASH}"
 
 
@@ -54,6 +56,16 @@ def paper_delta(row: Mapping[str, Any], metric: str, shown: Mapping[str, Any]) -
     if figure is None or measured is None or not figure["setting"] or figure["setting"] != row["setting"]:
         return None
     return float(measured["mean"] * shown["scale"] - figure["value"])
+
+
+def show_evidence(claim: Mapping[str, Any]) -> str:
+    """Why a claim has its verdict; of an inconclusive one also what its table could have seen."""
+    why, least = str(claim["evidence"]["why"]), smallest_difference(claim)
+    if least is None:
+        return why
+    return (
+        f"{why}; the smallest difference that {claim['evidence']['n']} seeds of this spread could show is {least:.2g}"
+    )
 
 
 SEEDS_STAY = "On another kind of processor the same seeds give other figures."

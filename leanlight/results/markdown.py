@@ -17,6 +17,7 @@ from leanlight.results.format import (
     SEEDS_STAY,
     columns,
     paper_delta,
+    show_evidence,
     show_machine,
     show_measured,
     show_metric,
@@ -85,7 +86,7 @@ def claims_table(document: Document) -> str:
             escape(c["text"]),
             escape(c["scope"]),
             f"**{escape(c['verdict'].replace('_', ' '))}**",
-            escape(c["evidence"]["why"]),
+            escape(show_evidence(c)),
         ]
         for c in document["claims"]
     ]
@@ -119,8 +120,8 @@ def data_sources(document: Document) -> list[str]:
     return [*different[:_SOURCES_SHOWN], *([f"and {more} more, which the JSON names"] if more > 0 else [])]
 
 
-def document_markdown(document: Document, figures: Mapping[str, str]) -> str:
-    """The page of one table. figures: picture files beside it, with what they show."""
+def document_markdown(document: Document, figures: Mapping[str, str], pictures: Mapping[str, str]) -> str:
+    """The page of one table. figures, pictures: files beside it and below it, with what they show."""
     parts = [f"# {escape(document['title'])}", escape(document["note"])]
     parts += [f"> {escape(line)}" for line in warnings_of(document)]
     parts.append(result_table(document))
@@ -131,6 +132,8 @@ def document_markdown(document: Document, figures: Mapping[str, str]) -> str:
     parts += [f"![{escape(text)}]({name})" for name, text in figures.items()]
     if document["claims"]:
         parts += ["## Claims", claims_table(document)]
+    if pictures:
+        parts += ["## Pictures", *(f"![{escape(text)}]({name})\n\n{escape(text)}" for name, text in pictures.items())]
     commit = f"`{str(document['commit'] or 'unknown')[:12]}`" + (" (dirty)" if document["dirty"] else "")
     facts = [f"Machine: {escape(show_machine(document['machine']))}. {SEEDS_STAY}"]
     facts.append(f"Commit: {commit}, {escape(document['date'])}")

@@ -1,4 +1,4 @@
-"""Turn results into Markdown, figures and one HTML page."""
+"""Turn results into Markdown, figures and HTML pages."""
 
 from __future__ import annotations
 
@@ -9,17 +9,8 @@ from typing import Any
 
 from leanlight.contracts.errors import UserError
 from leanlight.contracts.files import atomic_write
-from leanlight.results.figures import (
-    DARK,
-    LIGHT,
-    Curve,
-    Theme,
-    draw_bars,
-    draw_curves,
-    draw_means,
-    draw_profile,
-    read_curve,
-)
+from leanlight.results.dots import all_dots
+from leanlight.results.figures import DARK, LIGHT, Curve, Theme, draw_curves, draw_means, draw_profile, read_curve
 from leanlight.results.format import columns, show_metric
 from leanlight.results.markdown import (
     check_markers,
@@ -28,15 +19,15 @@ from leanlight.results.markdown import (
     replace_results,
     suite_table,
 )
-from leanlight.results.page import FigureView, TableView, render_page
-from leanlight.results.pictures import Picture, png_uri, run_folder, run_pictures
+from leanlight.results.page import FigureView, TableView, render_dots, render_page, render_site
+from leanlight.results.pictures import Picture, load_picture, png_uri, read_media, run_folder, store_media
 from leanlight.results.table import read_document
 
 Draw = Callable[[Theme], bytes]  # a PNG
 Drawings = dict[str, tuple[str, Draw]]  # caption and drawing by how the file's name ends
 _NO_TABLES = ("benchmark.json", "gpu.json")
-_PICTURES_A_ROW = 6
-_PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the page
+_PAGE_BYTES = 12 * 2**20  # pictures beyond this are left out of the pages
+_CURVES = "Learning curves, means over seeds"
 
 
 def find_documents(*folders: Path) -> list[Path]:
@@ -53,30 +44,32 @@ def find_documents(*folders: Path) -> list[Path]:
     return [paths[key] for key in sorted(paths)]
 
 
-def write_report(paths: Sequence[Path], output: Path, runs_root: Path) -> Path:
-    """Write Markdown and figures beside each results JSON, and ``output/index.html``; return the page's path.
+def write_report(paths: Sequence[Path], output: Path, runs_root: Path, *, site: bool = False) -> Path:
+    """Write Markdown and figures beside each results JSON, and pages into `output`; return the first page's path.
 
-    Learning curves need the run folders: where they are missing, those drawn before are kept.
+    Learning curves and pictures need the run folders: where they are missing, those drawn and kept before stay.
 
     Args:
         paths: results JSONs, in the order of the page.
-        output: folder of the page.
+        output: folder of the pages.
         runs_root: where the run folders are.
+        site: an overview and a page a method, instead of one page with all tables.
     """
     documents = {path: read_document(path) for path in paths}
     views, room = [], _PAGE_BYTES
     for path, document in documents.items():
-        measured, learning = _measured(document), _learning_curves(document, runs_root)
-        asked = _profile(document) | _means(document)
-        _write_markdown(path, document, _bars(document, measured) | asked, learning)
-        pictures, room = _pictures(document, runs_root, room)
-        views.append(TableView(document, _figures(document, measured, asked, learning), pictures))
-    page = output / "index.html"
+        store_media(path, document, runs_root)
+        learning, asked = _learning_curves(document, runs_root), _profile(document) | _means(document)
+        _write_markdown(path, document, asked, learning)
+        pictures, room = _pictures(path, document, room)
+        views.append(TableView(document, _figures(asked, learning, path), pictures, path))
+    pages = render_site(views, output) if site else {"index.html": render_page(views, output)}
     try:
-        atomic_write(page, render_page(views))
+        for name, page in pages.items():
+            atomic_write(output / name, page)
     except OSError as error:
-        raise UserError(f"--output: cannot write {page} ({error.strerror})") from error
-    return page
+        raise UserError(f"--output: cannot write {output / name} ({error.strerror})") from error
+    return output / "index.html"
 
 
 def _write_markdown(
@@ -84,16 +77,29 @@ def _write_markdown(
 ) -> None:
     """Write figures and the page that shows them beside the results JSON `path`."""
     shown = {}
+    if panels := all_dots(document):
+        figure = path.with_suffix(".svg")
+        atomic_write(figure, render_dots(panels))
+        shown[figure.name] = "A dot a seed, the mean and its 95 % interval"
     for ending, (caption, draw) in drawings.items():
         figure = path.with_name(f"{path.stem}{ending}.png")
         atomic_write(figure, draw(LIGHT))
         shown[figure.name] = caption
-    figure = path.with_name(f"{path.stem}_curves.png")
+    figure = _curves_file(path)
     if learning:
         atomic_write(figure, learning[1](LIGHT))
     if figure.is_file():
-        shown[figure.name] = "Learning curves, means over seeds"
-    atomic_write(path.with_suffix(".md"), document_markdown(document, shown))
+        shown[figure.name] = _CURVES
+    pictures = {
+        f"{file.parent.name}/{file.name}": caption
+        for files in read_media(path, document).values()
+        for file, caption in files.items()
+    }
+    atomic_write(path.with_suffix(".md"), document_markdown(document, shown, pictures))
+
+
+def _curves_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_curves.png")
 
 
 def write_readmes(root: Path, results: Path) -> list[Path]:
@@ -114,41 +120,25 @@ def write_readmes(root: Path, results: Path) -> list[Path]:
     return list(contents)
 
 
-def _pictures(document: Mapping[str, Any], runs_root: Path, room: int) -> tuple[dict[str, list[Picture]], int]:
-    """Pictures of each row's first run, as long as there is room on the page; return them and the room that is left."""
-    found: dict[str, list[Picture]] = {}
-    for row in document["rows"]:
-        folder = run_folder(runs_root, row["runs"][0]) if row["runs"] else None
-        for picture in run_pictures(folder, _PICTURES_A_ROW) if folder else []:
-            if len(picture.uri) <= room:
+def _pictures(path: Path, document: Mapping[str, Any], room: int) -> tuple[list[Picture], int]:
+    """The pictures kept with a table, as long as there is room on the pages; return them and the room that is left."""
+    found = []
+    for files in read_media(path, document).values():
+        for file, caption in files.items():
+            picture = load_picture(file, caption)
+            if picture and len(picture.uri) <= room:
                 room -= len(picture.uri)
-                found.setdefault(row["name"], []).append(picture)
-    return found, room
+                found.append(picture)
+    return sorted(found, key=lambda picture: picture.rank), room
 
 
-def _measured(document: Mapping[str, Any]) -> list[str]:
-    """The metrics with a column that at least one row has."""
-    return [name for name in columns(document) if any(name in row["metrics"] for row in document["rows"])]
-
-
-def _bars(document: Mapping[str, Any], measured: Sequence[str]) -> Drawings:
-    return (
-        {"": ("Each metric as bars over rows", partial(draw_bars, document, measured, columns=2))} if measured else {}
-    )
-
-
-def _figures(
-    document: Mapping[str, Any], measured: Sequence[str], asked: Drawings, learning: tuple[str, Draw] | None
-) -> list[FigureView]:
-    drawn: list[tuple[str, Draw]] = []
-    for name in measured:
-        drawn.append((f"{document['metrics'][name]['label']} of each row", partial(_bar, document, name)))
-    drawn += [*asked.values(), *([learning] if learning else [])]
-    return [FigureView(caption, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for caption, draw in drawn]
-
-
-def _bar(document: Mapping[str, Any], name: str, theme: Theme) -> bytes:
-    return draw_bars(document, [name], theme)
+def _figures(asked: Drawings, learning: tuple[str, Draw] | None, path: Path) -> list[FigureView]:
+    """Figures for light and dark ground; learning curves whose runs are gone as they were drawn, for light ground."""
+    drawn = [*asked.values(), *([learning] if learning else [])]
+    views = [FigureView(caption, png_uri(draw(LIGHT)), png_uri(draw(DARK))) for caption, draw in drawn]
+    if not learning and (kept := load_picture(_curves_file(path), _CURVES)):
+        views.append(FigureView(_CURVES, kept.uri, kept.uri))
+    return views
 
 
 def _profile(document: Mapping[str, Any]) -> Drawings:

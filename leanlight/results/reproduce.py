@@ -10,6 +10,7 @@ from pathlib import Path
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.results.display import CellProgress, print_document, print_plan
 from leanlight.results.launch import Job, run_jobs, visible_gpus, why_failed
+from leanlight.results.pictures import store_media
 from leanlight.results.state import Decision
 from leanlight.results.table import Cell, Entry, build_document, earlier_entries, make_cells, write_document
 from leanlight.results.table_spec import TableSpec
@@ -67,6 +68,7 @@ def reproduce(spec: TableSpec, options: Options) -> int:
             _read(cell, spec, None if cell in asked else earlier.get(cell.key), cell in asked)
     document = build_document(spec, cells)
     write_document(output, document)
+    store_media(output, document, options.runs_root)
     print_document(document)
     _say_end(cells, ran, reused)
     hint = "" if options.output or options.publish else " (--publish writes docs/results)"

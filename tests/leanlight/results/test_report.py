@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from leanlight.cli.report import main
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.contracts import UserError
 from leanlight.results import figures, pictures, report
-from leanlight.results.figures import LIGHT, _bar_panel, draw_means
+from leanlight.results import page as page_module
+from leanlight.results.figures import draw_means
 from leanlight.results.format import paper_delta, show_measured, show_seconds
 from leanlight.results.markdown import BEGIN, END, data_sources
 from leanlight.results.pictures import load_picture
@@ -30,6 +33,7 @@ EVIL = (
     "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\" onload='x' $x^2$ | [a](javascript:1)"
 )
 RESULTS = Path("runs/results/classifier")
+PAGES = ("index.html", "classifier.html")
 
 
 def _evil_table(suite: Any) -> Path:
@@ -47,46 +51,94 @@ def _add_media(row: str, size: tuple[int, int] = (60, 40)) -> Path:
     (run_dir,) = Path("runs/classifier/digits").glob(f"two-{row}-s0-*")
     folder = run_dir / "artifacts" / "media" / "test"
     folder.mkdir(parents=True)
-    Image.new("RGB", size, "teal").save(folder / "confusion.png")
+    Image.new("RGB", size, "teal").save(folder / "images.png")
     return folder
 
 
 def test_hostile_text_stays_text(suite: Any) -> None:
     assert reproduce([str(_evil_table(suite))]) == 0
     assert main(["--all", "--output", "out"]) == 0
-    page = Page(Path("out/index.html").read_text())
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert EVIL in page.text
+    for name in PAGES:
+        page = Page(Path("out", name).read_text())
+        assert [tag for tag, _ in page.tags].count("script") == 1
+        assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+        assert EVIL in page.text
+    drawing = (RESULTS / "two.svg").read_text()
+    ElementTree.fromstring(drawing)
+    assert "<script" not in drawing
+    assert "<img" not in drawing
     markdown = (RESULTS / "two.md").read_text()
     assert "<script>" not in markdown
     assert "<img" not in markdown
     assert "](javascript" not in markdown.replace("\\]", "")
 
 
-def test_the_page_loads_nothing_from_elsewhere(suite: Any) -> None:
+def test_pages_load_nothing_and_run_their_own_script_alone(suite: Any) -> None:
     reproduce([str(_evil_table(suite))])
     _add_media("good")
     main(["--all", "--output", "out"])
+    assert sorted(Path("out").iterdir()) == sorted(Path("out", name) for name in PAGES)
+    for name in PAGES:
+        text = Path("out", name).read_text()
+        page = Page(text)
+        loads = [a[key] for _, a in page.tags for key in ("src", "srcset", "data", "action", "poster") if key in a]
+        assert any(str(load).startswith("data:image/webp;base64,") for load in loads)
+        assert all(str(load).startswith("data:image/") for load in loads)
+        links = {str(a["href"]).partition("#")[0] for _, a in page.tags if "href" in a}
+        assert {link for link in links if ":" in link} <= {"https://arxiv.org/abs/2310.14839"}
+        assert {tag for tag, _ in page.tags}.isdisjoint({"link", "iframe", "object", "embed", "base", "form"})
+        (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+        assert "url(" not in style
+        assert "@import" not in style
+        (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+        hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
+        (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv")]
+        expected = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'"
+        assert policy == expected.format(*hashes)
+        assert not [a for _, a in page.tags if "style" in a]
+
+
+def test_links_between_pages_lead_to_pages(suite: Any) -> None:
+    suite.reproduced()
+    main(["--all", "--output", "out"])
+    pages = {name: Page(Path("out", name).read_text()) for name in PAGES}
+    anchors = {name: {str(a["id"]) for _, a in page.tags if "id" in a} for name, page in pages.items()}
+    links = [str(a["href"]) for page in pages.values() for tag, a in page.tags if tag == "a"]
+    assert {link.partition("#")[0] for link in links} >= set(PAGES)
+    for target, _, anchor in (link.partition("#") for link in links if ".html" in link):
+        assert not anchor or anchor in anchors[target]
+
+
+def test_results_given_by_name_are_one_page(suite: Any) -> None:
+    suite.reproduced()
+    main([str(RESULTS / "two.json"), "--output", "out"])
     assert list(Path("out").iterdir()) == [Path("out/index.html")]
     text = Path("out/index.html").read_text()
-    page = Page(text)
-    loads = [a[key] for _, a in page.tags for key in ("src", "srcset", "href", "data", "action", "poster") if key in a]
-    assert any(str(load).startswith("data:image/webp;base64,") for load in loads)
-    assert all(str(load).startswith(("data:image/", "#")) for load in loads)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
-    style = re.findall(r"<style>(.*?)</style>", text, re.S)
-    assert len(style) == 1
-    assert "url(" not in style[0]
-    assert "@import" not in style[0]
-    policy = next(a for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
-    assert "default-src 'none'" in str(policy["content"])
+    assert "82.0 ± 2.0" in text
+    assert "No results yet" not in text
+
+
+def test_a_page_links_configs_and_code_of_its_checkout(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("configs/a.yaml", "docs/methods/classifier.md", "lit_modules/classifier/module.py"):
+        Path(place).parent.mkdir(parents=True)
+        Path(place).write_text("")
+    monkeypatch.setattr(page_module, "config_root", lambda: Path("configs"))
+    rows = [{"name": "good", "config": "a.yaml"}, {"name": "bad", "config": "b.yaml"}]
+    reproduce([str(suite.table(rows=rows, claims=[]))])
+    document = json.loads((RESULTS / "two.json").read_text())
+    document["rows"][0]["config"], document["rows"][1]["config"] = "a", "../../../etc/passwd"
+    (RESULTS / "two.json").write_text(json.dumps(document))
+    main(["--all", "--output", "out"])
+    links = {str(a["href"]) for tag, a in Page(Path("out/classifier.html").read_text()).tags if tag == "a"}
+    assert links >= {"../configs/a.yaml", "../docs/methods/classifier.md", "../lit_modules/classifier"}
+    assert all(Path("out", link).exists() for link in links if link.startswith("../"))
+    assert not any("passwd" in link for link in links)
 
 
 def test_figures_verdicts_and_provenance_are_on_the_page(suite: Any) -> None:
     suite.reproduced()
     main(["--all", "--output", "out"])
-    text = " ".join(Page(Path("out/index.html").read_text()).text.split())
+    text = " ".join(Page(Path("out/classifier.html").read_text()).text.split())
     for expected in (
         "82.0 ± 2.0",
         "61.0 ± 1.0",
@@ -104,15 +156,12 @@ def test_figures_verdicts_and_provenance_are_on_the_page(suite: Any) -> None:
     markdown = (RESULTS / "two.md").read_text()
     assert "| good | 82.0 ± 2.0 |" in markdown
     assert "| good beats bad | reduced | **reproduced** |" in markdown
-    with Image.open(RESULTS / "two.png") as figure:
-        assert min(figure.size) > 100
-    assert (RESULTS / "two.png").stat().st_size < 200_000
 
 
 def test_the_same_results_give_the_same_files(suite: Any) -> None:
     suite.reproduced()
     main(["--all", "--output", "out"])
-    files = [RESULTS / "two.md", RESULTS / "two.png", Path("out/index.html")]
+    files = [RESULTS / "two.md", RESULTS / "two.svg", *(Path("out", name) for name in PAGES)]
     before = [path.read_bytes() for path in files]
     main(["--all", "--output", "out"])
     assert [path.read_bytes() for path in files] == before
@@ -126,26 +175,16 @@ def test_incomplete_stale_and_dirty_are_said(suite: Any, rewrite: Any) -> None:
     rewrite(bad, status="diverged")
     reproduce(["two.yaml"])
     main(["--all", "--output", "out"])
-    text = Page(Path("out/index.html").read_text()).text
+    text = Page(Path("out/classifier.html").read_text()).text
     for expected in ("Incomplete", "Stale", "uncommitted changes", "bad, seed 1: diverged"):
         assert expected in text
-
-
-def test_bars_below_zero_are_inside_the_figure() -> None:
-    metric = {"label": "Score", "higher_is_better": True, "unit": "", "scale": 1, "digits": 1}
-    measured = {"m": {"mean": -0.7, "std": 0.1, "by_seed": {"0": -0.8, "1": -0.6}}}
-    axes = Figure().add_subplot()
-    _bar_panel(axes, [{"label": "r", "metrics": measured}], "m", metric, LIGHT)
-    low, high = axes.get_xlim()
-    assert low <= -0.8
-    assert high >= 0
 
 
 def test_a_performance_profile_is_drawn_where_a_table_asks_for_it(suite: Any) -> None:
     groups = {"ours": ["good"], "theirs": ["bad"]}
     reproduce([str(suite.table(profile={"metric": "test/accuracy", "groups": groups}))])
     main(["--all", "--output", "out"])
-    images = [a for tag, a in Page(Path("out/index.html").read_text()).tags if tag == "img"]
+    images = [a for tag, a in Page(Path("out/classifier.html").read_text()).tags if tag == "img"]
     assert "Performance profile over tasks and seeds" in [a["alt"] for a in images]
     with Image.open(RESULTS / "two_profile.png") as figure:
         assert min(figure.size) > 100
@@ -169,7 +208,7 @@ def test_means_over_a_setting_are_drawn_where_a_table_asks_for_it(suite: Any) ->
     caption = "Accuracy over keep, mean and 95 % interval"
     markdown = (RESULTS / "two.md").read_text()
     assert f"![{caption}](two_over_1.png)" in markdown
-    assert caption in _figures_of(Path("out/index.html"))
+    assert caption in _figures_of(Path("out/classifier.html"))
     with Image.open(RESULTS / "two_over_1.png") as figure:
         assert min(figure.size) > 100
     document = json.loads(results.read_text())
@@ -200,7 +239,7 @@ def test_metrics_over_severity_are_drawn_a_line_a_row_and_a_figure_a_curve(
     }
     lines = {"good": [(0.0, accuracy["good"]), (5.0, [20.0, 40.0])], "bad": [(0.0, accuracy["bad"])]}
     assert drawn[0] == (lines, "Gaussian", "severity", "%")
-    images = _figures_of(Path("out/index.html"))
+    images = _figures_of(Path("out/classifier.html"))
     assert "Gaussian over severity, mean and 95 % interval" in images
     assert f"{EVIL} over severity, mean and 95 % interval" in images
     assert not any("Noisy" in str(image) for image in images)
@@ -239,36 +278,28 @@ def test_shares_of_runs_above_a_threshold_weigh_tasks_alike() -> None:
     assert high[2] >= 0.75
 
 
-def test_learning_curves_and_pictures_of_run_folders_are_shown(suite: Any) -> None:
+def test_learning_curves_of_run_folders_are_shown_and_kept(suite: Any) -> None:
     suite.reproduced()
     main(["--all", "--output", "out"])
-    without = Path("out/index.html").read_text()
-    assert "on validation data" not in without
+    assert "on validation data" not in Path("out/classifier.html").read_text()
     assert not (RESULTS / "two_curves.png").exists()
-    folder = _add_media("good", (3000, 500))
-    run_dir = folder.parents[2]
+    (run_dir,) = Path("runs/classifier/digits").glob("two-good-s0-*")
     (run_dir / "metrics.csv").write_text("step,progress/step,val/accuracy\n1,1,0.1\n2,2,\n3,3,0.5\n4,4,nan\n5,5,0.7\n")
     main(["--all", "--output", "out"])
-    page = Page(Path("out/index.html").read_text())
-    images = [a for tag, a in page.tags if tag == "img"]
-    assert "Accuracy (%) on validation data" in [a["alt"] for a in images]
+    assert "Accuracy (%) on validation data" in _figures_of(Path("out/classifier.html"))
     with Image.open(RESULTS / "two_curves.png") as figure:
         assert min(figure.size) > 100
+    # where there are no runs, those drawn are kept
+    main([str(RESULTS / "two.json"), "--output", "out", "--runs-root", "elsewhere"])
     assert "two_curves.png" in (RESULTS / "two.md").read_text()
-    main(
-        [str(RESULTS / "two.json"), "--output", "out", "--runs-root", "elsewhere"]
-    )  # where there are no runs, those drawn are kept
-    assert "two_curves.png" in (RESULTS / "two.md").read_text()
-    (picture,) = [a for a in images if a["alt"] == "confusion (test)"]
-    with Image.open(io.BytesIO(base64.b64decode(str(picture["src"]).partition(",")[2]))) as decoded:
-        assert decoded.size == (pictures.MAX_SIDE, 167) == (int(str(picture["width"])), int(str(picture["height"])))
+    assert "Learning curves, means over seeds" in _figures_of(Path("out/index.html"))
 
 
 def test_a_run_outside_the_runs_root_is_never_read(suite: Any) -> None:
     suite.reproduced()
     secret = suite.folder.parent / "secret" / "artifacts" / "media" / "test"
     secret.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 9)).save(secret / "private.png")
+    Image.new("RGB", (9, 9)).save(secret / "images_private.png")
     path = RESULTS / "two.json"
     document = json.loads(path.read_text())
     document["rows"][0]["runs"][0]["run"] = "../../secret"
@@ -368,7 +399,7 @@ def test_a_table_of_this_machine_stands_above_the_published_one(suite: Any) -> N
     published = ["--publish", "--only", "good", "--seed", "0"]
     reproduce([str(suite.reproduced()), *published])
     assert main(["--all", "--output", "out"]) == 0
-    assert Path("out/index.html").read_text().count('id="table-') == 1
+    assert Path("out/classifier.html").read_text().count('id="table-') == 1
     assert (RESULTS / "two.md").is_file()
     assert not Path("docs/results/classifier/two.md").exists()
     Path("runs/results").rename("aside")

@@ -1,0 +1,42 @@
+"""Rows of a table that may be compared: those of one setting, and the best of them where it stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from leanlight.results.claims import interval
+from leanlight.results.format import show_setting
+
+Row = Mapping[str, Any]
+
+
+def group_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by what every row sets, e.g. ``ipc=10``, in order of first appearance; the name is empty for a single group.
+
+    What only some rows set, such as the time steps of spiking networks, is what a table compares and parts no groups.
+    """
+    shared = [key for key in rows[0]["setting"] if all(key in row["setting"] for row in rows)] if rows else []
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(show_setting({key: row["setting"][key] for key in shared}), []).append(row)
+    if len(groups) in (1, len(rows)):
+        return {"": list(rows)}
+    return groups
+
+
+def best_row(rows: Sequence[Row], metric: str, higher: bool) -> str | None:
+    """Name of the row whose 95 % interval lies on the better side of every other row's; None where none does."""
+    ends = {
+        row["name"]: interval(list(row["metrics"][metric]["by_seed"].values()))
+        for row in rows
+        if metric in row["metrics"] and row["metrics"][metric]["n"] > 1
+    }
+    if len(ends) < 2:
+        return None
+    near, far = (0, 1) if higher else (1, 0)  # of an interval, the end towards worse values and that towards better
+    sign = 1 if higher else -1
+    best = max(ends, key=lambda name: sign * ends[name][near])
+    if all(sign * ends[best][near] > sign * end[far] for name, end in ends.items() if name != best):
+        return str(best)
+    return None
