@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-slow lint format bench gpu clean
+.PHONY: help demo venv test test-slow lint format bench docs gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make venv: PYTHON=$$python is not Python >= 3.11" >&2; exit 2; }; \
 	$(BIN)/python -c '' 2>/dev/null || "$$python" -m venv --clear $(VENV); \
 	echo "venv: installing the tested versions into $(VENV) (about 3 minutes and 6 GB, mostly torch)"; \
-	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev,rl]'; \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev,docs,rl]'; \
 	touch $@
 
 test: venv ## fast tests
@@ -57,10 +57,16 @@ format: venv ## mend what ruff can mend
 bench: venv ## speed and memory of every method, or of METHOD=classifier, into runs/results; PUBLISH=1: into docs/results
 	$(BIN)/leanlight benchmark $(METHOD) $(if $(PUBLISH),--publish)
 
+# The report first: the site holds a copy of it. It rewrites the pages beside published results as they are.
+docs: venv ## the documentation site, into site/docs
+	@$(BIN)/leanlight report --all --output site/measured >/dev/null
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --strict
+	@echo "docs: $(CURDIR)/site/docs/index.html; with search: $(BIN)/python -m http.server -d site/docs"
+
 # With PYTHON= it takes that interpreter as it is, without .venv and without anything installed of the project.
 gpu: $(if $(PYTHON),,venv) ## check on a GPU, in under ten minutes, what the suite promises there, into docs/results/*/gpu.json; ARGS="--only dsqn"
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON),$(BIN)/python) -m leanlight.benchmarks.gpu $(ARGS)
 
-clean: ## remove .venv, caches and the demo's page; runs and data stay
+clean: ## remove .venv, caches and site/; runs and data stay
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ from smallest import words
 from wandb_file import read_wandb
 
 from leanlight.registry import METHODS
+from scripts.docs_pages import explained
 
 pytestmark = pytest.mark.xdist_group("contract_run")
 
@@ -56,9 +57,10 @@ def test_the_summary_says_what_was_run_and_what_came_out(run):
     assert any(path.startswith("artifacts/export/") for path in paths)
 
 
-def test_every_logged_name_is_split_slash_metric(run):
+def test_every_logged_name_is_split_slash_metric_and_in_the_docs_with_its_unit(run):
     with open(run / "metrics.csv", newline="") as file:
         names = csv.DictReader(file).fieldnames
+    assert [name for name in names if not explained(name)] == [], "docs/metrics.yaml: add them"
     for name in set(names) - {"step", "epoch"}:
         assert name.split("/")[0] in ("train", "val", "test", "progress"), name
     assert any(name.startswith("progress/") for name in names)

@@ -1,39 +1,14 @@
-"""The page that teaches how to add methods works as written: its files are written, its commands run, in order."""
+"""The pages on methods, data and networks of one's own work as written: files are written, commands run, in order."""
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+from run_page import ROOT, run_page
 
 
 @pytest.mark.timeout(900)  # a dozen runs
 def test_the_page_builds_a_working_method(tmp_path):
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    (bin_dir / "leanlight").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m leanlight "$@"\n')
-    (bin_dir / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    for script in bin_dir.iterdir():
-        script.chmod(0o755)
-    work = tmp_path / "work"
-    work.mkdir()
-    environment = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{work}"}
-    ran = 0
-    for language, name, text in BLOCK.findall((ROOT / "docs" / "adding_a_method.md").read_text()):
-        if name:
-            (work / name).parent.mkdir(exist_ok=True)
-            (work / name).write_text(text)
-        elif language == "bash":
-            command = ["bash", "-euo", "pipefail", "-c", text]
-            done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=280)
-            assert done.returncode == 0, f"{text}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
-            ran += 1
+    work, ran = run_page(ROOT / "docs" / "adding_a_method.md", tmp_path)
     assert ran == 6
     assert (work / "runs/mixup/digits/first/summary.json").is_file()
     assert "mixup_helps" in (work / "mixup_results.json").read_text()
@@ -43,5 +18,27 @@ def test_the_page_builds_a_working_method(tmp_path):
             "last.ckpt",
             "best.ckpt",
         }
-        metrics = json.loads((work / f"runs/gaussian/digits/{run}/summary.json").read_text())["metrics"]
-        assert metrics["test/accuracy"] > 0.9
+        assert metrics(work / f"runs/gaussian/digits/{run}")["test/accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_page_about_own_data_makes_data_that_a_classifier_learns(tmp_path):
+    work, ran = run_page(ROOT / "docs" / "own_data.md", tmp_path)
+    assert ran == 1
+    assert metrics(work / "runs/classifier/lines/first")["test/accuracy"] > 0.9  # chance: 0.5
+
+
+@pytest.mark.slow
+def test_the_page_about_own_networks_trains_both_and_counts_spikes_of_the_one_that_has_them(tmp_path):
+    work, ran = run_page(ROOT / "docs" / "own_network.md", tmp_path)
+    assert ran == 2
+    ordinary, spiking = (metrics(work / f"runs/classifier/digits/{name}") for name in ("patches", "spiking"))
+    assert min(ordinary["test/accuracy"], spiking["test/accuracy"]) > 0.8  # chance: 0.1
+    assert "test/firing_rate" not in ordinary
+    assert 0 < spiking["test/firing_rate"] < 1
+    assert spiking["test/acs"] > 0
+
+
+def metrics(run):
+    """What a run came to."""
+    return json.loads((run / "summary.json").read_text())["metrics"]

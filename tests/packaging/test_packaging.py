@@ -51,7 +51,7 @@ def test_the_extra_all_has_every_extra_of_the_methods():
     (everything,) = (Requirement(text) for text in extras["all"])
     # robustness brings opencv-python, which writes into the same folder as the headless one of rl; flower brings Ray,
     # and bounds on many packages.
-    assert everything.extras == {*extras} - {"all", "dev", "robustness", "flower"}
+    assert everything.extras == {*extras} - {"all", "dev", "docs", "robustness", "flower"}
 
 
 def test_both_packages_of_opencv_are_pinned_to_one_version():
@@ -91,13 +91,13 @@ def make(*arguments):
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["demo", "venv", "test", "test-slow", "lint", "format", "bench", "clean"])
+@pytest.mark.parametrize("target", ["demo", "venv", "test", "test-slow", "lint", "format", "bench", "docs", "clean"])
 def test_make_has_the_target(target, tmp_path):
     make(target, f"VENV={tmp_path / 'venv'}")
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["demo", "venv", "test", "test-slow", "lint", "format", "bench"])
+@pytest.mark.parametrize("target", ["demo", "venv", "test", "test-slow", "lint", "format", "bench", "docs"])
 def test_a_fresh_clone_installs_in_one_constrained_command(target, tmp_path):
     plan = make(target, f"VENV={tmp_path / 'venv'}")
     assert plan.count("pip install") == 1

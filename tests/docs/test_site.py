@@ -1,0 +1,128 @@
+"""The documentation site: what code writes into it is complete, it builds without a warning and fetches nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from leanlight.registry import METHODS, commands
+from scripts import docs_pages
+
+ROOT = Path(__file__).parents[2]
+NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+
+
+def pages(nav):
+    """Paths in a navigation, however deep."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages(entry)]
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/tables/*.yaml")), ids=lambda path: path.stem)
+def test_every_metric_of_a_table_is_explained(path):
+    names = yaml.safe_load(path.read_text())["metrics"]
+    logged = [re.sub(r"^stages/\w+/", "", name) for name in names]
+    logged = [name for name in logged if not name.startswith("summary/") and "/" in name]
+    assert [name for name in logged if not docs_pages.explained(name)] == []
+
+
+def test_a_name_that_nobody_logs_is_not_explained():
+    for name in ("test/accuraccy", "test/gaussian_6", "val/hr_x", "accuracy", "test/loss/more"):
+        assert not docs_pages.explained(name)
+
+
+def test_every_metric_has_a_unit_a_meaning_and_one_place():
+    groups = docs_pages.metrics()["groups"].values()
+    names = [name for group in groups for name in group]
+    assert len(names) == len(set(names))
+    for group in groups:
+        for name, (unit, what) in group.items():
+            assert unit, name
+            assert what, name
+    used = set(re.findall(r"<(\w+)>", " ".join(names)))
+    assert used == set(docs_pages.metrics()["places"])
+
+
+# ---- methods, commands, packages ----
+
+
+def test_the_list_of_methods_is_the_registry():
+    rows = re.findall(r"^\| \[`(\w+)`\]", docs_pages.methods_table(), re.MULTILINE)
+    assert rows == list(METHODS)
+
+
+@pytest.mark.parametrize("info", METHODS.values(), ids=lambda info: info.name)
+def test_a_method_s_page_names_every_config_with_a_header_results_and_citation(info):
+    text = docs_pages.method_page(info)
+    for name in (*info.configs, *info.pipelines, *info.tables):
+        (what,) = re.findall(rf"^\| `{name}` \| (.*) \|$", text, re.MULTILINE)
+        assert what.strip(), f"{name}: a comment at its head says what it is"
+    for path in re.findall(r"\]\(\.\./(results/[^)]+)\)", text):
+        assert (ROOT / "docs" / path).is_file(), path
+    assert info.citation is None or info.citation.bibtex in text
+
+
+def test_every_command_is_listed():
+    assert re.findall(r"^\| `leanlight ([\w-]+)`", docs_pages.commands_table(), re.MULTILINE) == list(commands())
+
+
+def test_the_reference_names_what_python_finds():
+    for package, names in docs_pages.packages().items():
+        if package in ("leanlight.ops", "leanlight.flower"):  # a list of modules; Flower has an environment of its own
+            continue
+        for name in names:
+            assert hasattr(import_module(package), name.rpartition(".")[2]), name
+
+
+def test_every_page_is_in_the_navigation():
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= {*pages(NAV)}
+
+
+def test_every_place_for_code_is_known():
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert {*docs_pages.MARKER.findall(path.read_text())} <= docs_pages.PIECES.keys(), path
+
+
+# ---- the site itself ----
+
+
+class Addresses(HTMLParser):
+    """What a page fetches by itself: scripts, styles, pictures, frames; not where its links lead."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        fetched = values.get("href") if tag == "link" else values.get("src")
+        self.found += [fetched] if fetched else []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_site_builds_without_a_warning_and_fetches_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        outside = [address for address in Addresses(page.read_text()).found if re.match(r"(\w+:)?//", address)]
+        assert outside == [], page
+    for style in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style
+    written = (tmp_path / "site/methods/hid.html").read_text()
+    assert METHODS["hid"].citation.title in written
+    assert "SessionRecommender" in (tmp_path / "site/reference/lit_modules.hid.html").read_text()
