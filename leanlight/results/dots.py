@@ -16,7 +16,7 @@ from leanlight.results.groups import best_row, group_rows
 WIDTH = 460  # of a panel, in pixels
 _LEFT, _RIGHT = 176, 398  # of the plot; labels and means stand beside it
 _TOP, _LINE, _BOTTOM = 30, 19, 24
-_LONGEST = 30  # of a label, in characters
+_LONGEST = 27  # of a label, in characters
 _DECADES = 1.7  # from so many powers of ten on an axis is logarithmic
 
 

@@ -16,13 +16,20 @@ def group_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
     What only some rows set, such as the time steps of spiking networks, is what a table compares and parts no groups.
     """
-    shared = [key for key in rows[0]["setting"] if all(key in row["setting"] for row in rows)] if rows else []
+    keys = parting_keys(rows)
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(show_setting({key: row["setting"][key] for key in shared}), []).append(row)
-    if len(groups) in (1, len(rows)):
-        return {"": list(rows)}
+        groups.setdefault(show_setting({key: row["setting"][key] for key in keys}), []).append(row)
     return groups
+
+
+def parting_keys(rows: Sequence[Row]) -> list[str]:
+    """Keys of the setting that part rows into groups: all rows have them, and not all the same; none if all differ."""
+    keys = [key for key in rows[0]["setting"] if all(key in row["setting"] for row in rows)] if rows else []
+    values = {key: [str(row["setting"][key]) for row in rows] for key in keys}
+    keys = [key for key in keys if len(set(values[key])) > 1]
+    together = set(zip(*(values[key] for key in keys), strict=True))
+    return keys if len(together) < len(rows) else []
 
 
 def best_row(rows: Sequence[Row], metric: str, higher: bool) -> str | None:

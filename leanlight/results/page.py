@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,13 @@ from leanlight.results.format import (
     show_seconds,
     show_setting,
 )
-from leanlight.results.groups import best_row, group_rows
+from leanlight.results.groups import best_row, group_rows, parting_keys
 from leanlight.results.markdown import data_sources, headline, warnings_of
 from leanlight.results.pictures import TELLING, Picture
 
 _HERE = Path(__file__).parent
 _CARD_ROWS = 14  # of the figure on a method's card
+_WIDE = 8  # more metrics stand in small print
 _CHARTS = TELLING.index("attention")  # from this rank on pictures are charts, and the dots say more
 
 
@@ -123,7 +123,8 @@ def _method(name: str, info: MethodInfo | None, tables: Sequence[dict[str, Any]]
     if paper and (paper.arxiv or paper.doi):
         places["paper"] = f"https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else f"https://doi.org/{paper.doi}"
     links = {text: place if ":" in place else _link(Path(place), output) for text, place in places.items() if place}
-    pictures = sorted((p for table in tables for p in table["pictures"]), key=lambda picture: picture.rank)
+    convincing = sorted(tables, key=lambda table: -dict(table["counts"]).get("reproduced", 0))
+    pictures = sorted((p for table in convincing for p in table["pictures"]), key=lambda picture: picture.rank)
     file = re.sub(r"[^\w-]", "_", name)
     return {
         "name": name,
@@ -167,14 +168,15 @@ def _table(view: TableView, position: int, output: Path) -> dict[str, Any]:
     heads = [
         {"name": name, "metric": metric, "head": show_metric(metric)} for name, metric in columns(document).items()
     ]
-    groups = group_rows(document["rows"])
+    groups, keys = group_rows(document["rows"]), parting_keys(document["rows"])
     return {
         "anchor": f"table-{position}",
         "document": document,
         "headline": headline(document),
         "warnings": warnings_of(document),
         "columns": heads,
-        "groups": {name: _group(rows, heads, partial(_config_link, output=output)) for name, rows in groups.items()},
+        "wide": len(heads) > _WIDE,
+        "groups": {name: _group(rows, heads, keys, output) for name, rows in groups.items()},
         "counts": _verdicts(document["claims"]),
         "claims": [_claim(claim) for claim in document["claims"]],
         "panels": all_dots(document),
@@ -183,20 +185,28 @@ def _table(view: TableView, position: int, output: Path) -> dict[str, Any]:
         "machine": f"{show_machine(document['machine'])}. {SEEDS_STAY}",
         "sources": data_sources(document),
         "json": _link(view.path, output),
-        "spec": _config_link(document["table"], output=output),
+        "spec": _config_link(document["table"], output),
     }
 
 
-def _config_link(name: str, *, output: Path) -> str:
+def _config_link(name: str, output: Path) -> str:
     return _link(config_root() / f"{name}.yaml", output)
 
 
-def _group(rows: Sequence[Mapping[str, Any]], heads: Sequence[Mapping[str, Any]], link: Any) -> list[dict[str, Any]]:
+def _group(
+    rows: Sequence[Mapping[str, Any]], heads: Sequence[Mapping[str, Any]], keys: Sequence[str], output: Path
+) -> list[dict[str, Any]]:
+    """Rows of a group. keys: of the setting, which stand above it."""
     best = {head["name"]: best_row(rows, head["name"], head["metric"]["higher_is_better"]) for head in heads}
-    return [_row(row, heads, best) | {"link": link(row["config"])} for row in rows]
+    return [_row(row, heads, keys, best) | {"link": _config_link(row["config"], output)} for row in rows]
 
 
-def _row(row: Mapping[str, Any], heads: Sequence[Mapping[str, Any]], best: Mapping[str, str | None]) -> dict[str, Any]:
+def _row(
+    row: Mapping[str, Any],
+    heads: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    best: Mapping[str, str | None],
+) -> dict[str, Any]:
     cells = []
     for column in heads:
         name, metric = column["name"], column["metric"]
@@ -215,7 +225,7 @@ def _row(row: Mapping[str, Any], heads: Sequence[Mapping[str, Any]], best: Mappi
         )
     return {
         "row": row,
-        "setting": show_setting(row["setting"]),
+        "setting": show_setting({key: value for key, value in row["setting"].items() if key not in keys}),
         "cells": cells,
         "time": show_seconds(row["wall_s"]),
         "memory": MISSING if row["peak_rss_mb"] is None else f"{row['peak_rss_mb']:,.0f} MB",

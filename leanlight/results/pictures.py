@@ -173,8 +173,7 @@ def _first_run(row: Mapping[str, Any], runs_root: Path) -> Path | None:
 
 
 def read_media(path: Path, document: Mapping[str, Any]) -> dict[str, dict[Path, str]]:
-    """Pictures kept for the table of the results JSON `path`: row → file → caption, in the order
-    of rows, a row's most telling first."""
+    """Pictures kept for the table of the results JSON `path`: row → file → caption, a row's most telling first."""
     media: dict[str, dict[Path, str]] = {}
     labels = {row["name"]: row["label"] for row in document["rows"]}
     order = list(labels)
@@ -185,7 +184,7 @@ def read_media(path: Path, document: Mapping[str, Any]) -> dict[str, dict[Path, 
 
 def _media(path: Path, document: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     rows = "|".join(re.escape(row["name"]) for row in document["rows"])
-    pattern = re.compile(rf"{re.escape(document['stem'])}_({rows})_s\d+_\w+\.(?:webp|png|gif)")
+    pattern = re.compile(rf"{re.escape(document['stem'])}_({rows})_s\d+_[\w.-]+\.(?:webp|png|gif)")
     for file in sorted(path.with_name("media").glob("*")):
         if (match := pattern.fullmatch(file.name)) and not file.is_symlink():
             yield match[1], file

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import levene, ttest_1samp, ttest_ind
+from scipy.stats import levene, t, ttest_1samp, ttest_ind
 
-from leanlight.results.claims import interval, judge
+from leanlight.results.claims import interval, judge, smallest_difference
 from leanlight.results.expression import parse_expression
+from leanlight.results.format import show_evidence
 from leanlight.results.table_spec import Claim, TableSpec
 
 
@@ -49,6 +50,28 @@ def test_the_verdict_follows_the_interval(margin: float, verdict: str) -> None:
     assert judged["verdict"] == verdict
     assert judged["evidence"]["mean"] == pytest.approx(0.21)
     assert judged["evidence"]["interval"] == pytest.approx([0.21 - 0.024841, 0.21 + 0.024841], abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_an_inconclusive_claim_says_the_smallest_difference_that_its_seeds_could_show(count: int) -> None:
+    draw = random.Random(count)
+    first = {seed: draw.gauss(0.0, 1.0) for seed in range(count)}
+    judged = judge(
+        _claim(float(np.mean(list(first.values())))),
+        _spec(seeds=tuple(first)),
+        _values(first, dict.fromkeys(first, 0.0)),
+    )
+    least = t.ppf(0.975, count - 1) * np.std(list(first.values()), ddof=1) / count**0.5
+    assert judged["verdict"] == "inconclusive"
+    assert smallest_difference(judged) == pytest.approx(least, rel=1e-9)
+    assert f"that {count} seeds of this spread could show is {least:.2g}" in show_evidence(judged)
+
+
+@pytest.mark.parametrize("margin", [-9.0, 9.0])
+def test_a_claim_with_another_verdict_says_none(margin: float) -> None:
+    judged = judge(_claim(margin), _spec(), _values({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.0, 1: 0.0, 2: 0.0}))
+    assert smallest_difference(judged) is None
+    assert show_evidence(judged) == judged["evidence"]["why"]
 
 
 def test_pairing_removes_what_seeds_share() -> None:
