@@ -25,6 +25,7 @@ from lit_modules.at_bptt.inner import (
     RealLoss,
     SyntheticData,
 )
+from lit_modules.at_bptt.norms import twice_differentiable
 from lit_modules.at_bptt.pictures import gradient_norm_curve
 from lit_modules.at_bptt.windows import AdaptiveWindow, Window, WindowSelector
 from lit_modules.classifier.training import LabelledImages
@@ -217,7 +218,7 @@ class TruncatedBPTT(Distiller):
 
     def _network(self, seed: int, device: torch.device) -> FlatNetwork:
         assert self._task is not None
-        return FlatNetwork(fresh_network(self._task.network, seed, device))
+        return FlatNetwork(twice_differentiable(fresh_network(self._task.network, seed, device)))
 
     def inner_run(
         self, steps: int, seed: int, generator: torch.Generator, device: torch.device
