@@ -36,7 +36,7 @@ def gradient(seed, start, length):
     state = problem.trained(state, data, batches[:start])
 
     def outer_loss(theta):
-        return F.cross_entropy(network(theta, image), label)
+        yield F.cross_entropy(network(theta, image), label)
 
     result = Adjoint().meta_gradient(problem, state, data, batches[start:], outer_loss, False)
     return result.images.flatten()
