@@ -210,8 +210,9 @@ def _measure_cell(setting: dict[str, Any]) -> dict[str, Any]:
     }
     name, device = setting["engine"], setting["device"]
     engine, cuda, published = engines[name], device == "cuda", name == "published"
-    sizes = (setting[key] for key in ("width", "size", "real", "window"))
-    window = ReferenceWindow(*sizes, device, chunk=None if published else _CHUNK, published=published)
+    width, size, real, length = (setting[key] for key in ("width", "size", "real", "window"))
+    chunk = None if published else _CHUNK
+    window = ReferenceWindow(width, size, real, length, device, chunk=chunk, published=published)
     gc.collect()
     start = peak_memory_mb()
 

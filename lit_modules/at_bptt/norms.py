@@ -24,7 +24,7 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm`, affine, to be differentiated at most twice."""
 
     def forward(self, input: Tensor) -> Tensor:
-        normed: Tensor = _Norm.apply(input, self.weight, self.bias, self.num_groups, self.eps)[0]  # type: ignore[no-untyped-call]
+        normed: Tensor = _Norm.apply(input, self.weight, self.bias, self.num_groups, self.eps)[0]
         return normed
 
 
@@ -48,7 +48,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         x, weight, mean, scale = ctx.saved_tensors
-        back = _NormBackward.apply(gradient, x, weight, mean, scale, ctx.groups)  # type: ignore[no-untyped-call]
+        back = _NormBackward.apply(gradient, x, weight, mean, scale, ctx.groups)
         return *back, None, None
 
 
