@@ -170,7 +170,9 @@ def measure_layers(make: Callable[[Any], Any], size: int, measured: Measurement)
     after = os.times()
     system, user = after.system - before.system, after.user - before.user
     if system + user:  # clocks tick a hundred times a second
-        measured.figures["system/share_of_step"] = summarise([100 * system / (system + user)], "% of processor time")
+        measured.figures["system/share_of_step"] = summarise(
+            [100 * system / (system + user)], "% of processor time", None
+        )
 
 
 def measure_lightning(make: Callable[[Any], Any], batch_size: int, steps: int, measured: Measurement) -> None:
