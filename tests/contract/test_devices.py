@@ -18,8 +18,8 @@ from leanlight.registry import METHODS
 
 SUPPORT = Path(__file__).parents[1] / "support"
 #: Of a step by case: kernels, the most of any step that was seen, and waits, none but where the host has to know: the
-#: ranks of a low-rank Hessian, which are sizes; what a client reports and scores; at a round's end, its energy; where
-#: pictures lie among tokens, which transformers' Qwen2.5-VL works out on the host.
+#: ranks of a low-rank Hessian and the real images of a class, which are sizes; what a client reports and scores; at a
+#: round's end, its energy; where pictures lie among tokens, which transformers' Qwen2.5-VL works out on the host.
 RECORDED = Path(__file__).with_name("device_kernels.json")
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
