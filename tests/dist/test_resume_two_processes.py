@@ -123,8 +123,11 @@ def test_two_nodes_started_by_hand_make_the_run_of_one_node_with_two_processes(t
 
 def test_processes_of_torchrun_that_start_from_a_run_work_in_one_folder(tmp_path, whole):
     run = shutil.copytree(run_dir(whole("classifier")), tmp_path / "run")
-    later = "import os, time; time.sleep(5 * int(os.environ.get('LOCAL_RANK', 0)))"  # when the folder is there
-    (tmp_path / "sitecustomize.py").write_text(later)
+    # The second process looks for a free name when the first has made its folder.
+    later = (
+        f"while os.environ.get('LOCAL_RANK') == '1' and not os.path.exists({str(run / 'predict')!r}): time.sleep(0.1)"
+    )
+    (tmp_path / "sitecustomize.py").write_text(f"import os, time\n{later}\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "leanlight", "predict", "--from", str(run), *TWO]
     finish(subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}))
