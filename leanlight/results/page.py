@@ -35,7 +35,7 @@ from leanlight.results.markdown import data_sources, headline, warnings_of
 from leanlight.results.pictures import TELLING, Picture
 
 _HERE = Path(__file__).parent
-_CARD_ROWS = 14  # of the figure on a method's card
+_CARD_ROWS = 16  # of the figure on a method's card
 _WIDE = 8  # more metrics stand in small print
 _CHARTS = TELLING.index("attention")  # from this rank on pictures are charts, and the dots say more
 
@@ -135,14 +135,17 @@ def _method(name: str, info: MethodInfo | None, tables: Sequence[dict[str, Any]]
         "tables": tables,
         "lead": pictures[0] if pictures and pictures[0].rank < _CHARTS else None,
         "counts": _verdicts([claim for table in tables for claim in table["document"]["claims"]]),
-        "figure": _card_figure(tables[0]["document"]) if tables else None,
+        **(_card_figure(tables[0]["document"]) if tables else {"figure": None}),
     }
 
 
-def _card_figure(document: Mapping[str, Any]) -> Panel | None:
-    """The first metric of the most rows that may be compared."""
-    rows = max(group_rows(document["rows"]).values(), key=len)[:_CARD_ROWS]
-    return draw_dots(document, next(iter(columns(document))), rows)
+def _card_figure(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The first metric of the most rows that may be compared, and which rows they are."""
+    setting, rows = max(group_rows(document["rows"]).items(), key=lambda group: len(group[1]))
+    shown = rows[:_CARD_ROWS]
+    words = [setting, f"{len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""]
+    panel = draw_dots(document, next(iter(columns(document))), shown)
+    return {"figure": panel, "figure_note": "; ".join(filter(None, words))}
 
 
 def _link(path: Path, output: Path) -> str:

@@ -187,10 +187,10 @@ def test_an_animation_is_kept_small_with_frames_over_all_its_time(suite: Any) ->
     table = str(suite.reproduced())
     colors = [(n, 0, 255 - n) for n in range(0, 240, 2)]
     frames = [Image.new("RGB", (320, 320), color) for color in colors]
-    path = add_picture(run_of("good"), "episode.gif")
+    path = add_picture(run_of("good"), "play.gif")
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=50)
     reproduce([table])
-    with Image.open(MEDIA / "two_good_s0_episode.webp") as moving:
+    with Image.open(MEDIA / "two_good_s0_play.webp") as moving:
         assert max(moving.size) == 160
         count = getattr(moving, "n_frames", 1)
         assert 20 <= count <= pictures.MAX_FRAMES
@@ -309,3 +309,21 @@ def test_a_browser_sorts_within_groups_filters_and_runs_no_foreign_script(suite:
     assert said["all"] == 6
     assert said["foreign"] == "blocked"
     assert said["width"] == 0
+
+
+def test_a_card_draws_the_largest_group_and_says_what_it_leaves_out(suite: Any) -> None:
+    keeps = {"only": 1, **{f"row{number}": 2 for number in range(18)}}
+    rows = [
+        {"name": name, "config": "a.yaml", "overrides": {"value": 0.5}, "setting": {"keep": keep}}
+        for name, keep in keeps.items()
+    ]
+    reproduce([str(suite.table(rows=rows, claims=[], seeds=[0])), "--only", "only"])
+    document = json.loads((RESULTS / "two.json").read_text())
+    measured = document["rows"][0]["metrics"]
+    document["rows"] = [row | {"metrics": measured} for row in document["rows"]]
+    (RESULTS / "two.json").write_text(json.dumps(document))
+    main(["--all", "--output", "out"])
+    text = " ".join(Page(Path("out/index.html").read_text()).text.split())
+    assert "keep=2; 16 of 18 rows" in text
+    assert "row15" in text
+    assert "row16" not in text
