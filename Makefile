@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-slow lint format bench docs gpu clean
+.PHONY: help demo venv test test-slow lint format bench docs tutorials gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,6 +62,9 @@ docs: venv ## the documentation site, into site/docs
 	@$(BIN)/leanlight report --all --output site/measured >/dev/null
 	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --strict
 	@echo "docs: $(CURDIR)/site/docs/index.html; with search: $(BIN)/python -m http.server -d site/docs"
+
+tutorials: venv ## run the tutorials (some minutes); the next `make docs` shows what they draw
+	@LEANLIGHT_TUTORIAL_PICTURES="$(CURDIR)/site/tutorials" $(BIN)/pytest -m slow tests/docs/test_tutorials.py
 
 # With PYTHON= it takes that interpreter as it is, without .venv and without anything installed of the project.
 gpu: $(if $(PYTHON),,venv) ## check on a GPU, in under ten minutes, what the suite promises there, into docs/results/*/gpu.json; ARGS="--only dsqn"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"<!-- made: (\w+) -->")
+DRAWN = re.compile(r"!\[[^\]]+\]\((pictures/[^)]+)\)")
 #: Pages that `make docs` has written before: the report as HTML, and pictures of tutorials.
 MADE = {"measured": ROOT / "site" / "measured", "tutorials": ROOT / "site" / "tutorials"}
 
@@ -224,6 +225,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill the places of a page that code writes."""
     markdown = MARKER.sub(lambda match: PIECES[match[1]](), markdown)
     place = Path(page.file.src_uri)
+    if place.parent.name == "tutorials":  # pictures that `make tutorials` has not drawn are left out
+        markdown = DRAWN.sub(lambda match: match[0] if (MADE["tutorials"] / match[1]).is_file() else "", markdown)
     if place.parent.name == "methods" and place.stem in METHODS:
         markdown += f"\n\n{method_page(METHODS[place.stem])}\n"
     return markdown
