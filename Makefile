@@ -57,10 +57,9 @@ format: venv ## mend what ruff can mend
 bench: venv ## speed and memory of every method, or of METHOD=classifier, into runs/results; PUBLISH=1: into docs/results
 	$(BIN)/leanlight benchmark $(METHOD) $(if $(PUBLISH),--publish)
 
-# The report first: the site holds a copy of it. It rewrites the pages beside published results as they are.
 docs: venv ## the documentation site, into site/docs
-	@$(BIN)/leanlight report --all --output site/measured >/dev/null
 	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/leanlight report --all --output site/docs/measured >/dev/null
 	@echo "docs: $(CURDIR)/site/docs/index.html; with search: $(BIN)/python -m http.server -d site/docs"
 
 tutorials: venv ## run the tutorials (some minutes); the next `make docs` shows what they draw

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"<!-- made: (\w+) -->")
 DRAWN = re.compile(r"!\[[^\]]+\]\((pictures/[^)]+)\)")
-#: Pages that `make docs` has written before: the report as HTML, and pictures of tutorials.
-MADE = {"measured": ROOT / "site" / "measured", "tutorials": ROOT / "site" / "tutorials"}
+#: What `make tutorials` has drawn.
+TUTORIALS = ROOT / "site" / "tutorials"
 
 
 # ---- metrics ----
@@ -210,15 +210,14 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add the pages of the reference, and what was made before."""
+    """Add the pages of the reference, and the pictures of tutorials."""
     from mkdocs.structure.files import File
 
     for package, names in packages().items():
         files.append(File.generated(config, f"reference/{package}.md", content=reference_page(package, names)))
-    for name, folder in MADE.items():
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            place = f"{name}/{path.relative_to(folder).as_posix()}"
-            files.append(File.generated(config, place, abs_src_path=str(path)))
+    for path in sorted(TUTORIALS.rglob("*.png")):
+        place = f"tutorials/{path.relative_to(TUTORIALS).as_posix()}"
+        files.append(File.generated(config, place, abs_src_path=str(path)))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -226,7 +225,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = MARKER.sub(lambda match: PIECES[match[1]](), markdown)
     place = Path(page.file.src_uri)
     if place.parent.name == "tutorials":  # pictures that `make tutorials` has not drawn are left out
-        markdown = DRAWN.sub(lambda match: match[0] if (MADE["tutorials"] / match[1]).is_file() else "", markdown)
+        markdown = DRAWN.sub(lambda match: match[0] if (TUTORIALS / match[1]).is_file() else "", markdown)
     if place.parent.name == "methods" and place.stem in METHODS:
         markdown += f"\n\n{method_page(METHODS[place.stem])}\n"
     return markdown
