@@ -224,7 +224,7 @@ def stages(folder):
     listed = json.loads((folder / "runs" / "pipelines" / "p" / "summary.json").read_text())["stages"]
     summaries = {stage["name"]: folder / "runs" / stage["run_dir"] / "summary.json" for stage in listed}
     metrics = {name: json.loads(path.read_text())["metrics"] for name, path in summaries.items()}
-    return {stage: {k: v for k, v in told.items() if not k.endswith("_s")} for stage, told in metrics.items()}
+    return {stage: {k: v for k, v in told.items() if not k.endswith(("_s", "seconds"))} for stage, told in metrics.items()}
 
 
 def is_running(folder, stage, seconds):
