@@ -126,7 +126,7 @@ _LATER_DEFAULTS = {
     "feature_weights": None,
     "reference_statistics": None,
     "inception_weights": None,
-    "shuffles": 16,
+    "shuffles": 1,
     "DatasetDistillation.init": None,
     "without_augmentation": False,
     "layer_lag": False,

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,8 @@ class Study:
 class Distiller:
     """Base of what computes an outer step: one call of `outer_step` a real batch, one of `start_epoch` before them."""
 
-    studies: ClassVar[bool] = False  # whether `study` wants all real images
+    # Whether `study` wants all real images. An annotation would be evaluated in the modules of subclasses.
+    studies = False
 
     def prepare(self, task: Task) -> None:
         """Take the task; UserError when it does not fit."""

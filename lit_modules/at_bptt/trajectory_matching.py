@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ class TrajectoryMatching(Distiller):
         augment: augmentation of the set in the steps, a name of leanlight.ops.differentiable, null for none.
     """
 
-    studies: ClassVar[bool] = True
+    studies = True
 
     experts: PositiveInt = 100
     recipe: Recipe = field(default_factory=lambda: Recipe(50, 256, 0.01, "sgd", momentum=0.0, augment="dsa"))

@@ -224,7 +224,8 @@ def stages(folder):
     listed = json.loads((folder / "runs" / "pipelines" / "p" / "summary.json").read_text())["stages"]
     summaries = {stage["name"]: folder / "runs" / stage["run_dir"] / "summary.json" for stage in listed}
     metrics = {name: json.loads(path.read_text())["metrics"] for name, path in summaries.items()}
-    return {stage: {k: v for k, v in told.items() if not k.endswith(("_s", "seconds"))} for stage, told in metrics.items()}
+    times = ("_s", "seconds")
+    return {stage: {k: v for k, v in told.items() if not k.endswith(times)} for stage, told in metrics.items()}
 
 
 def is_running(folder, stage, seconds):
