@@ -144,12 +144,13 @@ def store_media(path: Path, document: Mapping[str, Any], runs_root: Path) -> lis
     """
     folder, rows = path.with_name("media"), document["rows"]
     places: dict[Path, tuple[int, int, int]] = {}  # of a picture: its place in its row, its rank, the row
+    found = set()
     for position in sorted(range(len(rows)), key=lambda position: len(rows[position]["overrides"])):
         if run_dir := _first_run(rows[position], runs_root):
+            found.add(rows[position]["name"])
             for place, picture in enumerate(_telling(rows[position], run_dir)):
                 # A stage that rows share belongs to the row that changes least of the pipeline.
                 places.setdefault(picture, (place, _rank(picture.stem), position))
-    found = {row["name"] for row in rows if _first_run(row, runs_root)}
     kept = {file: row for row, file in _media(path, document)}
     room = MEDIA_BYTES - sum(file.stat().st_size for file, row in kept.items() if row not in found)
     contents: dict[Path, bytes] = {}
