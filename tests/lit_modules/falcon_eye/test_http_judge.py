@@ -48,13 +48,7 @@ class Handler(BaseHTTPRequestHandler):
             server.bodies.append(body)
             server.headers.append(dict(self.headers))
             server.paths.append(self.path)
-            server.open += 1
-            server.most = max(server.most, server.open)
-        try:
-            getattr(self, word.split()[0], self.answer)(trial)
-        finally:
-            with server.lock:
-                server.open -= 1
+        getattr(self, word.split()[0], self.answer)(trial)
 
     def log_message(self, *args):
         pass
@@ -75,7 +69,14 @@ class Handler(BaseHTTPRequestHandler):
         self.message("Harmful")
 
     def slow(self, trial):
+        """Counts the requests that are open; closed before the answer, after which the client may send the next."""
+        server = self.server
+        with server.lock:
+            server.open += 1
+            server.most = max(server.most, server.open)
         time.sleep(0.05)
+        with server.lock:
+            server.open -= 1
         self.message("Benign")
 
     def hanging(self, trial):
