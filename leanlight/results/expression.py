@@ -74,6 +74,35 @@ def parse_expression(text: str, rows: Collection[str], metrics: Collection[str],
     return Expression(text, tuple(dict.fromkeys(references)), tree)
 
 
+def metric_of(text: str) -> str | None:
+    """The metric in whose unit a checked expression's value is; None for products, ratios, logs and mixed metrics."""
+    return _metric_of(ast.parse(text, mode="eval").body) or None
+
+
+def _metric_of(node: ast.expr) -> str | None:
+    """As `metric_of`; empty for a plain number, which fits to any unit."""
+    match node:
+        case ast.Constant():
+            return ""
+        case ast.Subscript(slice=ast.Constant(value=str() as metric)):
+            return metric
+        case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as op, right=right):
+            parts = [_metric_of(left), _metric_of(right)]
+            if parts[1] == "":
+                return parts[0]
+            return parts[1] if isinstance(op, ast.Mult) and parts[0] == "" else None
+        case ast.BinOp(left=left, right=right):
+            children = [left, right]
+        case ast.UnaryOp(operand=operand):
+            children = [operand]
+        case ast.Call(func=ast.Name(id=name), args=arguments) if name != "log":
+            children = arguments
+        case _:
+            return None
+    units = {_metric_of(child) for child in children} - {""}
+    return units.pop() if len(units) == 1 else (None if units else "")
+
+
 def _depth(tree: ast.AST) -> int:
     level, depth = [tree], 0
     while level:

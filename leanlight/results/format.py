@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from leanlight.results.claims import smallest_difference
+from leanlight.results.expression import metric_of
 
 MISSING = "\N{EN DASH}"
 
@@ -58,14 +59,14 @@ def paper_delta(row: Mapping[str, Any], metric: str, shown: Mapping[str, Any]) -
     return float(measured["mean"] * shown["scale"] - figure["value"])
 
 
-def show_evidence(claim: Mapping[str, Any]) -> str:
-    """Why a claim has its verdict; of an inconclusive one also what its table could have seen."""
+def show_evidence(claim: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why a claim has its verdict; of an inconclusive one also what its table could have seen, as `metrics` show it."""
     why, least = str(claim["evidence"]["why"]), smallest_difference(claim)
     if least is None:
         return why
-    return (
-        f"{why}; the smallest difference that {claim['evidence']['n']} seeds of this spread could show is {least:.2g}"
-    )
+    metric = metrics.get(metric_of(claim["expr"]) or "", {"scale": 1.0, "unit": ""})
+    shown = f"{least * metric['scale']:.2g} {'points' if metric['unit'] == '%' else metric['unit']}".rstrip()
+    return f"{why}; the smallest difference that {claim['evidence']['n']} seeds of this spread could show is {shown}"
 
 
 SEEDS_STAY = "On another kind of processor the same seeds give other figures."

@@ -181,7 +181,7 @@ def _table(view: TableView, position: int, output: Path) -> dict[str, Any]:
         "wide": len(heads) > _WIDE,
         "groups": {name: _group(rows, heads, keys, output) for name, rows in groups.items()},
         "counts": _verdicts(document["claims"]),
-        "claims": [_claim(claim) for claim in document["claims"]],
+        "claims": [_claim(claim, document["metrics"]) for claim in document["claims"]],
         "panels": all_dots(document),
         "figures": view.figures,
         "pictures": view.pictures,
@@ -250,6 +250,11 @@ def _paper(row: Mapping[str, Any], name: str, metric: Mapping[str, Any]) -> dict
     }
 
 
-def _claim(claim: Mapping[str, Any]) -> dict[str, Any]:
+def _claim(claim: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     by_seed = ", ".join(f"seed {seed}: {value:.4g}" for seed, value in claim["evidence"]["by_seed"].items())
-    return {**claim, "by_seed": by_seed, "words": claim["verdict"].replace("_", " "), "why": show_evidence(claim)}
+    return {
+        **claim,
+        "by_seed": by_seed,
+        "words": claim["verdict"].replace("_", " "),
+        "why": show_evidence(claim, metrics),
+    }

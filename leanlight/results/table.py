@@ -249,6 +249,7 @@ def build_document(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, Any]:
         "scale": spec.scale,
         "title": spec.title,
         "note": spec.note,
+        "headline": asdict(spec.headline) if spec.headline else None,
         "command": f"leanlight reproduce {shlex.quote(spec.name)}",
         "commit": newest.get("commit"),
         "commits": sorted({str(entry["commit"]) for entry in entries}),

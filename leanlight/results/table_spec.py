@@ -121,6 +121,19 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """What an overview says of the table in one line.
+
+    Args:
+        metric: of the table.
+        rows: names of those whose figures stand there, the method first, then what it is measured against.
+    """
+
+    metric: str
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Profile:
     """A performance profile: of each group of rows, the share of runs whose `metric` is above a threshold.
 
@@ -169,6 +182,7 @@ class TableSpec:
         metrics: logged name → how it is shown.
         rows: in order.
         claims: in order.
+        headline: what an overview shows; None: the first row and the best of the others by the first metric.
         profile: the performance profile to draw, if any.
         curves: means to draw over a number, a figure each.
     """
@@ -185,6 +199,7 @@ class TableSpec:
     metrics: dict[str, Metric]
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = field(default=())
+    headline: Headline | None = None
     profile: Profile | None = None
     curves: tuple[TableCurve, ...] = ()
 
@@ -192,7 +207,7 @@ class TableSpec:
 def load_table(name: str) -> TableSpec:
     """Read and check the table `name` (a path or a config's name); UserError names the first thing that is wrong."""
     path = find_config(name)
-    keys = "method dataset scale title note seeds replicas checkpoint metrics rows claims profile curves"
+    keys = "method dataset scale title note seeds replicas checkpoint metrics rows claims headline profile curves"
     top = Reader(read_mapping(path), path.name, keys)
     metrics = {
         str(key): _metric(str(key), value, f"{path.name}: metrics {key}")
@@ -234,6 +249,9 @@ def load_table(name: str) -> TableSpec:
         metrics=metrics,
         rows=rows,
         claims=claims,
+        headline=_headline(top.content["headline"], f"{path.name}: headline", names, metrics)
+        if "headline" in top.content
+        else None,
         profile=_profile(top.content["profile"], f"{path.name}: profile", names, metrics)
         if "profile" in top.content
         else None,
@@ -381,6 +399,11 @@ def _claim(content: Any, where: str, rows: Collection[str], metrics: Collection[
         margin=reader.number("margin", 0.0),
         min_seeds=min_seeds,
     )
+
+
+def _headline(content: Any, where: str, rows: Collection[str], metrics: Collection[str]) -> Headline:
+    reader = Reader(content, where, "metric rows")
+    return Headline(reader.choice("metric", metrics), _some(reader.get("rows", list), f"{where}: rows", rows))
 
 
 def _profile(content: Any, where: str, rows: Collection[str], metrics: Collection[str]) -> Profile:

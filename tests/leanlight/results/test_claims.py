@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import levene, t, ttest_1samp, ttest_ind
 
 from leanlight.results.claims import interval, judge, smallest_difference
-from leanlight.results.expression import parse_expression
+from leanlight.results.expression import metric_of, parse_expression
 from leanlight.results.format import show_evidence
 from leanlight.results.table_spec import Claim, TableSpec
 
@@ -64,14 +64,39 @@ def test_an_inconclusive_claim_says_the_smallest_difference_that_its_seeds_could
     least = t.ppf(0.975, count - 1) * np.std(list(first.values()), ddof=1) / count**0.5
     assert judged["verdict"] == "inconclusive"
     assert smallest_difference(judged) == pytest.approx(least, rel=1e-9)
-    assert f"that {count} seeds of this spread could show is {least:.2g}" in show_evidence(judged)
+    assert f"that {count} seeds of this spread could show is {least:.2g}" in show_evidence(judged, {})
+
+
+def test_the_smallest_difference_is_told_in_the_unit_that_the_table_shows() -> None:
+    judged = judge(_claim(0.21), _spec(), _values({0: 0.80, 1: 0.82, 2: 0.84}, {0: 0.6, 1: 0.61, 2: 0.62}))
+    percent, seconds = {"scale": 100.0, "unit": "%"}, {"scale": 1.0, "unit": "s"}
+    assert show_evidence(judged, {"m": percent}).endswith(" is 2.5 points")  # 0.024841, the half width below
+    assert show_evidence(judged, {"m": seconds}).endswith(" is 0.025 s")
+
+
+@pytest.mark.parametrize(
+    ("text", "metric"),
+    [
+        ("a['m'] - b['m']", "m"),
+        ("max(a['m'], b['m']) - 0.5 * mean(a['m'], 3)", "m"),
+        ("-abs(deviation(a['m'])) / 2 + 1", "m"),
+        ("a['m'] / b['m']", None),
+        ("a['m'] * b['m']", None),
+        ("1 / a['m']", None),
+        ("log(a['m'])", None),
+        ("a['m'] - b['n']", None),
+        ("(a['m'] - b['m']) * (2 / 4)", "m"),
+    ],
+)
+def test_a_difference_has_the_unit_of_its_metric_and_a_ratio_has_none(text: str, metric: str | None) -> None:
+    assert metric_of(text) == metric
 
 
 @pytest.mark.parametrize("margin", [-9.0, 9.0])
 def test_a_claim_with_another_verdict_says_none(margin: float) -> None:
     judged = judge(_claim(margin), _spec(), _values({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.0, 1: 0.0, 2: 0.0}))
     assert smallest_difference(judged) is None
-    assert show_evidence(judged) == judged["evidence"]["why"]
+    assert show_evidence(judged, {}) == judged["evidence"]["why"]
 
 
 def test_pairing_removes_what_seeds_share() -> None:

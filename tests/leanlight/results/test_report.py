@@ -375,6 +375,17 @@ def test_numbers_read_as_expected() -> None:
     ]
 
 
+def test_the_overview_says_what_the_table_names_as_its_headline(suite: Any) -> None:
+    content = yaml.safe_load(suite.table().read_text())
+    content["headline"] = {"metric": "test/accuracy", "rows": ["bad", "good"]}
+    table = Path("headed.yaml")
+    table.write_text(yaml.safe_dump(content))
+    reproduce([str(table)])
+    assert json.loads((RESULTS / "headed.json").read_text())["headline"] == content["headline"]
+    assert main(["--all", "--output", "out"]) == 0
+    assert "Accuracy: bad 61.0 ± 1.0 %; good 82.0 ± 2.0 %" in Path("out/index.html").read_text()
+
+
 def test_readme_tables_are_rewritten_between_their_markers(suite: Any) -> None:
     reproduce([str(suite.reproduced()), "--publish"])
     own = Path("lit_modules/classifier/README.md")

@@ -125,6 +125,14 @@ MISTAKES = [
         _set("metrics", {"test/accuracy": {"label": "A", "higher_is_better": True, "column": False}}),
         "two.yaml: metrics: at least one must have a column",
     ),
+    (
+        _set("headline", {"metric": "test/acuracy", "rows": ["good"]}),
+        "two.yaml: headline: metric must be one of",
+    ),
+    (
+        _set("headline", {"metric": "test/accuracy", "rows": ["god"]}),
+        "two.yaml: headline: rows: no row 'god' (did you mean 'good'?)",
+    ),
     (_set("scale", "tiny"), "two.yaml: scale must be one of small, paper, got 'tiny'"),
     (_set("method", "../x"), "two.yaml: method: '../x' is not a folder name"),
     (_set("seeds", [0, 0]), "names a seed twice"),
