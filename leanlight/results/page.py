@@ -140,11 +140,17 @@ def _method(name: str, info: MethodInfo | None, tables: Sequence[dict[str, Any]]
 
 
 def _card_figure(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The first metric of the most rows that may be compared, and which rows they are."""
-    setting, rows = max(group_rows(document["rows"]).items(), key=lambda group: len(group[1]))
+    """The headline's metric of the rows comparable with its first; without one, the first metric of the most rows."""
+    groups, asked = group_rows(document["rows"]), document.get("headline")
+    metric = asked["metric"] if asked else next(iter(columns(document)))
+
+    def rank(group: tuple[str, Sequence[Mapping[str, Any]]]) -> tuple[bool, int]:
+        return bool(asked) and any(row["name"] == asked["rows"][0] for row in group[1]), len(group[1])
+
+    setting, rows = max(groups.items(), key=rank)
     shown = rows[:_CARD_ROWS]
     words = [setting, f"{len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""]
-    panel = draw_dots(document, next(iter(columns(document))), shown)
+    panel = draw_dots(document, metric, shown)
     return {"figure": panel, "figure_note": "; ".join(filter(None, words))}
 
 

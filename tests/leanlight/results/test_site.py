@@ -311,7 +311,7 @@ def test_a_browser_sorts_within_groups_filters_and_runs_no_foreign_script(suite:
     assert said["width"] == 0
 
 
-def test_a_card_draws_the_largest_group_and_says_what_it_leaves_out(suite: Any) -> None:
+def test_a_card_draws_the_largest_group_or_that_of_the_headline_and_says_what_it_leaves_out(suite: Any) -> None:
     keeps = {"only": 1, **{f"row{number}": 2 for number in range(18)}}
     rows = [
         {"name": name, "config": "a.yaml", "overrides": {"value": 0.5}, "setting": {"keep": keep}}
@@ -327,3 +327,9 @@ def test_a_card_draws_the_largest_group_and_says_what_it_leaves_out(suite: Any) 
     assert "keep=2; 16 of 18 rows" in text
     assert "row15" in text
     assert "row16" not in text
+    document["headline"] = {"metric": "test/accuracy", "rows": ["only"]}
+    (RESULTS / "two.json").write_text(json.dumps(document))
+    main(["--all", "--output", "out"])
+    text = " ".join(Page(Path("out/index.html").read_text()).text.split())
+    assert "keep=1" in text
+    assert "row15" not in text
