@@ -142,10 +142,11 @@ def _method(name: str, info: MethodInfo | None, tables: Sequence[dict[str, Any]]
 def _card_figure(document: Mapping[str, Any]) -> dict[str, Any]:
     """The headline's metric of the rows comparable with its first; without one, the first metric of the most rows."""
     groups, asked = group_rows(document["rows"]), document.get("headline")
-    metric, *first = (asked["metric"], asked["rows"][0]) if asked else (next(iter(columns(document))),)
+    metric = asked["metric"] if asked else next(iter(columns(document)))
+    first = asked["rows"][0] if asked else None
 
     def rank(group: tuple[str, Sequence[Mapping[str, Any]]]) -> tuple[bool, int]:
-        return any(row["name"] in first for row in group[1]), len(group[1])
+        return any(row["name"] == first for row in group[1]), len(group[1])
 
     setting, rows = max(groups.items(), key=rank)
     shown = rows[:_CARD_ROWS]
