@@ -55,7 +55,7 @@ format: venv ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: venv ## speed and memory of every method, or of METHOD=classifier, into runs/results; PUBLISH=1: into docs/results
-	$(BIN)/leanlight benchmark $(METHOD) $(if $(PUBLISH),--publish)
+	$(BIN)/leanlight benchmark $(or $(METHOD),--all) $(if $(PUBLISH),--publish)
 
 docs: venv ## the documentation site, into site/docs
 	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --strict

@@ -159,7 +159,7 @@ COMMANDS = (
     Command("run", "leanlight.cli.run", "run a pipeline of stages, reusing those that are finished"),
     Command("reproduce", "leanlight.cli.reproduce", "run what a result table lacks and write its figures and verdicts"),
     Command("report", "leanlight.cli.report", "turn results into Markdown, figures and one HTML page"),
-    Command("benchmark", "leanlight.cli.benchmark", "measure speed and memory, compare two measurements"),
+    Command("benchmark", "leanlight.cli.benchmark", "measure speed and memory of methods, compare files or commits"),
     Command("data", "leanlight.cli.data", "list, prepare and check data sets"),
     Command("export", "leanlight.cli.export", "write a trained model so that it works without this suite", stage=True),
     Command(

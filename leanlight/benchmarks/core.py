@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,6 +223,7 @@ def document(method: str, measured: Measurement, quick: bool) -> dict[str, Any]:
         "quick": quick,
         "commit": commit,
         "dirty": dirty,
+        "code": _code(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": runs.machine(),
         "settings": measured.settings,
@@ -234,6 +236,25 @@ def document(method: str, measured: Measurement, quick: bool) -> dict[str, Any]:
         "checks": measured.checks,
         "missing": measured.missing,
     }
+
+
+def _code() -> dict[str, Any]:
+    """Hash and names of the project's files that decide these figures: those of runs, and the benchmark's own."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("leanlight.benchmarks.")]
+    benchmarks = (Path(str(module.__file__)).resolve().relative_to(runs.PROJECT).as_posix() for module in modules)
+    digest, files = runs.code_version([*runs.code_version()[1], *benchmarks])
+    return {"hash": digest, "files": files}
+
+
+def is_current(content: Mapping[str, Any]) -> bool:
+    """Whether a document was measured, at full size, by the code that is here now."""
+    code = content.get("code")
+    return code is not None and not content["quick"] and runs.code_version(code["files"])[0] == code["hash"]
+
+
+def passed(content: Mapping[str, Any]) -> bool:
+    """Whether every target of a document is met and every check has held."""
+    return all(target["met"] for target in content["targets"]) and all(content["checks"].values())
 
 
 def _met(target: Target, figure: Figure) -> bool:
@@ -311,11 +332,11 @@ def markdown(content: Mapping[str, Any]) -> str:
     """A document as a page: figures, targets, checks, settings, machine."""
     lines = [f"# Benchmark of {content['method']}", "", "| figure | median | quartiles | unit |", "|---|---:|---:|---|"]
     for name, figure in content["figures"].items():
-        spread = f"{_number(figure['low'])} to {_number(figure['high'])}" if figure["n"] > 1 else MISSING
-        lines.append(f"| {name} | {_number(figure['value'])} | {spread} | {figure['unit']} |")
+        spread = show_spread(figure) or MISSING
+        lines.append(f"| {name} | {show_value(figure['value'])} | {spread} | {figure['unit']} |")
     lines.append("")
     for target in content["targets"]:
-        value = _number(content["figures"][target["figure"]]["value"])
+        value = show_value(content["figures"][target["figure"]]["value"])
         lines.append(f"- **{'met' if target['met'] else 'missed'}**: {target['text']}: {value}")
     lines += [f"- **{'checked' if held else 'FAILED'}**: {text}" for text, held in content["checks"].items()]
     lines += [f"- **not measured**: {name}: {why}" for name, why in content["missing"].items()]
@@ -337,11 +358,16 @@ def write_pages(*folders: Path) -> list[Path]:
     return pages
 
 
-def _number(value: float) -> str:
+def show_value(value: float) -> str:
     """Four significant digits, without an exponent where a reader can do without."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def show_spread(figure: Mapping[str, Any]) -> str:
+    """Lower to upper quartile of a figure in a document; empty for a single measurement."""
+    return f"{show_value(figure['low'])} to {show_value(figure['high'])}" if figure["n"] > 1 else ""
 
 
 def _label(content: Mapping[str, Any]) -> str:
@@ -356,13 +382,12 @@ def print_document(content: Mapping[str, Any], console: Console) -> None:
         table.add_column(column, justify="right")
     table.add_column("unit")
     for name, figure in content["figures"].items():
-        spread = f"{_number(figure['low'])} to {_number(figure['high'])}" if figure["n"] > 1 else ""
-        table.add_row(name, _number(figure["value"]), spread, figure["unit"])
+        table.add_row(name, show_value(figure["value"]), show_spread(figure), figure["unit"])
     console.print(table)
     for target in content["targets"]:
         mark = "met" if target["met"] else "MISSED"
         console.print(
-            f"{mark}: {target['text']}: {_number(content['figures'][target['figure']]['value'])}", highlight=False
+            f"{mark}: {target['text']}: {show_value(content['figures'][target['figure']]['value'])}", highlight=False
         )
     for text, passed in content["checks"].items():
         console.print(f"{'checked' if passed else 'FAILED'}: {text}", highlight=False)
@@ -381,15 +406,18 @@ def print_comparison(before: Mapping[str, Any], after: Mapping[str, Any], consol
     common, only_before, only_after = compare(before, after)
     table = Table(title=f"{after['method']}: {_label(before)} → {_label(after)}", title_justify="left")
     table.add_column("figure")
-    for column in ("before", "after", "after/before"):
+    for column in ("before", "spread", "after", "spread", "after/before"):
         table.add_column(column, justify="right")
     table.add_column("unit")
     table.add_column("verdict")
     colour = {"better": "green", "worse": "red"}
     for item in common:
         style = colour.get(item.verdict)
-        cells = item.name, _number(item.before), _number(item.after), f"{item.ratio:.3f}", item.unit, item.verdict
-        table.add_row(*cells, style=style)
+        cells = [item.name]
+        for content in (before, after):
+            figure = content["figures"][item.name]
+            cells += [show_value(figure["value"]), show_spread(figure)]
+        table.add_row(*cells, f"{item.ratio:.3f}", item.unit, item.verdict, style=style)
     console.print(table)
     for name in only_before:
         console.print(f"only before: {name}", highlight=False, markup=False)

@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
         raise UserError("report: expected either result files or --all, e.g. leanlight report --all --output report")
 
     from leanlight.benchmarks.core import write_pages
+    from leanlight.benchmarks.overview import write_performance
     from leanlight.results.report import find_documents, write_readmes, write_report
     from leanlight.runs import results_folder
 
@@ -33,7 +34,8 @@ def main(argv: list[str]) -> int:
     folders = [published] if args.readme else [published, local]
     paths = find_documents(*folders) if args.all else args.tables
     page = write_report(paths, args.output or args.runs_root / "report", args.runs_root, site=args.all)
-    for path in [*(path.with_suffix(".md") for path in paths), *(write_pages(*folders) if args.all else [])]:
+    measured = [*write_pages(*folders), *write_performance(*folders)] if args.all else []
+    for path in [*(path.with_suffix(".md") for path in paths), *measured]:
         print(path)
     if args.readme:
         for path in write_readmes(Path(), published):

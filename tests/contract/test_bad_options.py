@@ -41,6 +41,7 @@ WRONG = {
     "report tables": ["nowhere.json", "binary", "empty.yaml", "clips"],
     "benchmark method": ["clasifier", "../classifier"],
     "benchmark --compare": ["--compare=nowhere.json", "--compare nowhere.json nowhere.json", "--compare binary binary"],
+    "benchmark --commits": ["--commits=nowhere", "--commits nowhere nowhere", "--commits HEAD", "--commits '' ''"],
     "data prepare name": ["digitz"],
     "data prepare --root": ["shapes --root=binary", "shapes --root=binary/x"],
     "data prepare --path": ["emotion_folder --path=nowhere", "vtab --path=nowhere", "diginetica --path=nowhere"],

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from leanlight.benchmarks.gpu.checks import facts, show, show_figures
 from leanlight.benchmarks.gpu.launch import Documents, Worker, run
+from leanlight.benchmarks.overview import write_performance
 from leanlight.registry import METHODS
 
 _NAMES = ("nn", *METHODS)  # nn: what methods share
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
         alone = Worker(groups, Path(place), cores, args.check, alone=True)
         run(beside, alone, documents, begin + args.limit)
     summarise(documents.lines, console)
+    write_performance(args.output)
     console.print(f"{time.monotonic() - begin:.0f} s; written: {args.output}/*/gpu.json", highlight=False)
     return int(any(line["verdict"] == "failed" for lines in documents.lines.values() for line in lines))
 
