@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from leanlight.benchmarks.core import read as read_benchmark
+from leanlight.benchmarks.overview import SHOWN, parts_table, performance_table, read_rows
 from leanlight.configs_path import find_config
 from leanlight.registry import METHODS, MethodInfo, commands
 from leanlight.results.markdown import escape, markdown_table, suite_table
@@ -137,6 +139,16 @@ def results_table() -> str:
     return suite_table(documents, link="results")
 
 
+def performance() -> str:
+    """One line for each benchmark and each page of a GPU."""
+    return performance_table(read_rows(ROOT / "docs" / "results"), link="results/")
+
+
+def time_of(method: str) -> str:
+    """What a method's step consists of, and which targets it misses."""
+    return parts_table(read_benchmark(ROOT / "docs" / "results" / method / "benchmark.json"))
+
+
 def commands_table() -> str:
     """The commands of the program, a line each."""
     rows = [[f"`leanlight {name}`", escape(command.help)] for name, command in commands().items()]
@@ -190,8 +202,10 @@ PIECES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "methods": methods_table,
     "metrics": metrics_page,
+    "performance": performance,
     "reference": reference_index,
     "results": results_table,
+    **{f"time_{method}": partial(time_of, method) for method in SHOWN},
 }
 
 

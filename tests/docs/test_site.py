@@ -1,5 +1,6 @@
 """The documentation site: what code writes into it is complete, it builds without a warning and fetches nothing."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from leanlight.benchmarks.overview import performance_page, read_rows
 from leanlight.registry import METHODS, commands
 from scripts import docs_pages
 
@@ -86,6 +88,54 @@ def test_the_reference_names_what_python_finds():
 
 def test_every_page_is_in_the_navigation():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= {*pages(NAV)}
+
+
+# ---- performance ----
+
+
+def documents(name):
+    """Measured files of that name, by method."""
+    return {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "docs/results").glob(f"*/{name}.json")}
+
+
+def test_the_table_of_performance_has_every_measurement_and_the_verdict_of_every_target():
+    rows = {
+        re.match(r"\| \[[^\]]+\]\(results/(\w+/\w+)\.md\)", line)[1]: line
+        for line in docs_pages.performance().splitlines()[2:]
+    }
+    assert rows.keys() == {f"{method}/{name}" for name in ("benchmark", "gpu") for method in documents(name)}
+    for method, document in documents("benchmark").items():
+        line, targets = rows[f"{method}/benchmark"], document["targets"]
+        assert f"| {sum(target['met'] for target in targets)} of {len(targets)} |" in line
+        for target in targets:
+            (value, verdict) = re.search(rf"`{target['figure']}` (-?[\d.,]+).*?\), (met|\*\*missed\*\*)", line).groups()
+            measured = document["figures"][target["figure"]]["value"]
+            assert float(value.replace(",", "")) == pytest.approx(measured, rel=1e-3)
+            assert (verdict == "met") == target["met"], target
+        assert document["date"][:10] in line
+        assert document["machine"]["cpu"] in line
+
+
+def test_every_benchmark_has_a_step_and_a_section_that_says_where_its_time_goes():
+    sections = (ROOT / "docs/performance.md").read_text().split("\n## ")
+    steps = {row.method for row in read_rows(ROOT / "docs/results") if row.page == "benchmark.md" and row.steps}
+    assert steps == documents("benchmark").keys()
+    for method, document in documents("benchmark").items():
+        (section,) = [part for part in sections if part.startswith(f"{method}\n")]
+        assert docs_pages.MARKER.findall(section) == [f"time_{method}"]
+        made = docs_pages.PIECES[f"time_{method}"]()
+        shown = re.findall(r"^\| `([^`]+)` \| (-?[\d.,]+) \|", made, re.MULTILINE)
+        assert len(shown) > 3, method
+        for name, value in shown:
+            measured = document["figures"][name]["value"]
+            assert float(value.replace(",", "")) == pytest.approx(measured, rel=1e-3), name
+        missed = [target for target in document["targets"] if not target["met"]]
+        assert made.count("**missed**") == len(missed)
+
+
+def test_the_published_page_of_performance_is_that_of_the_measured_files():
+    page = (ROOT / "docs/results/performance.md").read_text()
+    assert page == performance_page(ROOT / "docs/results"), "leanlight report --all --readme writes it anew"
 
 
 def test_every_place_for_code_is_known():
