@@ -12,8 +12,9 @@ from leanlight.registry import MethodInfo
 from leanlight.results.format import MISSING
 from leanlight.runs import PROJECT
 
-# A package whose method `steady` is measured at once, and whose `broken` fails in more than one line.
+# A package whose method `steady` is measured at once; `broken` fails in more than one line, `killed` without one.
 PACKAGE = """
+import os, signal
 from leanlight.benchmarks.core import Measurement, Target, summarise
 from leanlight.registry import MethodInfo
 from leanlight.results.format import MISSING
@@ -22,7 +23,7 @@ from pathlib import Path
 def info(name):
     return MethodInfo(name, "", "", "", benchmark=f"stand_in:{name}", configs_folder=Path(__file__).parent)
 
-STEADY, BROKEN = info("steady"), info("broken")
+STEADY, BROKEN, KILLED = info("steady"), info("broken"), info("killed")
 
 def steady(quick):
     with open(Path(__file__).parent / "measured", "a") as file:
@@ -31,6 +32,9 @@ def steady(quick):
 
 def broken(quick):
     raise RuntimeError("the device caught fire")
+
+def killed(quick):
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -132,15 +136,15 @@ def test_the_report_writes_the_page_anew(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """The two made methods are all there are, here and in child processes; returns the folder of their package."""
+    """The three made methods are all there are, here and in child processes; returns the folder of their package."""
     package = tmp_path / "package"
     (package / "stand_in-1.0.dist-info").mkdir(parents=True)
     (package / "stand_in.py").write_text(PACKAGE)
     (package / "stand_in-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n")
-    points = "[leanlight.methods]\nbroken = stand_in:BROKEN\nsteady = stand_in:STEADY\n"
+    points = "[leanlight.methods]\nbroken = stand_in:BROKEN\nkilled = stand_in:KILLED\nsteady = stand_in:STEADY\n"
     (package / "stand_in-1.0.dist-info/entry_points.txt").write_text(points)
     monkeypatch.setenv("PYTHONPATH", str(package))
-    made = {name: MethodInfo(name, "", "", "", benchmark=f"stand_in:{name}") for name in ("broken", "steady")}
+    made = {name: MethodInfo(name, "", "", "", benchmark=f"stand_in:{name}") for name in ("broken", "killed", "steady")}
     monkeypatch.setattr(benchmark, "methods", lambda: made)
     monkeypatch.chdir(tmp_path)
     return package
@@ -151,6 +155,7 @@ def test_an_error_in_one_method_is_a_line_and_the_others_are_measured(installed,
     shown, errors = capfd.readouterr()
     assert errors == ""
     assert shown.count("failed: broken: RuntimeError: the device caught fire") == 2  # when it happens, and at the end
+    assert shown.count("failed: killed: killed by SIGKILL") == 2
     assert "Traceback" not in shown
     results = installed.parent / "runs/results"
     assert json.loads((results / "steady/benchmark.json").read_text())["figures"]["step"]["value"] == 2
@@ -168,19 +173,23 @@ def test_quick_measurements_of_all_are_shown_and_not_written(installed, monkeypa
 
 
 def test_what_the_present_code_has_measured_is_skipped_unless_asked_for_again(installed, monkeypatch, capfd):
-    times = lambda: len((installed / "measured").read_text().splitlines())  # noqa: E731
-    monkeypatch.setattr(benchmark, "METHODS", {"steady"})  # as one of the suite's own
-    assert main(["benchmark", "--all", "--publish"]) == 1
+    def times():
+        return len((installed / "measured").read_text().splitlines())
+
+    only = {"steady": MethodInfo("steady", "", "", "", benchmark="stand_in:steady")}
+    monkeypatch.setattr(benchmark, "methods", lambda: only)
+    monkeypatch.setattr(benchmark, "METHODS", only)  # as one of the suite's own
+    assert main(["benchmark", "--all", "--publish"]) == 0
     assert times() == 1
-    assert main(["benchmark", "--all", "--publish"]) == 1
+    assert main(["benchmark", "--all", "--publish"]) == 0
     assert times() == 1
     assert "steady: measured on this code" in capfd.readouterr().out
-    assert main(["benchmark", "--all", "--publish", "--again"]) == 1
+    assert main(["benchmark", "--all", "--publish", "--again"]) == 0
     assert times() == 2
     path = installed.parent / "docs/results/steady/benchmark.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "code": {**content["code"], "hash": "of other code"}}))
-    assert main(["benchmark", "--all", "--publish"]) == 1
+    assert main(["benchmark", "--all", "--publish"]) == 0
     assert times() == 3
 
 
