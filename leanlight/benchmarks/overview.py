@@ -193,7 +193,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 def performance_table(rows: Sequence[Row], link: str = "") -> str:
     """One line for each row. link: what stands before a method's folder in links to its page."""
-    header = ["Method", "Step", "Memory", "Targets met", "Ratios and bounds", "Processor", "Date"]
+    header = ["Method", "Processor", "Date", "Step", "Memory", "Targets met", "Ratios and bounds"]
     body = []
     for row in rows:
         ratios = [
@@ -202,7 +202,7 @@ def performance_table(rows: Sequence[Row], link: str = "") -> str:
         ]
         cells = ["<br>".join(lines) or MISSING for lines in (_lines(row.steps), _lines(row.memory), [row.met], ratios)]
         name = f"[{escape(row.method)}]({link}{row.method}/{row.page})"
-        body.append([name, *cells, escape(row.processor), row.date])
+        body.append([name, escape(row.processor), row.date, *cells])
     return markdown_table(header, body, right=len(header))
 
 

@@ -94,20 +94,20 @@ def test_a_method_is_a_row_with_its_step_and_every_bound_the_missed_first(tmp_pa
     page = performance_page(tmp_path)
     assert cells(page, "esvae/benchmark.md") == [
         "[esvae](esvae/benchmark.md)",
+        r"Made \| Processor",
+        "2026-01-02",
         "`batch_64/ours` 8 ms",
         MISSING,
         "1 of 2",
         "`batch_64/times_time_last` 9.5 x (≥ 10), **missed**<br>`batch_64/ours` 8 ms (≤ 9), met",
-        r"Made \| Processor",
-        "2026-01-02",
     ]
-    assert cells(page, "tical/benchmark.md")[1:4] == ["`sequences/tical` 600 ms", MISSING, MISSING]
+    assert cells(page, "tical/benchmark.md")[3:6] == ["`sequences/tical` 600 ms", MISSING, MISSING]
     assert page.index("(esvae/") < page.index("(tical/")  # as in the registry
 
 
 def test_a_gpu_is_a_row_of_its_own_with_speeds_of_the_paper_s_shapes(tmp_path):
     save(tmp_path, "esvae", a_gpu_document(), "gpu.json")
-    _, step, memory, met, ratios, processor, date = cells(performance_page(tmp_path), "esvae/gpu.md")
+    _, processor, date, step, memory, met, ratios = cells(performance_page(tmp_path), "esvae/gpu.md")
     assert (step, memory, met) == ("`big` 20 steps/s", "`big` 1,234 MiB", "0 of 1")
     assert ratios == "`speed/big/bf16` 0.5 x (≥ 0.9), **missed**"
     assert (processor, date) == ("Card 9", "2026-11-26")
@@ -128,7 +128,7 @@ def test_the_report_writes_the_page_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("leanlight.results.report.find_documents", lambda *folders: [])
     monkeypatch.setattr("leanlight.results.report.write_report", lambda *a, **k: tmp_path / "index.html")
     assert main(["report", "--all"]) == 0
-    assert cells(results.joinpath("performance.md").read_text(), "esvae/benchmark.md")[1] == "`batch_64/ours` 8 ms"
+    assert cells(results.joinpath("performance.md").read_text(), "esvae/benchmark.md")[3] == "`batch_64/ours` 8 ms"
 
 
 # ---- leanlight benchmark --all ----
@@ -160,7 +160,7 @@ def test_an_error_in_one_method_is_a_line_and_the_others_are_measured(installed,
     results = installed.parent / "runs/results"
     assert json.loads((results / "steady/benchmark.json").read_text())["figures"]["step"]["value"] == 2
     assert not (results / "broken").exists()
-    assert cells((results / "performance.md").read_text(), "steady/benchmark.md")[3] == "1 of 1"
+    assert cells((results / "performance.md").read_text(), "steady/benchmark.md")[5] == "1 of 1"
 
 
 def test_quick_measurements_of_all_are_shown_and_not_written(installed, monkeypatch, capfd):
