@@ -162,6 +162,8 @@ COMMANDS = (
     Command("benchmark", "leanlight.cli.benchmark", "measure speed and memory of methods, compare files or commits"),
     Command("data", "leanlight.cli.data", "list, prepare and check data sets"),
     Command("export", "leanlight.cli.export", "write a trained model so that it works without this suite", stage=True),
+    Command("push", "leanlight.cli.push", "share a run's export, with its card, on the Hugging Face hub"),
+    Command("pull", "leanlight.cli.pull", "fetch a shared export from the Hugging Face hub"),
     Command(
         "select",
         "leanlight.cli.select",

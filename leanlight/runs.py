@@ -75,6 +75,8 @@ _PLACE_KEYS = {"root", "download", "num_workers", "pin_memory"}  # where data li
 _SPARE = ("previous.ckpt", DIGESTS)  # beside the checkpoints, in case they are damaged
 _MANY_FILES = 1000  # a folder of more artefacts than this is one line of a summary
 _PUBLISHED = Path("docs/results")
+CARD = "README.md"  # in a folder that is exported, what it holds, for people and the Hugging Face hub
+CARD_MARK = "<!-- leanlight: card -->"  # where the suite's own words begin in it
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # in the environment of what torchrun starts
 
 
@@ -178,8 +180,8 @@ class RunSettings:
 def content_digest(path: Path | str) -> str:
     """sha256 of a file, or one for all that a folder holds: of relative paths and contents, wherever the folder lies.
 
-    Of a run folder only checkpoints and artefacts count, of any folder no pictures (``media``): logs and drawings
-    change without changing what a later stage reads. Raises UserError when there is nothing.
+    Of a run folder only checkpoints and artefacts count, of any folder no pictures (``media``) and no card: logs,
+    drawings and words change without changing what a later stage reads. Raises UserError when there is nothing.
     """
     path = Path(path)
     if path.is_file():
@@ -205,7 +207,11 @@ def _outputs(folder: Path) -> list[str]:
             prefix = "" if inside == Path() else f"{inside.as_posix()}/"
             if "media" not in inside.parts:
                 relative += [prefix + name for name in names if part != "checkpoints" or name not in _SPARE]
-    return sorted(relative)
+    return sorted(name for name in relative if not _is_card(folder / name))
+
+
+def _is_card(path: Path) -> bool:
+    return path.name == CARD and CARD_MARK.encode() in path.read_bytes()
 
 
 def config_hash(resolved: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:

@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datamodules.emotion.catalog import EMOTIONS, EmotionSetInfo
-from datamodules.images.catalog import CATALOG, DatasetInfo
-from datamodules.safety.catalog import SAFETY_SETS, SafetySetInfo
-from datamodules.sessions.catalog import SESSIONS, SessionSetInfo
+from datamodules.images.catalog import DatasetInfo
+from datamodules.safety.catalog import SafetySetInfo
+from datamodules.sessions.catalog import SessionSetInfo
 from leanlight.cli.arguments import Parser, number, output_file
 from leanlight.contracts.errors import UserError, nearest
 from leanlight.contracts.ranges import PositiveFloat, PositiveInt
+from leanlight.data_sets import KNOWN, Info
 
 if TYPE_CHECKING:
     from datamodules.safety.module import SafetyDataModule
-
-Info = DatasetInfo | SessionSetInfo | EmotionSetInfo | SafetySetInfo
-KNOWN: dict[str, Info] = {**CATALOG, **SESSIONS}
-# Where sessions have a set of the same name, too, the one of clips is told by its kind.
-KNOWN |= {f"emotion_{name}" if name in KNOWN else name: info for name, info in EMOTIONS.items()}
-KNOWN |= SAFETY_SETS
 
 # Sets of many small picture files: `prepare` decodes them once into an npz that loads in seconds.
 PICTURE_SETS = {"tiny_imagenet": "tiny_imagenet", "celeba": "celeba_64"}

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     from leanlight.experiment import load
     from leanlight.locks import locked
+    from leanlight.sharing.card import Origin, check_card, write_card
 
     module: Any = load(args.source, args.checkpoint, args.trust, args.overrides)
     if not hasattr(module, "export"):
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: cannot write {output} ({error.strerror})") from error
+    check_card(output)
+    origin = Origin.of(args.source, args.checkpoint if args.source.is_dir() else args.source.stem)
     with locked(args.source) if output == folder and args.source.is_dir() else nullcontext():
-        for path in module.export(output):
-            print(path)
+        paths = [*module.export(output), write_card(output, origin)]
+    print(*dict.fromkeys(map(str, paths)), sep="\n")
     return 0
