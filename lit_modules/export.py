@@ -72,6 +72,9 @@ def write_exported(network: nn.Module, arguments: tuple[Any, ...], sizes: Any, p
             program, any_size = torch.export.export(network, arguments, dynamic_shapes=sizes), True
         except (torch._dynamo.exc.UserError, RuntimeError, ValueError):
             program, any_size = torch.export.export(network, arguments), False
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it names the folders of this machine
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     atomic_write(path, buffer.getvalue())

@@ -160,7 +160,7 @@ def commands_table() -> str:
 
 def packages() -> dict[str, list[str]]:
     """Packages with a list of public names, and where each of these is defined: ``lit_modules.hid.losses.ICLoss``."""
-    found: dict[str, list[str]] = {"leanlight": ["leanlight.experiment.build", "leanlight.experiment.load"]}
+    found: dict[str, list[str]] = {"leanlight": ["leanlight.experiment.build", "leanlight.sharing.reading.load"]}
     for top in ("leanlight", "lit_modules", "datamodules", "callbacks"):
         for stub in sorted((ROOT / top).rglob("__init__.pyi")):
             package = ".".join(stub.parent.relative_to(ROOT).parts)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+
 from leanlight.cli.arguments import Parser, output_folder
 
 
@@ -10,7 +13,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="leanlight pull", description=__doc__)
     parser.add_argument("repo", help="USER/NAME")
     parser.add_argument("--type", choices=("model", "dataset"), help="of the repository; by default either")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the newest)")
+    parser.add_argument("--revision", type=_revision, metavar="R", help="branch, tag or commit (default: the newest)")
     parser.add_argument(
         "--output", type=output_folder, metavar="DIR", help="folder to write (default: in the cache of the hub)"
     )
@@ -19,3 +22,9 @@ def main(argv: list[str]) -> int:
 
     print(hub.pull(args.repo, args.revision, args.output, args.type))
     return 0
+
+
+def _revision(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w./-]*", text) or ".." in text:
+        raise argparse.ArgumentTypeError(f"expected a branch, a tag or a commit, got {text!r}")
+    return text

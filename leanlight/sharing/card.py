@@ -328,8 +328,8 @@ def _with(kind: Kind) -> str:
     option = " --type dataset" if kind.repo_type == "dataset" else ""
     return (
         f"## Use it with Leanlight\n\n`leanlight pull USER/NAME{option} --output export` fetches it, and\n\n"
-        '```python\nimport leanlight\n\nloaded = leanlight.load("export")\n```\n\n'
-        "gives its network, or its tensors by name where it has none."
+        '```python\nimport leanlight\n\ntensors = leanlight.load("export")\n```\n\n'
+        "gives its tensors by name."
     )
 
 

@@ -21,6 +21,8 @@ WHOLE = {
     "data prepare": ["digits"],
     "data check": ["digits"],
     "export": ["nowhere"],
+    "push": ["nowhere", "me/x"],
+    "pull": ["me/x"],
     "select": ["features.safetensors", "--rule=random", "--keep=0.5"],
     "methods": [],
     "play": ["nowhere"],
@@ -56,6 +58,11 @@ WRONG = {
     "data check --path": ["vtab --path=nowhere", "emotion_folder --path=nowhere", "diginetica --path=nowhere"],
     "data check --images": ["digits --images=clips", "figstep --path=clips --images=nowhere"],
     "export source": ["nowhere", "binary", "clips", "empty.yaml"],
+    "push source": [f"{source} me/x" for source in ("nowhere", "binary", "clips", "empty.yaml")],
+    "push repo": ["finished me", "finished me/x/y", "finished 'me/a b'"],
+    "push --message": ["--message=", "--message=' '"],
+    "pull repo": ["me", "me/x/y", "datasets/me/x", "'me/a b'"],
+    "pull --revision": ["--revision=", "--revision='a b'", "--revision=../x"],
     "select features": [f"{source} --rule=random --keep=1" for source in ("nowhere", "binary", "clips", "empty.yaml")],
     "select --rule": ["--rule=randon", "--rule=nowhere.Rule", "--rule=pathlib.Path", "--rule=subprocess.Popen"],
     "select --set": ["--set=bins", "--set=bims=2", "--set={", "--set=[1]"],
@@ -87,6 +94,7 @@ FILES = {
     "pictured.jsonl": b'{"instruction": "a", "image": "a.png"}',
     "clips/a.txt": b"words",
     "encoder/config.json": b"{}",
+    "finished/summary.json": b'{"status": "finished"}',
 }
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from smallest import words
 from wandb_file import read_wandb
 
 from leanlight.registry import METHODS
+from leanlight.sharing.card import Origin, write_card
 from scripts.docs_pages import explained
 
 pytestmark = pytest.mark.xdist_group("contract_run")
@@ -140,6 +143,22 @@ for path in folder.glob("*.safetensors"):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "LOADED" in done.stdout or "WEIGHTS" in done.stdout
     assert "False" not in done.stdout
+
+
+def test_its_card_reads_as_the_hub_s_and_what_it_shows_runs_without_the_suite(run, tmp_path):
+    folder = shutil.copytree(run / "artifacts" / "export", tmp_path / "export")
+    text = write_card(folder, Origin.of(run)).read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"]
+    assert "leanlight" in front["tags"]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (shown, *_) = blocks
+    if "FOLDER_OF_THE_BASE" in shown:  # of an adapter, whose base is the user's
+        return
+    hidden = "import sys\nfor name in ('leanlight', 'lit_modules', 'datamodules', 'callbacks', 'lightning'):\n"
+    code = f"{hidden}    sys.modules[name] = None\n{shown}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_what_is_exported_is_the_trained_state(run):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from leanlight.registry import METHODS
 
@@ -59,3 +60,19 @@ def test_an_invented_initial_is_found():
 def test_the_notice_names_the_paper(info):
     notice = " ".join((ROOT / "NOTICE").read_text().split())
     assert info.citation.text in notice
+
+
+@pytest.mark.parametrize("info", CITED, ids=lambda info: info.name)
+def test_the_citation_file_refers_to_the_paper(info):
+    paper = info.citation
+    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert len(references) == len(CITED)
+    (found,) = [each for each in references if each["title"] == paper.title]
+    people = [f"{each['given-names']} {each['family-names']}" for each in found["authors"]]
+    assert people == list(paper.authors)
+    assert found["identifiers"] == [{"type": "other", "value": f"arXiv:{paper.arxiv}"}]
+    assert found["url"] == f"https://arxiv.org/abs/{paper.arxiv}"
+    assert found.get("doi", "") == paper.doi
+    assert str(found["year"]) in paper.bibtex
+    assert found.get("journal", found.get("conference", {}).get("name", "")) == paper.venue
+    assert found.get("notes", "") == paper.note
