@@ -19,7 +19,8 @@ KNOWN |= SAFETY_SETS
 
 def info_of(data: Mapping[str, Any]) -> Info | None:
     """The set that a configuration's ``data`` reads, or None for one that the suite does not know."""
-    module, name = str(data.get("class_path")), (data.get("init_args") or {}).get("dataset")
+    arguments = data.get("init_args")
+    module, name = str(data.get("class_path")), arguments.get("dataset") if isinstance(arguments, Mapping) else None
     if not module.startswith("datamodules."):
         return None
     return (EMOTIONS if module.endswith(".EmotionDataModule") else KNOWN).get(str(name))

@@ -32,6 +32,8 @@ from leanlight.units import show_value, units_of
 TAG = "leanlight"
 #: Stays where it is: hidden files, and the suite's drawings, which may show the data.
 NOT_SHARED = (".*", "*/.*", "media/*", "*/media/*")
+#: Keys of the front matter that are always the suite's.
+_OURS = ("license", "license_name", "tags", "datasets", "metrics", "model-index")
 _FRONT = re.compile(r"---\n(.*?)^---\n(.*)", re.DOTALL | re.MULTILINE)
 #: Licences of the catalogues → names of the hub, beside those of Creative Commons, which differ in their hyphens alone.
 _LICENCES = {"MIT": "mit", "none needed": "apache-2.0", "that of leanlight": "apache-2.0"}
@@ -105,13 +107,16 @@ def write_card(folder: Path, origin: Origin) -> Path:
     """
     path, kind = folder / CARD, kind_of(folder)
     theirs, text = _parts(path)
-    front = {**_front(kind, origin), **{key: value for key, value in theirs.items() if key not in ("tags", "license")}}
-    front["tags"] = list(dict.fromkeys([*_tags(origin), *theirs.get("tags", [])]))
     own = text.partition(CARD_MARK)[0].strip()
+    kept = {key: value for key, value in theirs.items() if own and key not in _OURS}
+    front = {**_front(kind, origin), **kept}
+    front["tags"] = list(dict.fromkeys([*_tags(origin), *(theirs.get("tags", []) if own else [])]))
+    if "base_model" in kept:
+        front |= {"license": "other", "license_name": "that-of-the-base-and-of-the-data"}
     parts = [] if own else [_what(kind, origin)]
     parts += [_data(origin), _figures(kind, origin), _files(folder)]
     parts += [] if own else [_without(folder, kind)]
-    parts += [_with(kind), _limits(kind)]
+    parts += [_with(folder, kind), _limits(kind)]
     body = "\n\n".join(filter(None, [own, CARD_MARK, *parts]))
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
     atomic_write(path, f"---\n{header}---\n\n{body}\n")
@@ -173,9 +178,15 @@ def _front(kind: Kind, origin: Origin) -> dict[str, Any]:
     if origin.data_name:
         front["datasets"] = [origin.data_name]
     if figures := origin.figures:
-        front["metrics"] = [name.partition("/")[2] for name in figures]
+        front["metrics"] = [name.partition("/")[2] for name in _shown(origin)]
         front["model-index"] = [{"name": _title(kind, origin), "results": [_result(kind, origin, figures)]}]
     return front
+
+
+def _shown(origin: Origin) -> list[str]:
+    """Of the figures those that the method's tables show, too; all where these have none of them."""
+    units = units_of(origin.method)
+    return [name for name in origin.figures if name.partition("/")[2] in units] or list(origin.figures)
 
 
 def _result(kind: Kind, origin: Origin, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -194,13 +205,22 @@ def _result(kind: Kind, origin: Origin, figures: Mapping[str, float]) -> dict[st
 
 
 def _licence(origin: Origin) -> dict[str, str]:
-    """The terms of the data, in the hub's words."""
+    """The terms of the data, in the hub's words; unknown where weights of others, with theirs, may be part of it."""
     terms = origin.data.licence if origin.data else ""
-    if not terms or terms in _UNKNOWN:
+    if not terms or terms in _UNKNOWN or _names_weights(origin.config.get("model")):
         return {"license": "unknown"}
     if terms in _LICENCES or terms.startswith("CC "):
         return {"license": _LICENCES.get(terms) or terms.lower().replace(" ", "-")}
     return {"license": "other", "license_name": "-".join(re.findall(r"[a-z0-9]+", terms.lower()))}
+
+
+def _names_weights(config: Any) -> bool:
+    """Whether a model's configuration reads weights that were trained before."""
+    if isinstance(config, Mapping):
+        return any(
+            (key in ("weights", "pretrained") and value) or _names_weights(value) for key, value in config.items()
+        )
+    return isinstance(config, list) and any(map(_names_weights, config))
 
 
 def _tags(origin: Origin) -> list[str]:
@@ -234,7 +254,7 @@ def _data(origin: Origin) -> str:
     if origin.data:
         text = f"{origin.data.title} ({origin.data.origin}). Licence: {origin.data.licence}."
     else:
-        text = f"{origin.data_name}, a set that `leanlight data list` does not know; its own terms hold."
+        text = f"{origin.data_name}, whose own terms hold: `leanlight data list` does not have it, see `NOTICE` there."
     if counts := facts.get("counts"):
         text += " Items: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + "."
     if facts.get("fingerprint"):
@@ -248,7 +268,7 @@ def _figures(kind: Kind, origin: Origin) -> str:
     about = f"seed {seed}" if seed is not None else "one run"
     if origin.figures:
         said = f"Of this run alone ({about}, on {origin.processor or 'a processor that is not known'}), on test data:"
-        shown = {name: show_value(name, value, units) for name, value in origin.figures.items()}
+        shown = {name: show_value(name, origin.figures[name], units) for name in _shown(origin)}
         rows = [f"| {name} | {number} | {unit} |" for name, (number, unit) in shown.items()]
         text = "\n".join([said, "", "| metric | value | unit |", "|---|---:|---|", *rows])
     elif kind.repo_type == "model":
@@ -316,7 +336,7 @@ def _without(folder: Path, kind: Kind) -> str:
         lines, said = kind.use, f"\n\n{use[0].upper()}{use[1:]}." if use else ""
     elif isinstance(use, list):
         lines = "\n".join(use)
-    elif match := re.search(r"module\(\)\((\w+)\)", use):
+    elif (match := re.search(r"module\(\)\((\w+)\)", use)) and "input" in card:
         shape = ", ".join(str(2 if size == "N" else size) for size in card["input"]["shape"])
         lines = f"import torch\n\n{match[1]} = torch.zeros({shape})  # yours\nprint({use})"
     else:
@@ -324,12 +344,15 @@ def _without(folder: Path, kind: Kind) -> str:
     return f"## Use it without Leanlight\n\nIn this folder:\n\n```python\n{lines}\n```{said}"
 
 
-def _with(kind: Kind) -> str:
+def _with(folder: Path, kind: Kind) -> str:
     option = " --type dataset" if kind.repo_type == "dataset" else ""
+    lines = ["import leanlight", "", 'tensors = leanlight.load("export")  # by name']
+    if any(folder.glob("*.pt2")):
+        lines.append('network = leanlight.load("export", program=True)  # may run code: only of who you trust')
+    code = "\n".join(lines)
     return (
-        f"## Use it with Leanlight\n\n`leanlight pull USER/NAME{option} --output export` fetches it, and\n\n"
-        '```python\nimport leanlight\n\ntensors = leanlight.load("export")\n```\n\n'
-        "gives its tensors by name."
+        f"## Use it with Leanlight\n\n`leanlight pull USER/NAME{option} --output export` fetches it.\n\n"
+        f"```python\n{code}\n```"
     )
 
 

@@ -248,6 +248,9 @@ def test_the_card_says_what_the_hub_reads_and_what_the_run_measured(run, capsys)
 
 
 def test_weights_that_were_not_tested_have_no_figures(run):
+    from leanlight.sharing.card import Origin, write_card
+
+    write_card(run / "artifacts" / "export", Origin.of(run))  # of the last weights, which were
     assert main(["export", str(run), "--checkpoint", "best"]) == 0
     card = library.ModelCard.load(run / "artifacts" / "export" / "README.md")
     assert card.data.eval_results is None
@@ -274,6 +277,7 @@ def test_a_method_s_own_card_keeps_its_words_and_gains_what_it_lacks(run):
         write_card(path.parent, Origin.of(run))
         card = library.ModelCard.load(path)
         assert card.data.base_model == "a/b"
+        assert card.data.license == "other"  # that of the base holds, too
         assert {"leanlight", "safety"} <= set(card.data.tags)
         assert card.text.count("Its own words.") == card.text.count("## Figures") == 1
         assert card.text.strip().startswith("# A judge")
@@ -304,6 +308,16 @@ def test_the_licence_is_that_of_the_data_in_the_hub_s_words(dataset, licence, tm
     text = write_card(tmp_path, Origin(config={"data": data})).read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert {key: value for key, value in front.items() if key.startswith("license")} == licence
+
+
+def test_a_run_that_began_with_other_weights_has_no_licence_of_the_data_alone(tmp_path):
+    from leanlight.sharing.card import Origin, write_card
+
+    data = {"class_path": "datamodules.ImageDataModule", "init_args": {"dataset": "digits"}}
+    for network, licence in (({"pretrained": False}, "cc-by-4.0"), ({"pretrained": True}, "unknown")):
+        model = {"init_args": {"networks": [{"init_args": network}]}}
+        text = write_card(tmp_path, Origin(config={"data": data, "model": model})).read_text()
+        assert yaml.safe_load(text.split("---")[1])["license"] == licence
 
 
 @pytest.mark.parametrize(
