@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from leanlight import __version__
 from leanlight.contracts.errors import MissingExtraError, UserError
 from leanlight.runs import CARD
 from leanlight.sharing.card import NOT_SHARED, TAG, is_export
@@ -58,7 +57,7 @@ def push(folder: Path, repo: str, repo_type: RepoType, message: str, private: bo
         message: of the commit.
         private: make a new repository private; one that is there stays what it is.
     """
-    api = _hub().HfApi(library_name=TAG, library_version=__version__)
+    api = _hub().HfApi(library_name=TAG)
     with _one_line(repo, api.endpoint):
         url = api.create_repo(repo, repo_type=repo_type, private=private or None, exist_ok=True)
         api.upload_folder(
@@ -85,7 +84,7 @@ def pull(repo: str, revision: str | None, output: Path | None, repo_type: RepoTy
     """
     hub = _hub()
     _check_name(repo)
-    api = hub.HfApi(library_name=TAG, library_version=__version__)
+    api = hub.HfApi(library_name=TAG)
     with _one_line(repo, api.endpoint):
         kind, commit = _find(api, repo, revision, [repo_type] if repo_type else ["model", "dataset"])
         where: dict[str, Any] = {"repo_type": kind, "revision": commit}
