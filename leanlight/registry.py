@@ -158,6 +158,7 @@ COMMANDS = (
     Command("predict", "leanlight.cli.train", "write a model's predictions; --from RUN_DIR as for test"),
     Command("run", "leanlight.cli.run", "run a pipeline of stages, reusing those that are finished"),
     Command("reproduce", "leanlight.cli.reproduce", "run what a result table lacks and write its figures and verdicts"),
+    Command("sweep", "leanlight.cli.sweep", "search settings on this machine by a W&B sweep file and validation data"),
     Command("report", "leanlight.cli.report", "turn results into Markdown, figures and one HTML page"),
     Command("benchmark", "leanlight.cli.benchmark", "measure speed and memory of methods, compare files or commits"),
     Command("data", "leanlight.cli.data", "list, prepare and check data sets"),

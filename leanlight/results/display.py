@@ -21,7 +21,7 @@ VERDICT_STYLE = {"reproduced": "green", "not_reproduced": "red", "inconclusive":
 class CellProgress:
     """A bar over cells with the time that is left, and a line for each running cell; plain lines without a terminal."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(self, total: int, console: Console | None = None, what: str = "cells") -> None:
         self.console = console or Console()
         self.total, self.done = total, 0
         self._lines: dict[str, Any] = {}
@@ -37,7 +37,7 @@ class CellProgress:
                 *fields,
             )
             self._bar = Progress(*columns, console=self.console)
-            self._all = self._bar.add_task("cells", total=total, state=f"0/{total}", left="")
+            self._all = self._bar.add_task(what, total=total, state=f"0/{total}", left="")
 
     def __enter__(self) -> CellProgress:
         if self._bar:

@@ -61,15 +61,15 @@ def draw_curves(curves: Sequence[Curve], xlabel: str, ylabel: str, theme: Theme 
                 axes.fill_between(lines[0][0], values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
             lines = [(lines[0][0], list(values.mean(0)))]
         for order, (x, y) in enumerate(lines):
-            label = _plain(curve.label, 40) if order == 0 else None
+            label = plain(curve.label, 40) if order == 0 else None
             marker = "." if len(x) < 15 else None
             axes.plot(x, y, color=color, linestyle=style, linewidth=1.3, alpha=0.9, label=label, marker=marker)
-    axes.set_xlabel(_plain(xlabel), color=theme.text, fontsize=8.5)
-    axes.set_title(_plain(ylabel), loc="left", color=theme.text, fontsize=9.5)
-    _calm(axes, theme)
+    axes.set_xlabel(plain(xlabel), color=theme.text, fontsize=8.5)
+    axes.set_title(plain(ylabel), loc="left", color=theme.text, fontsize=9.5)
+    calm(axes, theme)
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, labelcolor=theme.text)
     legend.set_frame_on(False)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_profile(groups: Mapping[str, Sequence[Sequence[float]]], xlabel: str, theme: Theme = LIGHT) -> bytes:
@@ -81,14 +81,14 @@ def draw_profile(groups: Mapping[str, Sequence[Sequence[float]]], xlabel: str, t
     thresholds = np.linspace(low, high + 0.05 * ((high - low) or 1.0), 300)
     for position, (label, tasks) in enumerate(groups.items()):
         color = PALETTE[position % len(PALETTE)]
-        axes.plot(thresholds, shares_above(tasks, thresholds), color=color, linewidth=1.5, label=_plain(label, 28))
+        axes.plot(thresholds, shares_above(tasks, thresholds), color=color, linewidth=1.5, label=plain(label, 28))
         axes.fill_between(thresholds, *confidence_band(tasks, thresholds), color=color, alpha=0.18, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel(_plain(f"{xlabel} τ"), color=theme.text, fontsize=8.5)
+    axes.set_xlabel(plain(f"{xlabel} τ"), color=theme.text, fontsize=8.5)
     axes.set_title("Share of runs above τ, with 95 % band", loc="left", color=theme.text, fontsize=9.5)
-    _calm(axes, theme)
+    calm(axes, theme)
     axes.legend(fontsize=7.5, frameon=False, labelcolor=theme.text)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_means(
@@ -122,15 +122,15 @@ def draw_means(
             linewidth=1.3,
             capsize=2,
             alpha=0.9,
-            label=_plain(label, 40),
+            label=plain(label, 40),
         )
     _mark_settings(axes, sorted({x for points in lines.values() for x, _ in points}))
-    axes.set_xlabel(_plain(xlabel.replace("_", " ")), color=theme.text, fontsize=8.5)
-    axes.set_ylabel(_plain(ylabel), color=theme.text, fontsize=8.5)
-    axes.set_title(_plain(f"{title}, mean and 95 % interval"), loc="left", color=theme.text, fontsize=9.5)
-    _calm(axes, theme)
+    axes.set_xlabel(plain(xlabel.replace("_", " ")), color=theme.text, fontsize=8.5)
+    axes.set_ylabel(plain(ylabel), color=theme.text, fontsize=8.5)
+    axes.set_title(plain(f"{title}, mean and 95 % interval"), loc="left", color=theme.text, fontsize=9.5)
+    calm(axes, theme)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5, frameon=False, labelcolor=theme.text)
-    return _png(figure)
+    return png(figure)
 
 
 def _mark_settings(axes: Axes, x: Sequence[float]) -> None:
@@ -142,7 +142,8 @@ def _mark_settings(axes: Axes, x: Sequence[float]) -> None:
         axes.set_xticks([], minor=True)
 
 
-def _calm(axes: Axes, theme: Theme) -> None:
+def calm(axes: Axes, theme: Theme) -> None:
+    """Give axes the suite's look: a faint grid, no frame."""
     axes.set_facecolor(theme.ground)
     axes.grid(color=theme.faint, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -151,13 +152,14 @@ def _calm(axes: Axes, theme: Theme) -> None:
     axes.tick_params(colors=theme.text, labelsize=8.5, length=0)
 
 
-def _plain(text: str, longest: int = 60) -> str:
+def plain(text: str, longest: int = 60) -> str:
     """Text that fits and that matplotlib takes literally: a dollar would start a formula."""
     short = text if len(text) <= longest else text[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
     return short.replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as PNG."""
     figure.tight_layout(pad=0.6)
     buffer = io.BytesIO()
     # No metadata: the same results give the same bytes.

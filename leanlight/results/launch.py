@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,11 +171,12 @@ class Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     workers: int,
     devices: Sequence[str] = (),
     *,
     started: Callable[[Job], None] = lambda job: None,
+    watched: Callable[[Job, Child], None] = lambda job, process: None,
     ended: Callable[[Job, int], None] = lambda job, code: None,
 ) -> None:
     """Run all jobs, at most `workers` side by side, each slot on its device; one that fails does not stop the others.
@@ -183,29 +184,32 @@ def run_jobs(
     On Ctrl-C the running children are stopped cleanly; it is raised on.
 
     Args:
-        jobs: in order of their start.
+        jobs: in order of their start; each is asked for when a slot is free for it.
         workers: processes side by side.
         devices: GPUs as ``CUDA_VISIBLE_DEVICES`` names them, dealt out to the slots; none: every job sees all.
         started: told of each start.
+        watched: told of each running child ten times a second.
         ended: told of each end with its exit code.
     """
-    waiting, running = list(reversed(jobs)), dict[int, tuple[Job, Child]]()
+    waiting, running, asking = iter(jobs), dict[int, tuple[Job, Child]](), True
     # For as many runs as there are slots imports take no longer side by side; what may use a GPU must not be forked.
-    forks = len(jobs) > workers and sys.platform == "linux" and not visible_gpus()
+    few = isinstance(jobs, Sized) and len(jobs) <= workers
+    forks = not few and sys.platform == "linux" and not visible_gpus()
     forker = Forker(environment(workers)) if forks else None
     try:
-        while waiting or running:
-            for slot in range(workers):
-                if slot not in running and waiting:
-                    job = waiting.pop()
-                    env = environment(workers, devices[slot % len(devices)] if devices else None)
-                    process = job.start(env, forker)
-                    if isinstance(process, int):
-                        ended(job, process)
-                    else:
-                        running[slot] = job, process
-                        started(job)
+        while asking or running:
+            free, begun = [slot for slot in range(workers) if asking and slot not in running], 0
+            for begun, (slot, job) in enumerate(zip(free, waiting, strict=False), start=1):  # noqa: B007
+                env = environment(workers, devices[slot % len(devices)] if devices else None)
+                process = job.start(env, forker)
+                if isinstance(process, int):
+                    ended(job, process)
+                else:
+                    running[slot] = job, process
+                    started(job)
+            asking = asking and begun == len(free)
             for slot, (job, process) in list(running.items()):
+                watched(job, process)
                 code = process.poll()
                 if code is not None:
                     del running[slot]

@@ -29,6 +29,7 @@ WHOLE = {
     "recommend": ["nowhere"],
     "audit": ["--data=samples.jsonl", "--judge=keyword"],
     "flower": ["sfedca/digits_small"],
+    "sweep": ["sweeps/classifier_lr"],
 }
 # Of options whose type is text or a file to read: words to put on the command line, each a wrong one.
 WRONG = {
@@ -81,6 +82,7 @@ WRONG = {
     "audit --threshold": [f"--threshold={each}" for each in ("response=many", "respons=0.5", "response=1", "1")],
     "audit --fail-above": ["--fail-above=many", "--fail-above=-1", "--fail-above=nan", "--fail-above=answer=0.1"],
     "flower configs": ["sfedca/digits_smal", "nowhere.yaml"],
+    "sweep file": ["sweeps/classifier_l", "nowhere.yaml", "binary", "empty.yaml", "clips", "classifier/digits_small"],
     "audit --compare": ["--compare=nowhere", "--data=a --compare nowhere nowhere"],
 }
 #: Any text names a package; a category is looked up in a model, which `tests/cli/test_recommend.py` has, a connection
