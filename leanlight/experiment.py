@@ -39,7 +39,7 @@ from leanlight.predictions import read_predictions
 from leanlight.recorder import PythonRun, RunRecorder
 from leanlight.registry import config_root
 from leanlight.standard import STANDARD_CALLBACKS
-from leanlight.tracking import close_wandb, open_logger, open_wandb
+from leanlight.tracking import close_wandb, open_logger, open_wandb, tell_lineage
 from lit_modules.admission import TRUST, only_admitted
 from lit_modules.hparams import rebuild
 
@@ -298,6 +298,8 @@ class Session:
                     close_wandb(self.trainer.loggers, exit_code=1)
                     raise
                 self._tell_best()
+                if self.cli.only in ("fit", "predict") and self.trainer.is_global_zero:
+                    tell_lineage(self.trainer.loggers, self.run_dir, self.cli.resolved["run"]["inputs"] or {})
                 close_wandb(self.trainer.loggers, exit_code=0)
         self._say_where()
 

@@ -84,6 +84,8 @@ class RunRecorder(pl.Callback):
     # -- Lightning hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if (metric := getattr(pl_module, "primary_metric", None)) is not None:
+            self.summary["primary_metric"] = {"name": metric.name, "mode": metric.mode}
         for logger in trainer.loggers:
             if hasattr(logger, "progress"):
                 logger.progress = partial(progress_of, pl_module)

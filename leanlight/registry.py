@@ -172,6 +172,7 @@ COMMANDS = (
         stage=True,
         record="selection.json",
     ),
+    Command("dashboard", "leanlight.cli.dashboard", "make a method's dashboard at W&B from what its runs log"),
     Command("flower", "leanlight.cli.flower", "run a federation on Flower, simulated or on nodes of its own"),
     Command("methods", "leanlight.cli.methods", "list methods, configs, tables, pipelines and papers"),
 )

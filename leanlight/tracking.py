@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -186,9 +187,6 @@ def log_selection(features: Path, output: Path, record: Mapping[str, Any], mode:
 def _log_selection(features: Path, output: Path, record: Mapping[str, Any], mode: str) -> None:
     """Log a selection as a W&B run with an artefact, made of another one that stands for its features.
 
-    Online W&B draws that line itself. Offline it knows no use of artefacts, so both are logged and the metadata of the
-    selection name the features.
-
     Args:
         features: what was selected from.
         output: folder of the selection; the run's files lie in ``wandb`` of the run folder that it belongs to.
@@ -201,7 +199,7 @@ def _log_selection(features: Path, output: Path, record: Mapping[str, Any], mode
     settings = _settings(source)
     offline = is_offline(mode)
     prepare_wandb(place)
-    name = f"{source.name}-{output.name}" if place == source else place.name
+    name = _selection_name(output)
     told = {key: value for key, value in record.items() if key not in ("details", "counts", "code_files")}
     run = wandb.init(
         project=settings.get("wandb_project", "leanlight"),
@@ -216,12 +214,87 @@ def _log_selection(features: Path, output: Path, record: Mapping[str, Any], mode
     description = source / "artifacts" / "predictions" / "predictions.json"
     if description.is_file():
         used.add_file(str(description))
-    run.log_artifact(used) if offline else run.use_artifact(used)
-    chosen = wandb.Artifact(_title(f"{name}-selection"), type="selection", metadata={**told, "source": used.name})
-    for path in sorted(output.glob("selection.*")):
-        chosen.add_file(str(path))
-    run.log_artifact(chosen, aliases=["latest"])
+    _use(run, used)
+    if source != features.resolve():
+        _use(run, _run_artifact(source))
+    run.log_artifact(_selection(output, {**told, "source": used.name}), aliases=["latest"])
     run.finish()
+
+
+def tell_lineage(loggers: Sequence[Logger], run_dir: Path, inputs: Mapping[str, str]) -> None:
+    """Tell W&B what a finished run was made of and what later ones read, so that it draws data, teacher, student.
+
+    Data and runs are artefacts without content: sha256 alone. Who reads a run's files names by them the very version
+    that the run has logged. Offline runs have it in their files, and the lines are there after `wandb sync`.
+
+    Args:
+        loggers: of the trainer.
+        run_dir: the run folder.
+        inputs: its ``run.inputs``.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    from callbacks.sending import attempt
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            attempt(logger, "tables and artefacts", _tell_lineage, logger.experiment, run_dir, inputs)
+
+
+def _tell_lineage(run: Any, run_dir: Path, inputs: Mapping[str, str]) -> None:
+    summary = runs.read_summary(run_dir) or {}
+    if data := summary.get("data"):
+        _use(run, _stand_in(f"data-{data['name']}", "dataset", {key: data[key] for key in ("fingerprint", "counts")}))
+    for name, path in inputs.items():
+        place = Path(path).resolve()
+        folder = place if place.is_dir() else place.parent
+        if (folder / "selection.json").is_file():
+            _use(run, _selection(folder, {}))
+        elif (made := runs.run_of(place)) != place:
+            _use(run, _run_artifact(made))
+        else:
+            _use(run, _stand_in(f"input-{name}", "input", {"sha256": (summary.get("inputs") or {}).get(name)}))
+    run.log_artifact(_run_artifact(run_dir), aliases=["latest"])
+
+
+def _use(run: Any, artifact: Any) -> None:
+    """Make an artefact, if it is new, an input of a run.
+
+    ``use_artifact`` would wait for the server and knows no offline run; what it calls does neither.
+    """
+    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+
+
+def _stand_in(title: str, kind: str, content: Mapping[str, Any]) -> Any:
+    """An artefact whose version is decided by what `content` says."""
+    import wandb
+
+    artifact = wandb.Artifact(_title(title), type=kind, metadata=dict(content))
+    with artifact.new_file("content.json", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True))
+    return artifact
+
+
+def _run_artifact(folder: Path) -> Any:
+    summary, settings = runs.read_summary(folder) or {}, _settings(folder)
+    title = f"{summary.get('method')}-{settings.get('experiment') or summary.get('dataset')}-run"
+    files = {item["path"]: item["sha256"] for item in summary.get("artifacts") or []}
+    return _stand_in(title, "run", {"run": summary.get("run_id"), "files": files})
+
+
+def _selection_name(output: Path) -> str:
+    place = runs.run_of(output.resolve())
+    return output.name if place == output.resolve() else f"{place.name}-{output.name}"
+
+
+def _selection(output: Path, metadata: Mapping[str, Any]) -> Any:
+    """The artefact of a selection, the same for who made it and who reads it."""
+    import wandb
+
+    artifact = wandb.Artifact(_title(f"{_selection_name(output)}-selection"), type="selection", metadata=dict(metadata))
+    for path in sorted(output.glob("selection.*")):
+        artifact.add_file(str(path))
+    return artifact
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:

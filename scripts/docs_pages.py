@@ -9,15 +9,14 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from leanlight.benchmarks.core import read as read_benchmark
 from leanlight.benchmarks.overview import SHOWN, parts_table, performance_table, read_rows
 from leanlight.configs_path import find_config
+from leanlight.glossary import glossary
 from leanlight.registry import METHODS, MethodInfo, commands
 from leanlight.results.markdown import escape, markdown_table, suite_table
 from leanlight.results.report import find_documents
@@ -38,31 +37,10 @@ TUTORIALS = ROOT / "site" / "tutorials"
 # ---- metrics ----
 
 
-@cache
-def metrics() -> dict[str, Any]:
-    """Groups of logged names with unit and meaning, and what a <place> in a name allows."""
-    return yaml.safe_load((ROOT / "docs" / "metrics.yaml").read_text())
-
-
-@cache
-def _patterns() -> list[re.Pattern[str]]:
-    places = metrics()["places"]
-    names = [name for group in metrics()["groups"].values() for name in group]
-    return [
-        re.compile("".join(f"(?:{places[part[1:-1]]})" if part[0] == "<" else re.escape(part) for part in parts))
-        for parts in (re.findall(r"<\w+>|[^<]+", name) for name in names)
-    ]
-
-
-def explained(name: str) -> bool:
-    """Whether the page of metrics has a logged name."""
-    return any(pattern.fullmatch(name) for pattern in _patterns())
-
-
 def metrics_page() -> str:
     """Every logged name with its unit, a table a group."""
     parts = []
-    for title, group in metrics()["groups"].items():
+    for title, group in glossary()["groups"].items():
         rows = [[f"`{name}`", escape(unit), escape(what)] for name, (unit, what) in group.items()]
         parts += [f"## {title}", markdown_table(["Logged", "Unit", "What"], rows, right=3)]
     return "\n\n".join(parts)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +34,7 @@ def show(trial: FrozenTrial, spec: SweepSpec) -> str:
     """A trial in one line."""
     entry = _entry(trial, spec)
     value = "" if entry["value"] is None else f" {spec.metric} {entry['value']:.4g}"
-    return f"{entry['state']}{value}  {_settings(entry['parameters'])} "
+    return f"{entry['state']}{value}  {_settings(entry['parameters'])}"
 
 
 def _settings(parameters: Mapping[str, Any]) -> str:
@@ -126,15 +127,15 @@ def _draw(entries: Sequence[dict[str, Any]], spec: SweepSpec) -> bytes:
             so_far = [best(entry["value"] for entry in finished[: i + 1]) for i in range(len(finished))]
             axes.step([e["number"] for e in finished], so_far, where="post", color=PALETTE[1], linewidth=1.3)
             axes.set_xlabel("trial", color=LIGHT.text, fontsize=8.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_title(plain(f"{spec.metric}, and the best so far"), loc="left", color=LIGHT.text, fontsize=9.5)
         else:
             places = [entry["parameters"][parameter.key] for entry in measured]
             axes.set_xlabel(plain(parameter.key.rpartition(".")[2], 40), color=LIGHT.text, fontsize=8.5)
             if parameter.choices:
-                texts = list(parameter.choices)
-                kept = list(parameter.choices.values())
-                places = [kept.index(value) for value in places]
-                axes.set_xticks(range(len(texts)), [plain(text, 10) for text in texts])
+                values = list(parameter.choices.values())
+                places = [values.index(value) for value in places]
+                axes.set_xticks(range(len(values)), [plain(text, 10) for text in parameter.choices])
             elif parameter.log:
                 axes.set_xscale("log")
         _scatter(axes, places, measured)

@@ -30,6 +30,7 @@ WHOLE = {
     "audit": ["--data=samples.jsonl", "--judge=keyword"],
     "flower": ["sfedca/digits_small"],
     "sweep": ["sweeps/classifier_lr"],
+    "dashboard": ["esvae"],
 }
 # Of options whose type is text or a file to read: words to put on the command line, each a wrong one.
 WRONG = {
@@ -82,12 +83,14 @@ WRONG = {
     "audit --threshold": [f"--threshold={each}" for each in ("response=many", "respons=0.5", "response=1", "1")],
     "audit --fail-above": ["--fail-above=many", "--fail-above=-1", "--fail-above=nan", "--fail-above=answer=0.1"],
     "flower configs": ["sfedca/digits_smal", "nowhere.yaml"],
-    "sweep file": ["sweeps/classifier_l", "nowhere.yaml", "binary", "empty.yaml", "clips", "classifier/digits_small"],
+    "dashboard source": ["esvay", "nowhere", "binary", "empty.yaml", "clips"],
+    "dashboard --runs-root": ["esvae --runs-root=nowhere"],
+    "sweep file": ["sweeps/classifier_l", "nowhere.yaml", "binary", "empty.yaml", "clips"],
     "audit --compare": ["--compare=nowhere", "--data=a --compare nowhere nowhere"],
 }
-#: Any text names a package; a category is looked up in a model, which `tests/cli/test_recommend.py` has, a connection
-#: in Flower's own configuration.
-FREE = ("--trust", "--category", "--superlink")
+#: Any text names a package, or somebody and something at W&B; a category is looked up in a model, which
+#: `tests/cli/test_recommend.py` has, a connection in Flower's own configuration.
+FREE = ("--trust", "--category", "--superlink", "--entity", "--project")
 FILES = {
     "binary": b"\x00\xff\xfe not a text",
     "empty.yaml": b"",

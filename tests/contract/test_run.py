@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from smallest import words
 from wandb_file import read_wandb
 
+from leanlight.glossary import meaning
 from leanlight.registry import METHODS
+from leanlight.results.dashboard import describe
 from leanlight.sharing.card import Origin, write_card
-from scripts.docs_pages import explained
 
 pytestmark = pytest.mark.xdist_group("contract_run")
 
@@ -63,10 +64,29 @@ def test_the_summary_says_what_was_run_and_what_came_out(run):
 def test_every_logged_name_is_split_slash_metric_and_in_the_docs_with_its_unit(run):
     with open(run / "metrics.csv", newline="") as file:
         names = csv.DictReader(file).fieldnames
-    assert [name for name in names if not explained(name)] == [], "docs/metrics.yaml: add them"
+    assert [name for name in names if not meaning(name)] == [], "docs/metrics.yaml: add them"
     for name in set(names) - {"step", "epoch"}:
         assert name.split("/")[0] in ("train", "val", "test", "progress"), name
     assert any(name.startswith("progress/") for name in names)
+
+
+def test_a_dashboard_of_it_shows_what_it_has_logged_and_no_more(run):
+    dashboard = describe(run)
+    shown = {name for panels in dashboard.sections.values() for panel in panels for name in panel.metrics}
+    with open(run / "metrics.csv", newline="") as file:
+        columns = set(csv.DictReader(file).fieldnames)
+    assert shown <= columns | set(read_wandb(next((run / "wandb").rglob("*.wandb")))["history"])
+    assert shown >= {name for name in columns if name.startswith(("train/", "val/", "test/"))}
+    assert dashboard.x in columns
+    assert {"Judged by", "Pictures"} <= set(dashboard.sections)
+
+
+def test_wandb_is_told_what_the_run_was_made_of(run):
+    record = read_wandb(next((run / "wandb").rglob("*.wandb")))
+    summary = json.loads((run / "summary.json").read_text())
+    assert [name for name in record["used"] if name.startswith("data-")] == [f"data-{summary['data']['name']}"]
+    assert len(record["used"]) == 1 + len(summary["inputs"])
+    assert f"{summary['method']}-" in next(name for name in record["artifacts"] if name.endswith("-run"))
 
 
 def test_the_saved_config_is_complete_and_runs_again(run):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from leanlight.benchmarks.overview import performance_page, read_rows
+from leanlight.glossary import glossary, meaning
 from leanlight.registry import METHODS, commands
 from scripts import docs_pages
 
@@ -35,16 +36,16 @@ def test_every_metric_of_a_table_is_explained(path):
     names = yaml.safe_load(path.read_text())["metrics"]
     logged = [re.sub(r"^stages/\w+/", "", name) for name in names]
     logged = [name for name in logged if not name.startswith("summary/") and "/" in name]
-    assert [name for name in logged if not docs_pages.explained(name)] == []
+    assert [name for name in logged if not meaning(name)] == []
 
 
 def test_a_name_that_nobody_logs_is_not_explained():
     for name in ("test/accuraccy", "test/gaussian_6", "val/hr_x", "accuracy", "test/loss/more"):
-        assert not docs_pages.explained(name)
+        assert not meaning(name)
 
 
 def test_every_metric_has_a_unit_a_meaning_and_one_place():
-    groups = docs_pages.metrics()["groups"].values()
+    groups = glossary()["groups"].values()
     names = [name for group in groups for name in group]
     assert len(names) == len(set(names))
     for group in groups:
@@ -52,7 +53,7 @@ def test_every_metric_has_a_unit_a_meaning_and_one_place():
             assert unit, name
             assert what, name
     used = set(re.findall(r"<(\w+)>", " ".join(names)))
-    assert used == set(docs_pages.metrics()["places"])
+    assert used == set(glossary()["places"])
 
 
 # ---- methods, commands, packages ----

@@ -626,7 +626,8 @@ def test_a_selection_is_an_artefact_made_of_its_features(run, place):
     done.communicate()
     (file,) = run.glob("wandb/offline-*/*.wandb")
     found = read_wandb(file)
-    assert found["artifacts"] == ["run-features", "run-chosen-selection"]
+    assert found["used"][0] == "run-features"
+    assert found["artifacts"] == ["run-chosen-selection"]
     told = record(run / "artifacts/chosen")
     for key in ("rule", "keep", "seed", "data", "weights", "features", "rho", "sha256"):
         assert found["config"][key] == told[key]

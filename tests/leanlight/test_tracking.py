@@ -1,5 +1,6 @@
 """W&B begins online, else offline, else not at all, and never stops the run."""
 
+import json
 import os
 import signal
 import threading
@@ -228,3 +229,61 @@ def test_an_end_without_the_server_is_one_line_that_says_where_the_copy_lies(cap
     logger._experiment = SimpleNamespace(finish=finish, dir="/runs/a/wandb/run-1/files")
     tracking.close_wandb([logger], 0)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+class Told:
+    """Keeps what a run of W&B is told to log and to use, instead of sending it."""
+
+    def __init__(self):
+        self.logged, self.used = [], []
+
+    def log_artifact(self, artifact, aliases):
+        self.logged.append((artifact.name, artifact.type, artifact.manifest.digest()))
+
+    def _log_artifact(self, artifact, is_user_created, use_after_commit):
+        assert use_after_commit
+        self.used.append((artifact.name, artifact.type, artifact.manifest.digest()))
+
+
+def finished(folder, weights, inputs=None, data="digits"):
+    """A run folder with a checkpoint, and what its W&B run was told."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {experiment: base}")
+    artifacts = [{"path": "checkpoints/last.ckpt", "sha256": weights, "bytes": 3}]
+    facts = {"name": data, "source": str(folder), "fingerprint": "f" * 64, "counts": {"train": 4}}
+    summary = {"method": "m", "dataset": data, "run_id": folder.name, "artifacts": artifacts, "data": facts}
+    summary["inputs"] = dict.fromkeys(inputs or {}, "0" * 64)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    told = Told()
+    tracking._tell_lineage(told, folder, {name: str(path) for name, path in (inputs or {}).items()})
+    return told
+
+
+def test_a_student_uses_the_very_version_that_its_teacher_has_logged(tmp_path):
+    teacher = finished(tmp_path / "runs/m/digits/teacher", "a" * 64)
+    other = finished(tmp_path / "runs/m/digits/other", "b" * 64)
+    given = {"teacher": tmp_path / "runs/m/digits/teacher/checkpoints/last.ckpt"}
+    student = finished(tmp_path / "runs/m/digits/student", "c" * 64, given)
+    assert student.used[1:] == teacher.logged
+    assert student.used[:1] == teacher.used  # the data
+    assert teacher.logged[0][0] == "m-base-run"
+    assert len({told.logged[0] for told in (teacher, other, student)}) == 3
+
+
+def test_who_trains_on_a_selection_uses_what_the_selection_has_logged(tmp_path):
+    scorer = tmp_path / "runs/adq/digits/scorer"
+    finished(scorer, "a" * 64)
+    chosen = scorer / "artifacts/chosen"
+    chosen.mkdir(parents=True)
+    for name in ("selection.json", "selection.safetensors"):
+        (chosen / name).write_text(name)
+    made = tracking._selection(chosen, {"rule": "random"})
+    given = {"selection": chosen / "selection.safetensors"}
+    student = finished(tmp_path / "runs/m/digits/student", "c" * 64, given)
+    assert student.used[1:] == [(made.name, "selection", made.manifest.digest())]
+
+
+def test_an_input_of_no_run_stands_for_itself(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    student = finished(tmp_path / "runs/m/digits/student", "c" * 64, {"weights": tmp_path / "weights.bin"})
+    assert student.used[1][:2] == ("input-weights", "input")

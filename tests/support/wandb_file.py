@@ -34,8 +34,8 @@ def records(path):
 
 
 def read_wandb(path):
-    """Return {config, history (last value by name), artifacts, metrics, group} of a run."""
-    found = {"config": {}, "history": {}, "artifacts": [], "metrics": [], "group": None}
+    """Return {config, history (last value by name), artifacts, used (artifacts), metrics, group} of a run."""
+    found = {"config": {}, "history": {}, "artifacts": [], "used": [], "metrics": [], "group": None}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "config":
@@ -50,7 +50,7 @@ def read_wandb(path):
             for item in record.history.item:
                 found["history"][item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         elif kind == "artifact":
-            found["artifacts"].append(record.artifact.name)
+            found["used" if record.artifact.use_after_commit else "artifacts"].append(record.artifact.name)
         elif kind == "metric":
             found["metrics"].append(record.metric.name or record.metric.glob_name)
         elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
