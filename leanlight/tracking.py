@@ -215,7 +215,7 @@ def _log_selection(features: Path, output: Path, record: Mapping[str, Any], mode
     if description.is_file():
         used.add_file(str(description))
     _use(run, used)
-    if source != features.resolve():
+    if runs.read_summary(source):
         _use(run, _run_artifact(source))
     run.log_artifact(_selection(output, {**told, "source": used.name}), aliases=["latest"])
     run.finish()
@@ -238,11 +238,11 @@ def tell_lineage(loggers: Sequence[Logger], run_dir: Path, inputs: Mapping[str, 
 
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            attempt(logger, "tables and artefacts", _tell_lineage, logger.experiment, run_dir, inputs)
+            attempt(logger, "tables and artefacts", _tell_lineage, logger, run_dir, inputs)
 
 
-def _tell_lineage(run: Any, run_dir: Path, inputs: Mapping[str, str]) -> None:
-    summary = runs.read_summary(run_dir) or {}
+def _tell_lineage(logger: WandbLogger, run_dir: Path, inputs: Mapping[str, str]) -> None:
+    run, summary = logger.experiment, runs.read_summary(run_dir) or {}
     if data := summary.get("data"):
         _use(run, _stand_in(f"data-{data['name']}", "dataset", {key: data[key] for key in ("fingerprint", "counts")}))
     for name, path in inputs.items():
@@ -250,7 +250,7 @@ def _tell_lineage(run: Any, run_dir: Path, inputs: Mapping[str, str]) -> None:
         folder = place if place.is_dir() else place.parent
         if (folder / "selection.json").is_file():
             _use(run, _selection(folder, {}))
-        elif (made := runs.run_of(place)) != place:
+        elif runs.read_summary(made := runs.run_of(place)):
             _use(run, _run_artifact(made))
         else:
             _use(run, _stand_in(f"input-{name}", "input", {"sha256": (summary.get("inputs") or {}).get(name)}))

@@ -77,6 +77,7 @@ class Sweep:
         with locked(self.folder):
             self.study = self._open()
             left = self.total - sum(trial.state.is_finished() for trial in self.study.trials)
+            # Optuna warns of what is experimental in it.
             with CellProgress(max(left, 0), what="trials") as self.progress, warnings.catch_warnings(action="ignore"):
                 if left > 0:
                     self.progress.say(f"sweep {self.spec.name}: {left} of {self.total} trials to run")

@@ -23,6 +23,7 @@ _KEYS = "program command method metric parameters early_terminate run_cap name d
 _RESERVED = ("run.id", "trainer.default_root_dir", "resume", "from")
 _PROGRAM = ("${env}", "/usr/bin/env", "${interpreter}", "python", "python3", "-m")  # may stand before leanlight
 _LARGEST_GRID = 10_000
+_FEW = 20  # values of a parameter, which are all tried on the config before anything runs
 _DISTRIBUTIONS = {"constant": "value", "categorical": "values"} | {
     name: f"min max {'q' * name.startswith('q_')}"
     for name in (
@@ -73,8 +74,9 @@ class Parameter:
         return int(number) if self.step.is_integer() else number
 
     def samples(self) -> list[Any]:
-        """Values that show whether the config takes it: all of a few, the ends of a range."""
-        return list(self.choices.values()) or [self._rounded(self.low), self._rounded(self.high)]
+        """Values that show whether the config takes it: all of a few, else the first and the last."""
+        values = list(self.choices.values()) or [self._rounded(self.low), self._rounded(self.high)]
+        return values if len(values) <= _FEW else [values[0], values[-1]]
 
     def on_grid(self, where: str) -> Parameter:
         """The same as a choice of all its values; UserError where they are not few."""

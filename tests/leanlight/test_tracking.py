@@ -255,7 +255,9 @@ def finished(folder, weights, inputs=None, data="digits"):
     summary["inputs"] = dict.fromkeys(inputs or {}, "0" * 64)
     (folder / "summary.json").write_text(json.dumps(summary))
     told = Told()
-    tracking._tell_lineage(told, folder, {name: str(path) for name, path in (inputs or {}).items()})
+    tracking._tell_lineage(
+        SimpleNamespace(experiment=told), folder, {name: str(path) for name, path in (inputs or {}).items()}
+    )
     return told
 
 
@@ -264,7 +266,8 @@ def test_a_student_uses_the_very_version_that_its_teacher_has_logged(tmp_path):
     other = finished(tmp_path / "runs/m/digits/other", "b" * 64)
     given = {"teacher": tmp_path / "runs/m/digits/teacher/checkpoints/last.ckpt"}
     student = finished(tmp_path / "runs/m/digits/student", "c" * 64, given)
-    assert student.used[1:] == teacher.logged
+    whole = finished(tmp_path / "runs/m/digits/whole", "d" * 64, {"teacher": tmp_path / "runs/m/digits/teacher"})
+    assert student.used[1:] == whole.used[1:] == teacher.logged
     assert student.used[:1] == teacher.used  # the data
     assert teacher.logged[0][0] == "m-base-run"
     assert len({told.logged[0] for told in (teacher, other, student)}) == 3
