@@ -254,10 +254,8 @@ def finished(folder, weights, inputs=None, data="digits"):
     summary = {"method": "m", "dataset": data, "run_id": folder.name, "artifacts": artifacts, "data": facts}
     summary["inputs"] = dict.fromkeys(inputs or {}, "0" * 64)
     (folder / "summary.json").write_text(json.dumps(summary))
-    told = Told()
-    tracking._tell_lineage(
-        SimpleNamespace(experiment=told), folder, {name: str(path) for name, path in (inputs or {}).items()}
-    )
+    told, given = Told(), {name: str(path) for name, path in (inputs or {}).items()}
+    tracking._tell_lineage(SimpleNamespace(experiment=told), folder, given)
     return told
 
 
