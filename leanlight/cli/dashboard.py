@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     import wandb
 
     try:
-        entity = args.entity or wandb.Api().default_entity
+        entity = args.entity or str(wandb.Api().default_entity)
         view = workspace(dashboard, entity, args.project)
         view.save()
     except Exception as error:  # of W&B or the network
