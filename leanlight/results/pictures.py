@@ -39,6 +39,7 @@ TELLING = (
     "intent_map",
     "montage",
     "attention",
+    "accuracy_by_width",
     "selected",
     "clients",
     "bin_importance",
@@ -140,7 +141,7 @@ def store_media(path: Path, document: Mapping[str, Any], runs_root: Path) -> lis
     """Keep the telling pictures of each row's first run in ``media`` beside the results JSON `path`; return the new.
 
     Files: ``<table>_<row>_s<seed>_<name>.webp``, a row's most telling first, together at most `MEDIA_BYTES` a table.
-    Rows whose run folders are gone keep what they have.
+    Rows whose run folders are gone keep what they have. What looks the same in several rows is kept of the first.
     """
     folder, rows = path.with_name("media"), document["rows"]
     places: dict[Path, tuple[int, int, int]] = {}  # of a picture: its place in its row, its rank, the row
@@ -160,7 +161,7 @@ def store_media(path: Path, document: Mapping[str, Any], runs_root: Path) -> lis
         if len(frames) > 1:
             frames = _frames(picture, _KEPT_SIDE_MOVING)
         content = _webp(frames, 70) if frames else b""
-        if 0 < len(content) <= room:
+        if 0 < len(content) <= room and content not in contents.values():
             name = f"{document['stem']}_{row['name']}_s{row['runs'][0]['seed']}_{picture.stem}.webp"
             contents[folder / name] = content
             room -= len(content)

@@ -197,6 +197,7 @@ def _learning_curves(document: Mapping[str, Any], runs_root: Path) -> tuple[str,
                 scaled = [(x, [value * metric["scale"] for value in y]) for _, x, y in found]
                 curves.append(Curve(row["label"], scaled, position))
         if curves:
-            title = f"{show_metric(metric)[:-2]} on validation data"
+            name = show_metric(metric)[:-2].removeprefix("Test ")
+            title = f"{name[0].upper()}{name[1:]} on validation data"
             return title, cache(partial(draw_curves, curves, "/".join(sorted(units)), title))
     return None

@@ -173,14 +173,24 @@ def test_pictures_outlive_their_runs_and_new_runs_replace_them(suite: Any) -> No
 
 def test_pictures_of_a_table_stay_within_their_budget(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table = str(suite.reproduced())
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    draw = np.random.default_rng(0)
     for row in ("good", "bad"):
         for name in ("images.png", "samples.png"):
+            noise = draw.integers(0, 256, (400, 400, 3), dtype=np.uint8)
             Image.fromarray(noise).save(add_picture(run_of(row), name))
     monkeypatch.setattr(pictures, "MEDIA_BYTES", 150_000)
     reproduce([table])
     assert kept() == {"two_good_s0_images.webp"}
     assert sum(path.stat().st_size for path in MEDIA.glob("*")) <= 150_000
+
+
+def test_a_picture_that_rows_have_in_common_is_kept_once(suite: Any) -> None:
+    table = str(suite.reproduced())
+    for row, color in (("good", "navy"), ("bad", "teal")):
+        add_picture(run_of(row), "images.png", color)
+        add_picture(run_of(row), "samples.png", "red")
+    reproduce([table])
+    assert kept() == {"two_good_s0_images.webp", "two_good_s0_samples.webp", "two_bad_s0_images.webp"}
 
 
 def test_an_animation_is_kept_small_with_frames_over_all_its_time(suite: Any) -> None:
