@@ -105,7 +105,7 @@ def workspace(dashboard: Dashboard, entity: str, project: str) -> Workspace:
 
     def chart(panel: Panel) -> Any:
         if panel.kind == "line":
-            x, y = dashboard.x, list(panel.metrics)
+            x, y = dashboard.x, list[Any](panel.metrics)
             return charts.LinePlot(title=panel.title, x=x, y=y, title_x=x.partition("/")[2], title_y=panel.unit)
         if panel.kind == "bar":
             return charts.BarPlot(title=panel.title, metrics=list(panel.metrics), title_x=panel.unit)

@@ -111,12 +111,13 @@ class Sweep:
         spec, path = self.spec, self.folder / "study.db"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         first, eta = spec.pruning or (1, 2)
+        goal = optuna.study.StudyDirection[spec.goal.upper()]
         pruner = optuna.pruners.SuccessiveHalvingPruner(first, eta) if spec.pruning else optuna.pruners.NopPruner()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             store, name = f"sqlite:///{path.resolve()}", spec.name
             study = optuna.create_study(
-                storage=store, study_name=name, direction=spec.goal, pruner=pruner, load_if_exists=True
+                storage=store, study_name=name, direction=goal, pruner=pruner, load_if_exists=True
             )
         except Exception as error:  # of a file of any content
             raise UserError(f"{path}: cannot be read as the study of a sweep ({type(error).__name__})") from error
@@ -127,7 +128,7 @@ class Sweep:
                     f"{changed[0]}: {self.folder} holds a sweep of that name with another; give this one another name"
                 )
             optuna.delete_study(study_name=name, storage=store)  # nothing is lost: the file was mended
-            study = optuna.create_study(storage=store, study_name=name, direction=spec.goal, pruner=pruner)
+            study = optuna.create_study(storage=store, study_name=name, direction=goal, pruner=pruner)
         study.set_user_attr("sweep", spec.identity)
         return study
 
