@@ -95,7 +95,7 @@ def _wandb(trainer: pl.Trainer) -> str:
 
 def closing(metrics: Mapping[str, float], method: str, run_dir: Path) -> str:
     """The measured values of a run, one a line, numbers under one another by their points, and its folder."""
-    units = units_of(method)
+    units = units_of(method, dataset=run_dir.parent.name)
     shown = {
         k: show_value(k, v, units) for k, v in sorted(metrics.items()) if k.startswith(_SPLITS) and k.count("/") == 1
     }

@@ -12,15 +12,16 @@ from leanlight.registry import methods
 _PREFIXES = ("p", "n", "µ", "m", "", "k", "M", "G", "T")  # of 1000⁻⁴ to 1000⁴
 
 
-def units_of(method: str) -> dict[str, tuple[str, float, int]]:
-    """How the result tables of a method show its metrics: name without split → unit, factor, decimals."""
+def units_of(method: str, dataset: str) -> dict[str, tuple[str, float, int]]:
+    """How a method's tables, that of the data first, show its metrics: name without split → unit, factor, decimals."""
     units: dict[str, tuple[str, float, int]] = {}
     folder = methods()[method].folder / "tables" if method in methods() else None
-    for path in sorted(folder.glob("*.yaml")) if folder is not None else ():
+    tables = sorted(folder.glob("*.yaml")) if folder is not None else []
+    for path in sorted(tables, key=lambda path: path.stem.rpartition("_")[0] != dataset):
         try:
             for name, shown in yaml.safe_load(path.read_text(encoding="utf-8"))["metrics"].items():
                 fact = str(shown.get("unit", "")), float(shown.get("scale", 1.0)), int(shown.get("digits", 3))
-                units.setdefault(name.split("/", 1)[-1], fact)
+                units.setdefault(name.rsplit("/", 1)[-1], fact)  # also of stages/NAME/SPLIT/METRIC
         except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # a bad table of a package: `reproduce` says what is wrong with it
     return units
@@ -44,7 +45,7 @@ def show_value(name: str, value: float, units: Mapping[str, tuple[str, float, in
         return _with_prefix(value * 1e-12, "J")
     if metric.startswith(("macs", "acs")):
         return _with_prefix(value, "")
-    if "accuracy" in metric:
+    if "accuracy" in metric or "agreement" in metric:
         return f"{value * 100:.1f}", "%"
     return (f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4g}"), ""
 

@@ -207,7 +207,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
     for package, names in packages().items():
         files.append(File.generated(config, f"reference/{package}.md", content=reference_page(package, names)))
-    for path in sorted(TUTORIALS.rglob("*.png")):
+    for path in sorted(TUTORIALS.rglob("pictures/*")):
         place = f"tutorials/{path.relative_to(TUTORIALS).as_posix()}"
         files.append(File.generated(config, place, abs_src_path=str(path)))
 

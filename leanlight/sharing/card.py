@@ -185,7 +185,7 @@ def _front(kind: Kind, origin: Origin) -> dict[str, Any]:
 
 def _shown(origin: Origin) -> list[str]:
     """Of the figures those that the method's tables show, too; all where these have none of them."""
-    units = units_of(origin.method)
+    units = units_of(origin.method, origin.data_name)
     return [name for name in origin.figures if name.partition("/")[2] in units] or list(origin.figures)
 
 
@@ -264,7 +264,7 @@ def _data(origin: Origin) -> str:
 
 def _figures(kind: Kind, origin: Origin) -> str:
     """The run's own figures, and where there are more of them."""
-    seed, units = origin.summary.get("seed"), units_of(origin.method)
+    seed, units = origin.summary.get("seed"), units_of(origin.method, origin.data_name)
     about = f"seed {seed}" if seed is not None else "one run"
     if origin.figures:
         said = f"Of this run alone ({about}, on {origin.processor or 'a processor that is not known'}), on test data:"

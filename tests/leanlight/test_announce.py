@@ -41,6 +41,7 @@ def test_long_names_are_not_cut():
         ("val/loss", float("nan"), ("nan", "")),
         ("val/loss", float("inf"), ("inf", "")),
         ("val/score", 1.0, ("1", "")),
+        ("predict/agreement_dropped", 0.12, ("12.0", "%")),
     ],
 )
 def test_a_value_has_the_unit_its_name_tells(name, value, shown):
@@ -49,6 +50,15 @@ def test_a_value_has_the_unit_its_name_tells(name, value, shown):
 
 def test_units_are_those_of_the_methods_tables():
     assert "0.215 µJ" in closing({"test/energy_pj": 214_900.0}, "classifier", Path("runs/a"))
+
+
+def test_units_of_a_stages_metric_are_those_of_the_stage_itself():
+    assert "2.0 s" in closing({"test/seconds": 2.04}, "adq", Path("runs/a"))
+
+
+@pytest.mark.parametrize(("data", "shown"), [("catch", "0.66"), ("road_runner", "1")])
+def test_a_score_has_the_decimals_of_its_games_table(data, shown):
+    assert closing({"test/score": 0.656}, "dsqn", Path(f"runs/dsqn/{data}/a")).splitlines()[0].split()[1] == shown
 
 
 def test_one_block_says_what_runs_where(capsys):
