@@ -252,7 +252,7 @@ def test_metrics_over_severity_are_drawn_a_line_a_row_and_a_figure_a_curve(
 
 def test_a_curve_has_means_and_intervals_of_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
     figures_drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "_png", lambda figure: figures_drawn.append(figure) or b"")
+    monkeypatch.setattr(figures, "png", lambda figure: figures_drawn.append(figure) or b"")
     draw_means({"a": [(0.01, [1.0, 2.0, 3.0]), (0.2, [5.0])], "b": [(0.2, [1.0, 2.0, 3.0])]}, "Accuracy", "keep", "%")
     (axes,) = figures_drawn[0].axes
     line, single = axes.containers
