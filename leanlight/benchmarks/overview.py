@@ -211,7 +211,9 @@ def _lines(values: Sequence[Value]) -> list[str]:
 
 
 def performance_page(folder: Path) -> str:
-    """The page of all measurements in a folder of results."""
+    """The page of all measurements in a folder of results; empty where there is none."""
+    if not (rows := read_rows(folder)):
+        return ""
     head = (
         "One line for each method and machine: the step that stands for it, what that takes, and every figure with a "
         "bound, the missed first. A method's own page has all its figures, with quartiles, and says what they are."
@@ -220,15 +222,15 @@ def performance_page(folder: Path) -> str:
         "Figures of different processors are not to be compared. `leanlight report --all` makes this page of what "
         "`leanlight benchmark --all` and `make gpu` have measured."
     )
-    return "\n\n".join(["# Performance", head, performance_table(read_rows(folder)), foot]) + "\n"
+    return "\n\n".join(["# Performance", head, performance_table(rows), foot]) + "\n"
 
 
 def write_performance(*folders: Path) -> list[Path]:
     """Write the page into each folder of results that has a measurement; return the pages."""
-    pages = [folder / PAGE for folder in folders if read_rows(folder)]
-    for page in pages:
-        atomic_write(page, performance_page(page.parent))
-    return pages
+    pages = {folder / PAGE: text for folder in folders if (text := performance_page(folder))}
+    for page, text in pages.items():
+        atomic_write(page, text)
+    return list(pages)
 
 
 def parts_table(document: Document) -> str:

@@ -198,8 +198,10 @@ def run_jobs(
     forker = Forker(environment(workers)) if forks else None
     try:
         while asking or running:
-            free, begun = [slot for slot in range(workers) if asking and slot not in running], 0
-            for begun, (slot, job) in enumerate(zip(free, waiting, strict=False), start=1):  # noqa: B007
+            for slot in (slot for slot in range(workers) if slot not in running):
+                if (job := next(waiting, None)) is None:
+                    asking = False
+                    break
                 env = environment(workers, devices[slot % len(devices)] if devices else None)
                 process = job.start(env, forker)
                 if isinstance(process, int):
@@ -207,7 +209,6 @@ def run_jobs(
                 else:
                     running[slot] = job, process
                     started(job)
-            asking = asking and begun == len(free)
             for slot, (job, process) in list(running.items()):
                 watched(job, process)
                 code = process.poll()

@@ -94,8 +94,8 @@ class Sweep:
                     self.progress.say("interrupted; the same command goes on: what has finished is kept")
                     raise
                 finally:
-                    write_report(self.study, self.spec, self.folder)
-            say_end(self.study, self.spec, self.folder, self.root)
+                    ranked = write_report(self.study, self.spec, self.folder)
+            say_end(ranked, self.spec, self.folder, self.root)
         return int(any(not trial.state.is_finished() for trial in self.study.trials))
 
     def _check(self) -> None:

@@ -89,9 +89,9 @@ def write_report(study: Study, spec: SweepSpec, folder: Path) -> list[dict[str, 
     return ranked
 
 
-def say_end(study: Study, spec: SweepSpec, folder: Path, root: Path) -> None:
-    """Show the table, how to run the best again, and what the choice was made on."""
-    ranked, console = write_report(study, spec, folder), Console()
+def say_end(ranked: Sequence[dict[str, Any]], spec: SweepSpec, folder: Path, root: Path) -> None:
+    """Show the trials of `write_report`, how to run the best again, and what the choice was made on."""
+    console = Console()
     table = Table(title=Text(f"{spec.name}: {len(ranked)} trials by {spec.metric} ({spec.goal})"), title_justify="left")
     for name in ("trial", "state", spec.metric, *(p.key.rpartition(".")[2] for p in spec.parameters)):
         table.add_column(Text(name), justify="right")
