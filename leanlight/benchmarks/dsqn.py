@@ -18,11 +18,20 @@ from torch import Tensor, nn
 from datamodules import GameDataModule
 from datamodules.games.atari import make_atari
 from datamodules.games.play import Exploration, TrainingGame, TrainingGames, open_memory
-from leanlight.benchmarks.core import QUIET, Measurement, PaperStep, Target, interleave, ratios, summarise
+from leanlight.benchmarks.core import (
+    QUIET,
+    Measurement,
+    PaperStep,
+    Target,
+    interleave,
+    one_thread,
+    ratios,
+    summarise,
+)
 from leanlight.benchmarks.gpu.checks import Check, Found, near
 from leanlight.benchmarks.gpu.training import Runs, run_here
 from lit_modules.dsqn import DQN, DSQN, DeepQLearning
-from lit_modules.dsqn.reference import StepByStep
+from lit_modules.dsqn.reference import Published, StepByStep
 
 _GAME = "breakout"
 _SMALL: dict[str, Any] = {"history": 4, "frame_size": 84, "convolutions": [[8, 8, 8], [8, 4, 2]], "hidden": 16}
@@ -38,6 +47,7 @@ def run(quick: bool) -> Measurement:
     layers: dict[str, Any] = _SMALL if quick else {}
     batch, rounds, steps = (4, 2, (2, 4)) if quick else (32, 10, (8, 64))
     measured.settings |= {"game": _GAME, "batch": batch, "time_steps": list(steps), "threads": torch.get_num_threads()}
+    measured.settings["threads_of_updates"] = 1
     parts: dict[str, Callable[[], None]] = {
         "equality": lambda: check_equality(measured),
         "environment": lambda: measure_environment(50 if quick else 500, rounds, measured),
@@ -60,18 +70,19 @@ def _update(network: nn.Module, optimizer: torch.optim.Optimizer, state: Tensor,
 
 
 def check_equality(measured: Measurement) -> None:
-    """Values and gradients of T separate calls and of one, in float64."""
+    """Values and gradients of our network and of its references, in float64."""
     torch.manual_seed(0)
     network = DSQN(4, **_SMALL, time_steps=8, init_gain=6.0).double()
-    stepwise = StepByStep(network).double()
     state, weight = torch.rand(3, 4, 84, 84, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    found = []
-    for each in (network, stepwise):
+
+    def found(each: nn.Module) -> list[Tensor]:
         values = each(state)
-        (values * weight).sum().backward()
-        found.append([values, *(parameter.grad for parameter in each.parameters())])
-    same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
-    measured.checks["one call and T separate calls give the same values and gradients (float64)"] = same
+        return [values, *torch.autograd.grad((values * weight).sum(), list(each.parameters()))]
+
+    for name, reference in (("T separate calls", StepByStep), ("the published form", Published)):
+        pairs = zip(found(network), found(reference(network).double()), strict=True)
+        same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
+        measured.checks[f"{name}: the same values and gradients (float64)"] = same
 
 
 def measure_environment(decisions: int, rounds: int, measured: Measurement) -> None:
@@ -112,10 +123,11 @@ def measure_environment(decisions: int, rounds: int, measured: Measurement) -> N
     measured.targets.append(Target("environment/more_than_bare", 10.0, text))
 
 
+@one_thread()
 def measure_updates(
     layers: dict[str, Any], batch: int, steps: tuple[int, int], rounds: int, measured: Measurement
 ) -> None:
-    """Seconds of an update: DQN, DSQN at two T, and the longer T in separate calls.
+    """Seconds of an update on one thread: DQN, DSQN and its published form at two T, the longer T in separate calls.
 
     Args:
         layers: arguments of the networks that are not their default.
@@ -128,12 +140,11 @@ def measure_updates(
     state, target = torch.rand(batch, 4, 84, 84), torch.randn(batch, 4)
     few, many = steps
     spiking = functools.partial(DSQN, 4, **layers)
-    networks: dict[str, nn.Module] = {
-        "dqn": DQN(4, **layers),
-        f"dsqn_T{few}": spiking(time_steps=few),
-        f"dsqn_T{many}": spiking(time_steps=many),
-        "separate_calls": StepByStep(spiking(time_steps=many)),
-    }
+    networks: dict[str, nn.Module] = {"dqn": DQN(4, **layers)}
+    for time_steps in steps:
+        networks[f"dsqn_T{time_steps}"] = spiking(time_steps=time_steps)
+        networks[f"published_T{time_steps}"] = Published(spiking(time_steps=time_steps))
+    networks["separate_calls"] = StepByStep(spiking(time_steps=many))
     calls = {
         name: functools.partial(_update, network, torch.optim.Adam(network.parameters(), lr=1e-4), state, target)
         for name, network in networks.items()
@@ -146,6 +157,12 @@ def measure_updates(
     measured.targets.append(
         Target("update/times_separate_calls", 2.0, f"an update at T = {many} is at least twice as fast as T calls")
     )
+    for time_steps, bound in ((few, 3.0), (many, 8.0)):
+        figure = f"update/dsqn_T{time_steps}_times_published"
+        times = ratios(seconds[f"published_T{time_steps}"], seconds[f"dsqn_T{time_steps}"])
+        measured.figures[figure] = summarise(times, "x", "higher")
+        text = f"an update at T = {time_steps} is at least {bound:g} times as fast as the published form"
+        measured.targets.append(Target(figure, bound, text))
 
 
 class _Watch(pl.Callback):
