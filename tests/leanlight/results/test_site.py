@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
-import os
 import random
-import re
 import shutil
-import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from browser import said_by_browser
 from html_page import Page
 from PIL import Image
 from scipy.stats import t
@@ -253,44 +247,9 @@ document.getElementById("page").addEventListener("load", () => {
 </script>"""
 
 
-@pytest.fixture
-def served() -> Iterator[str]:
-    """A server of the folder that the test works in: a page may look into a frame of its own origin alone."""
-
-    class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            """Silent."""
-
-    handler = functools.partial(Silent, directory=os.getcwd())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
-
-
-def said_by_browser(address: str, width: int) -> dict[str, Any]:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine; the other tests read the pages with a parser")
-    Path("driver.html").write_text(DRIVER.replace("<iframe", f'<iframe style="width: {width}px; height: 900px"'))
-    quiet = ["--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"]
-    profile = f"--user-data-dir={Path('profile').resolve()}"
-    command = [browser, "--headless", "--no-sandbox", *quiet, profile, "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, f"{address}/driver.html"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "NO_PROXY": "*"},
-    )
-    found = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.S)
-    assert found, done.stderr
-    return dict(json.loads(found[1]))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
-def test_a_browser_sorts_within_groups_filters_and_runs_no_foreign_script(suite: Any, served: str, width: int) -> None:
+def test_a_browser_sorts_within_groups_filters_and_runs_no_foreign_script(suite: Any, width: int) -> None:
     values = {"r0": (1, 0.5), "r1": (1, 0.9), "r2": (2, 0.1), "r3": (2, 0.7), "r4": (2, 0.3), "x5": (2, 0.2)}
     rows = [
         {"name": name, "config": "a.yaml", "overrides": {"value": value}, "setting": {"keep": keep}}
@@ -306,7 +265,7 @@ def test_a_browser_sorts_within_groups_filters_and_runs_no_foreign_script(suite:
             row["metrics"]["test/energy_pj"] = {"mean": energy, "std": None, "n": 1, "by_seed": {"0": energy}}
     (RESULTS / "two.json").write_text(json.dumps(document))
     main(["--all", "--output", "out"])
-    said = said_by_browser(served, width)
+    said = said_by_browser(DRIVER, width)
     assert said["first"] == list(values)
     assert said["accuracy"] == ["r1", "r0", "r3", "r4", "x5", "r2"]  # higher is better
     assert said["reversed"] == ["r0", "r1", "r2", "x5", "r4", "r3"]
