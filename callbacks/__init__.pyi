@@ -11,6 +11,7 @@ from .compiling import CompileNetworks as CompileNetworks
 from .energy import EnergyMeter as EnergyMeter
 from .export import ExportArtifact as ExportArtifact
 from .federated import FederatedRounds as FederatedRounds
+from .federated import PersonalisedEvaluation as PersonalisedEvaluation
 from .guards import DiskGuard as DiskGuard
 from .guards import NaNGuard as NaNGuard
 from .media import MediaLogger as MediaLogger

@@ -1,1 +1,2 @@
+from .personal import PersonalisedEvaluation as PersonalisedEvaluation
 from .rounds import FederatedRounds as FederatedRounds

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leanlight.contracts.batch import Batch, to_device
 from leanlight.contracts.images import ImageBatch, InMemoryImages
+from leanlight.contracts.protocols import Split
 
 State = dict[str, Tensor]
 
@@ -161,6 +162,9 @@ class FederatedData(InMemoryImages, Protocol):
     def client_data(self, client: int) -> ImageBatch:
         """All data of a client, images float32 in [0, 1], on the CPU."""
 
+    def as_seen(self, batch: ImageBatch, split: Split) -> ImageBatch:
+        """Items of a part as a network sees them: float32 in [0, 1], with noise if there is any."""
+
 
 @runtime_checkable
 class FederatedModule(Protocol):
@@ -185,6 +189,12 @@ class FederatedModule(Protocol):
 
     def train_one(self, batch: ClientBatch) -> ClientUpdate:
         """Train a copy of the global network on a client's data. batch: on the module's device, of this round."""
+
+    def tune(self, batch: ClientBatch, epochs: int) -> nn.Module:
+        """A client's global network after so many epochs on the client's data, for itself alone.
+
+        It is a working copy: it serves until the next client trains. batch: as for `train_one`.
+        """
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
         """Measure the global weights on a client's data.

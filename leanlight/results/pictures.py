@@ -40,6 +40,7 @@ TELLING = (
     "montage",
     "attention",
     "accuracy_by_width",
+    "personal_accuracy",
     "selected",
     "clients",
     "bin_importance",

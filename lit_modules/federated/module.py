@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -246,25 +247,29 @@ class FederatedClassifier(EvaluatedClassifier):
         """Train a copy of the global network on a client's data. batch: on the module's device, of this round."""
         where = batch.round_number, batch.client
         before = self.measure(batch.data, *where) if self.measures_clients else None
+        worker, trained = self._train_copy(batch, self.local, self.objective, self._control_gap(batch.client))
+        after = self._measure(worker, batch.data, *where) if self.measures_clients else None
+        state = {name: value.detach().clone() for name, value in worker.state_dict().items()}
+        return self._report(batch, trained, state, before, after)
+
+    def tune(self, batch: ClientBatch, epochs: int) -> nn.Module:
+        """A working copy of a client's global network, trained on its data without the objective's term."""
+        return self._train_copy(batch, replace(self.local, epochs=epochs), LocalObjective(), [])[0]
+
+    def _train_copy(
+        self, batch: ClientBatch, local: LocalTraining, objective: LocalObjective, control: list[Tensor]
+    ) -> tuple[nn.Module, tuple[int, int, Tensor]]:
+        """The working copy after training on a client's data; and steps, images and mean loss of that."""
         worker = self._worker(self.network_of(batch.client))
         optimizer = self.make_optimizer(worker.parameters())
         for group, lr in zip(optimizer.param_groups, self._lr, strict=False):
             group["lr"] = lr
-        with isolated_rng(derived_seed(self.seed, "client", *where)):
+        loss_of = partial(self.local_loss, client=batch.client)
+        with isolated_rng(derived_seed(self.seed, "client", batch.round_number, batch.client)):
             trained = train_client(
-                worker,
-                batch.data,
-                self.local,
-                optimizer,
-                self.objective,
-                self._control_gap(batch.client),
-                self._order(batch),
-                batch.work,
-                partial(self.local_loss, client=batch.client),
+                worker, batch.data, local, optimizer, objective, control, self._order(batch), batch.work, loss_of
             )
-        after = self._measure(worker, batch.data, *where) if self.measures_clients else None
-        state = {name: value.detach().clone() for name, value in worker.state_dict().items()}
-        return self._report(batch, trained, state, before, after)
+        return worker, trained
 
     def _train_together(self, group: Sequence[ClientBatch]) -> list[ClientUpdate]:
         trained, states = train_clients(

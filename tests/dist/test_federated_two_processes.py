@@ -15,7 +15,12 @@ OTHERS = [
 ]
 # One process trains nobody in a round.
 ALONE = [argument.replace("participants=5", "participants=1") for argument in OTHERS]
-WIDTHS = ["--config=sfedhifi/digits_small", "--trainer.max_epochs=3"]
+WIDTHS = [
+    "--config=sfedhifi/digits_small",
+    "--trainer.max_epochs=3",
+    "--trainer.callbacks+=callbacks.PersonalisedEvaluation",
+    "--trainer.callbacks.init_args.every_n_epochs=3",
+]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +34,9 @@ def test_a_federation_on_two_processes_equals_one_process(tmp_path, config):
     for name, value in one["state_dict"].items():
         assert torch.equal(two["state_dict"][name], value), name
     for name, value in one_metrics.items():
-        if name.startswith("train/"):
+        if name.startswith("train/") or "/personal_" in name:
             assert two_metrics[name] == pytest.approx(value, rel=1e-6), name
+    assert ("test/personal_gain" in one_metrics) == ("val/personal_gain" in one_metrics) == (config is WIDTHS)
     for client, control in one["federated"]["client_controls"].items():
         for name, value in control.items():
             assert torch.equal(two["federated"]["client_controls"][client][name], value), (client, name)
