@@ -132,6 +132,7 @@ _LATER_DEFAULTS = {
     "DatasetDistillation.init": None,
     "without_augmentation": False,
     "layer_lag": False,
+    "privacy": None,
 }
 
 

@@ -26,6 +26,7 @@ class Costs:
     def __init__(self) -> None:
         self.totals: dict[str, float] = {}
         self.label_totals: list[int] = []
+        self.steps: dict[int, int] = {}  # of every client that trained
 
     def add(self, current: Round, scored: Scored, data: FederatedData, energy_pj: float) -> dict[str, float]:
         """Count a round that has ended; return what to log of it, without names of splits.
@@ -43,6 +44,8 @@ class Costs:
         down = sum(report.received_bytes for report in trained) + len(current.dropped) * model_bytes
         if scored == "before":
             down += (asked - len(current.work) - len(current.dropped)) * model_bytes  # those who were only asked
+        for report in trained:
+            self.steps[report.client] = self.steps.get(report.client, 0) + report.steps
         labels = data.class_matrix[current.chosen].sum(0) if current.chosen else torch.zeros(data.class_matrix.shape[1])
         self.label_totals = (torch.tensor(self.label_totals or [0] * len(labels)) + labels).tolist()
         for name, value in {

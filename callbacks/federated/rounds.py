@@ -50,7 +50,8 @@ class FederatedRounds(Callback):
     hold, over log K), ``train/score_mean``, ``train/score_max``, ``train/score_size_correlation``, and sums since the
     first round: ``train/uplink_mb``, ``train/downlink_mb`` (MB of 10**6 bytes), ``train/image_passes`` (images times
     local epochs, of all clients that trained), ``train/energy_mj`` (training as three inferences an image at the
-    firing rates of that round, 45 nm estimate), ``train/label_entropy_total`` (over all rounds).
+    firing rates of that round, 45 nm estimate), ``train/label_entropy_total`` (over all rounds). With `local.privacy`
+    of the module also ``train/privacy_epsilon``, the largest ε of a client so far.
 
     Logged by the test: ``val/accuracy_last`` (mean of the last ten validations) and, with `target`,
     ``val/target_reached`` (0 or 1), ``val/rounds_to_target``, ``val/passes_to_target``, ``val/uplink_mb_to_target``,
@@ -294,6 +295,7 @@ class FederatedRounds(Callback):
             assert isinstance(pl_module, FederatedModule)
             energy = round_energy(current, scored, pl_module, image, data.client_sizes)
         values = self._costs.add(current, scored, data, energy)
+        values |= pl_module.privacy_spent(self._costs.steps)  # type: ignore[operator]
         named = {f"train/{name}": value for name, value in values.items()}
         pl_module.log_dict(on_host(named), on_step=False, on_epoch=True, batch_size=1)
         self.history.append(
@@ -331,9 +333,11 @@ class FederatedRounds(Callback):
             "history": self.history,
             "totals": self._costs.totals,
             "label_totals": self._costs.label_totals,
+            "steps": self._costs.steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.round = Round.from_state_dict(state_dict["round"])
         self.history = [dict(entry) for entry in state_dict["history"]]
         self._costs.totals, self._costs.label_totals = dict(state_dict["totals"]), list(state_dict["label_totals"])
+        self._costs.steps = dict(state_dict.get("steps", {}))  # older checkpoints have none

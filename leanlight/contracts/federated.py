@@ -212,6 +212,13 @@ class FederatedModule(Protocol):
             reports: of the chosen clients, in the order of their ids; their states may be missing.
         """
 
+    def privacy_spent(self, steps: Mapping[int, int]) -> dict[str, float]:
+        """What to log of the privacy that clients have given up, without names of splits; empty where none is kept.
+
+        Args:
+            steps: client → local steps that it has made in all rounds.
+        """
+
     def take_updates(self) -> list[ClientUpdate]:
         """The updates made since it was last called."""
 

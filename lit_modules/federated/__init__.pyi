@@ -13,6 +13,7 @@ from .local import (
     Scaffold as Scaffold,
 )
 from .module import FederatedClassifier as FederatedClassifier
+from .privacy import DPSGD as DPSGD
 from .selection import (
     LargestClients as LargestClients,
 )

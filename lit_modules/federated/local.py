@@ -14,6 +14,7 @@ from leanlight.contracts import ClientUpdate, ImageBatch, Measurement, UserError
 from leanlight.contracts.federated import State
 from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from leanlight.ops.differentiable import find_augmentation
+from lit_modules.federated.privacy import DPSGD, poisson_draw, private_gradient
 
 Tensors = list[Tensor]
 LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -27,11 +28,13 @@ class LocalTraining:
         epochs: passes over its data (E); 5 in SFedCA's paper.
         batch_size: images a step (B), fewer in the last one of a pass; 128 in SFedCA's paper.
         augment: name of an augmentation, in `leanlight.ops.differentiable.ALL_AUGMENTATIONS`; none by default.
+        privacy: what hides single images in the weights that a client sends; nothing by default.
     """
 
     epochs: NonNegativeInt = 5
     batch_size: PositiveInt = 128
     augment: str | None = None
+    privacy: DPSGD | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -43,12 +46,18 @@ class LocalTraining:
     def batches(self, items: int, generator: torch.Generator, work: float = 1.0) -> Iterator[Tensor]:
         """Positions (up to `batch_size`,) of each local step: every pass in a new order.
 
-        Of all steps the share `work` is made, at least one.
+        Of all steps the share `work` is made, at least one. With `privacy` each step takes what chance gives it.
         """
-        passes = (torch.randperm(items, generator=generator).split(self.batch_size) for _ in range(self.epochs))
         total = self.epochs * -(-items // self.batch_size)
         steps = min(total, max(1, round(work * total)))
+        if self.privacy is not None:
+            return (poisson_draw(items, self.sampling_rate(items), generator) for _ in range(steps))
+        passes = (torch.randperm(items, generator=generator).split(self.batch_size) for _ in range(self.epochs))
         return itertools.islice(itertools.chain.from_iterable(passes), steps)
+
+    def sampling_rate(self, items: int) -> float:
+        """Chance q of each of a client's images to be in a step, where `privacy` draws them."""
+        return min(1.0, self.batch_size / items)
 
 
 class LocalObjective:
@@ -147,17 +156,25 @@ def train_client(
     order = list(local.batches(len(data), generator, work))
     counts = [len(index) for index in order]
     network.train()
+    hidden = None
+    if local.privacy is not None:
+        expected = local.sampling_rate(len(data)) * len(data)
+        hidden = private_gradient(network, local.privacy, optimizer, loss_of, expected)
     # One copy for all steps: each would hold up a GPU.
     for index in to_device(torch.cat(order), data.image.device).split(counts) if order else ():
         image, label = data.image[index], data.label[index]
-        loss = loss_of(network, augment(image, None) if augment else image, label)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        image = augment(image, None) if augment and len(index) else image
+        if hidden is None:
+            loss = loss_of(network, image, label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        else:
+            loss = hidden(image, label)
         objective.correct(parameters, start, control)
         optimizer.step()
         losses.append(loss.detach())
     weights = to_device(torch.tensor(counts, dtype=torch.float32), data.image.device)
-    mean = (torch.stack(losses) * weights).sum() / weights.sum() if losses else weights.sum()
+    mean = (torch.stack(losses) * weights).sum() / weights.sum().clamp(min=1) if losses else weights.sum()
     return len(losses), sum(counts), mean
 
 

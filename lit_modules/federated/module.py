@@ -40,10 +40,15 @@ from lit_modules.federated.controls import ControlVariates, sweep
 from lit_modules.federated.firing import Reduce, measure
 from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, make_update, train_client
 from lit_modules.federated.norms import measure_norms
+from lit_modules.federated.privacy import check_private
 from lit_modules.hparams import save_hparams
 from lit_modules.nn.checks import check_classifier, device_of
 
 CONTROLS = "controls"  # folder of a run with SCAFFOLD's controls of clients
+_SCORED = (
+    "local.privacy: expected a selector without scores, such as RandomClients: scores tell the server what no noise "
+    "hides"
+)
 _NORM_BATCH = 256  # images whose mean and variance batch norms take at a time
 
 
@@ -136,6 +141,8 @@ class FederatedClassifier(EvaluatedClassifier):
             raise UserError(f"optimizer: {needs} needs SGD without momentum and weight decay")
         if self.clients_at_once > 1:
             check_batchable(self.network, self.local)
+        if self.local.privacy is not None:
+            self._check_private()
         if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
             raise UserError("lr_scheduler: expected a function of the round, got ReduceLROnPlateau")
 
@@ -157,9 +164,24 @@ class FederatedClassifier(EvaluatedClassifier):
                 "choose another, or a network with group norm"
             ) from error
 
+    def _check_private(self) -> None:
+        """Refuse what `local.privacy` would not cover."""
+        if type(self).local_loss is not FederatedClassifier.local_loss:
+            raise UserError(f"local.privacy: expected none with {type(self).__name__}, whose loss has other terms")
+        if self.clients_at_once > 1:
+            raise UserError(f"clients_at_once: expected 1 with local.privacy, got {self.clients_at_once}")
+        if self.measures_clients:
+            raise UserError(_SCORED)
+        network = copy.deepcopy(self.network).train()
+        image = torch.zeros(2, *data_of(self, ImageData).meta.shape, device=device_of(network))
+        with isolated_rng():
+            check_private(network, cross_entropy, image, torch.zeros(2, dtype=torch.int64, device=image.device))
+
     def compile_networks(self, **options: Any) -> None:
         if self.clients_at_once > 1:
             raise UserError("clients_at_once: expected 1 with compile.backend, which compiles one client's steps")
+        if self.local.privacy is not None:
+            raise UserError("local.privacy: expected none with compile.backend, which compiles a batch's steps")
         self._compile = options
 
     def compile_worker(self, worker: nn.Module, **options: Any) -> None:
@@ -234,6 +256,17 @@ class FederatedClassifier(EvaluatedClassifier):
             )
         return weights
 
+    def privacy_spent(self, steps: Mapping[int, int]) -> dict[str, float]:
+        """``privacy_epsilon``, the largest ε of a client, with `local.privacy`; nothing where no noise is added."""
+        privacy = self.local.privacy
+        if privacy is None or not privacy.noise_multiplier:
+            return {}
+        sizes = data_of(self, FederatedData).client_sizes
+        spent = (
+            privacy.epsilon(made, self.local.sampling_rate(sizes[client])) for client, made in steps.items() if made
+        )
+        return {"privacy_epsilon": max(spent, default=0.0)}
+
     def take_updates(self) -> list[ClientUpdate]:
         """The updates made since it was last called."""
         updates, self._updates = self._updates, []
@@ -254,7 +287,7 @@ class FederatedClassifier(EvaluatedClassifier):
 
     def tune(self, batch: ClientBatch, epochs: int) -> nn.Module:
         """A working copy of a client's global network, trained on its data without the objective's term."""
-        return self._train_copy(batch, replace(self.local, epochs=epochs), LocalObjective(), [])[0]
+        return self._train_copy(batch, replace(self.local, epochs=epochs, privacy=None), LocalObjective(), [])[0]
 
     def _train_copy(
         self, batch: ClientBatch, local: LocalTraining, objective: LocalObjective, control: list[Tensor]
@@ -316,7 +349,9 @@ class FederatedClassifier(EvaluatedClassifier):
         return self.controls.gap(client, self.network.named_parameters()) if self.objective.has_control else []
 
     def measure(self, data: ImageBatch, round_number: int, client: int) -> Measurement:
-        """Loss and activity of the global network on a client's data."""
+        """Loss and activity of the global network on a client's data; UserError with `local.privacy`."""
+        if self.local.privacy is not None:
+            raise UserError(_SCORED)
         return self._measure(self.network_of(client), data.to(self.device), round_number, client)
 
     def _measure(self, network: nn.Module, data: ImageBatch, round_number: int, client: int) -> Measurement:

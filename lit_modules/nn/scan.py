@@ -43,6 +43,9 @@ class Window:
     low: float
     high: float
 
+    def __call__(self, h: Tensor) -> Tensor:
+        return ((h > self.low) & (h < self.high)).to(h.dtype)
+
 
 @dataclass(frozen=True)
 class Atan:
@@ -110,6 +113,8 @@ def lif_scan(current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Te
         potential: before the first step; of the currents' type, float32 where that has half the width.
         cell: constants of the neuron.
     """
+    if _plain:
+        return _plain_scan(current, potential, cell)
     graph = torch.is_grad_enabled() and (current.requires_grad or potential.requires_grad)
     if _uses_kernel(current):
         if graph:
@@ -122,6 +127,34 @@ def lif_scan(current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Te
     for x, s in zip(current, spikes, strict=True):
         _step(x, v, h, s, cell)
     return spikes, v
+
+
+# ---- by plain autograd ----
+
+_plain = False
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Inside the block, scans are ordinary operations: slower, and what transforms of `torch.func` can see through."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def _plain_scan(current: Tensor, potential: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:
+    spikes, v = [], potential
+    for x in current.unbind():
+        h = x + cell.keep * v
+        # The second term is 0, and its derivative the slope.
+        s = (h >= cell.v_threshold).to(h.dtype) + cell.slope(h.detach()) * (h - h.detach())
+        spikes.append(s)
+        resetting = s.detach() if cell.detach_reset else s
+        v = h - cell.v_threshold * resetting if cell.soft_reset else h * (1 - resetting)
+    return torch.stack(spikes).to(current.dtype), v
 
 
 # ---- step by step ----

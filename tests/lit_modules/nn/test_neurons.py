@@ -1,6 +1,7 @@
 """The fused neuron against spikingjelly's plain one and against known inputs of the ESVAE paper's constants."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from spikingjelly.activation_based import neuron, surrogate
 
 from leanlight.contracts import UserError
 from lit_modules.nn import SpikingConvNet, integrate_and_fire, lif, reset
+from lit_modules.nn.scan import plain_autograd
 
 
 def pair(*args, make=lif, **kwargs):
@@ -42,8 +44,12 @@ def test_spikes_potential_and_gradient_equal_the_plain_neuron(surrogate, detach,
     else:
         plain, fast = pair(0.25, 0.2, surrogate, detach, decay_input=leak == "decayed input", soft_reset=soft)
     assert plain.v_reset == (None if soft else 0.0)
-    for got, expected in zip(run(fast, current, upstream, calls), run(plain, current, upstream, calls), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    wanted = run(plain, current, upstream, calls)
+    for way in (nullcontext(), plain_autograd()):
+        with way:
+            found = run(fast, current, upstream, calls)
+        for got, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "function"), [("atan", surrogate.ATan), ("sigmoid", surrogate.Sigmoid)])
