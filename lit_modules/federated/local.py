@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,9 @@ from leanlight.contracts import ClientUpdate, ImageBatch, Measurement, UserError
 from leanlight.contracts.federated import State
 from leanlight.contracts.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from leanlight.ops.differentiable import find_augmentation
-from lit_modules.federated.privacy import DPSGD, poisson_draw, private_gradient
+from lit_modules.federated.privacy import DPSGD, LossOf, poisson_draw, private_gradient
 
 Tensors = list[Tensor]
-LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ from leanlight.contracts import MissingExtraError, UserError
 from leanlight.contracts.ranges import NonNegativeFloat, OpenUnitInterval, PositiveFloat
 from lit_modules.nn.scan import plain_autograd
 
-if TYPE_CHECKING:
-    from lit_modules.federated.local import LossOf
+LossOf = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
