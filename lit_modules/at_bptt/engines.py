@@ -208,7 +208,10 @@ class Adjoint(GradientEngine):
             if self.hessian == "exact":
                 cotangents = cotangent + products[-1], mu, nu
             elif self.hessian == "lowrank":
-                cotangents = cotangent + self._factor.product(w, ranks[i]), mu, nu
+                # Where no step has had a gradient the Hessian is zero, and Adam's w of the order of 1 / eps. A factor
+                # of another moment or network is not zero there, and one such product would drown all others.
+                reached = problem.optimizer.reached(after).to(device)
+                cotangents = cotangent + reached * self._factor.product(w * reached, ranks[i]), mu, nu
         return MetaGradient(total[0], total[1] if learn_labels else None, loss, norm)
 
     def _pull_back(

@@ -146,6 +146,10 @@ class InnerOptimizer:
         """What is added to the root of the corrected second moment: sqrt(v) + eps, corrected, has a larger eps."""
         return self.eps if self.eps_placement == "after" else self.eps / correct.v**0.5
 
+    def reached(self, after: InnerState) -> Tensor:
+        """(P,) 1 where a step up to `after` may have had a gradient, else 0: at the weights of a silent ReLU, say."""
+        return (after.v > 0).to(after.v.dtype) if self.kind == "adam" else torch.ones_like(after.theta)
+
     def pull_back(
         self,
         after: InnerState,

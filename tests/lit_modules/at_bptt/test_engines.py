@@ -218,6 +218,25 @@ def _with_dead_units(network):
     return made
 
 
+def test_the_hessian_is_zero_exactly_where_no_step_has_had_a_gradient():
+    case = Case(functools.partial(_with_dead_units, mlp))
+    theta, gradient = case.problem.gradient(case.state.theta, case.data, case.batches[0], create_graph=True)
+    dense = torch.stack(
+        [torch.autograd.grad(gradient, theta, row, retain_graph=True)[0] for row in torch.eye(len(theta)).double()]
+    )
+    reached = case.problem.optimizer.reached(case.state).bool()
+    assert (~reached).sum() == 2 * (36 + 1 + 3)  # weights into, biases of, and weights out of two silent units
+    assert torch.equal(dense.abs().sum(1) > 0, reached)
+
+
+def test_a_factor_of_another_network_does_not_explode_where_units_are_silent():
+    kept = LowRankHessian(4, every=1000, drift=1e9)
+    Case(mlp).gradient(Adjoint("lowrank", kept))
+    case = Case(functools.partial(_with_dead_units, mlp))
+    exact = case.gradient(Adjoint()).images
+    assert error(case.gradient(Adjoint("lowrank", kept)).images, exact) < 3
+
+
 def test_a_low_rank_hessian_of_full_rank_is_exact():
     case = Case(mlp)
     size = case.state.theta.numel()
