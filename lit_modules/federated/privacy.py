@@ -139,7 +139,8 @@ def private_gradient(
         trained = [(network.get_parameter(name), found) for name, found in gradients.items()]
         for parameter, found in trained:
             parameter.grad_sample = found  # type: ignore[attr-defined]  # where opacus looks for them
-        private.pre_step()
+        with torch.autocast(image.device.type, enabled=False):  # bounds and noise in full precision
+            private.pre_step()
         for parameter, _ in trained:
             parameter.grad_sample = parameter.summed_grad = None  # type: ignore[attr-defined]
         return losses.sum() / max(len(image), 1)

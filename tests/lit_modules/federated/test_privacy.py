@@ -72,12 +72,14 @@ def test_the_gradient_is_the_sum_of_each_images_clipped_one(make):
     torch.testing.assert_close(loss, F.cross_entropy(network(image), label).detach())
 
 
-def test_the_noise_of_a_step_has_the_standard_deviation_asked_for():
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_noise_of_a_step_has_the_standard_deviation_asked_for(mixed):
     torch.manual_seed(0)
     network, (image, label) = MLP(in_channels=1, hidden=(500,), image_size=8), items(0)  # of no image: noise alone
     sgd = torch.optim.SGD(network.parameters(), 0.1)
     gradient = private_gradient(network, DPSGD(noise_multiplier=2.0, max_grad_norm=3.0), sgd, cross_entropy, 4.0)
-    assert gradient(image, label) == 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        assert gradient(image, label) == 0
     first = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
     assert first.std().item() == pytest.approx(2.0 * 3.0 / 4.0, rel=0.02)
     assert abs(first.mean().item()) < 0.03
