@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -43,15 +46,14 @@ class Rounds(pl.Callback):
     Side by side, so that a machine that slows down for a while slows both.
     """
 
-    def __init__(self, network: Callable[[], nn.Module], epochs: int) -> None:
-        self.make, self.epochs = network, epochs
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
         self.seconds: list[float] = []
         self.plain_seconds: list[float] = []
         self._begin = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        torch.manual_seed(_SEED)
-        self.plain = self.make()
+        self.plain = copy.deepcopy(pl_module.network)
         data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.clients = [(batch.image, batch.label) for batch in map(data.client_data, range(data.clients))]
 
@@ -84,12 +86,42 @@ def simulate(
         clients_at_once=clients_at_once,
         seed=_SEED,
     )
-    clock = Rounds(network, epochs)
+    clock = Rounds(epochs)
     server = FederatedRounds(RandomClients(), participants=clients, probe=0, every_n_epochs=0, seed=_SEED)
     with tempfile.TemporaryDirectory() as folder:
         limits: dict[str, Any] = {"max_epochs": rounds, "limit_val_batches": 0, "default_root_dir": folder}
         pl.Trainer(accelerator="cpu", callbacks=[clock, server], **limits, **QUIET).fit(model, datamodule=data)
     return model, clock
+
+
+def simulate_on_flower(clients: int, rounds: int) -> tuple[FederatedClassifier, Rounds]:
+    """`simulate` with an MLP whose clients are nodes of Flower's simulation, as many processes as there are cores."""
+    from leanlight.flower import build
+    from leanlight.flower import simulate as run_nodes
+
+    seeds = {"seed": _SEED}
+    server = {"selector": "lit_modules.federated.RandomClients", "participants": clients, "probe": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        model = {
+            "network": {"class_path": "lit_modules.nn.MLP", "init_args": {"in_channels": 1, "hidden": [64]}},
+            "local": {"epochs": _EPOCHS, "batch_size": _BATCH},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": _LR}},
+        }
+        data = {"dataset": "fashion_mnist", "variant": "subset", "clients": clients, "partition_seed": _SEED}
+        callback = {"class_path": "callbacks.FederatedRounds", "init_args": {**server, "every_n_epochs": 0, **seeds}}
+        limits = {"max_epochs": rounds, "limit_val_batches": 0, "enable_progress_bar": False}
+        config = {
+            "model": {"class_path": "lit_modules.federated.FederatedClassifier", "init_args": {**model, **seeds}},
+            "data": {"class_path": "datamodules.FederatedDataModule", "init_args": {**data, **seeds}},
+            "trainer": {"accelerator": "cpu", "default_root_dir": folder, "callbacks": [callback], **limits},
+            "run": {"method": "sfedca", "dataset": "fashion_mnist", "wandb": "disabled", "test": "none"},
+            "export_artifact": {"enabled": False},
+        }
+        cli = build(yaml.safe_dump(config))
+        clock = Rounds(_EPOCHS)
+        cli.trainer.callbacks.insert(0, clock)  # type: ignore[attr-defined]
+        run_nodes(cli)
+    return cli.model, clock
 
 
 def equal(model: FederatedClassifier, clock: Rounds) -> bool:
@@ -122,11 +154,32 @@ def run(quick: bool = False) -> Measurement:
         measured.figures[f"{name}/sequential_over_plain"] = summarise(more, "%")
         faster = ratios(over["sequential"], over["batched"])
         measured.figures[f"{name}/batched_speedup"] = summarise(faster, "x", "higher")
+        over_plain = summarise([1 / ratio for ratio in over["batched"]], "x", "higher")
+        measured.figures[f"{name}/batched_over_plain"] = over_plain
         measured.targets += [
             Target(f"{name}/sequential_over_plain", 5.0, f"{name}: at most 5 % slower than the plain loop"),
             Target(f"{name}/batched_speedup", 2.0, f"{name}: batched at least twice as fast as one by one"),
+            Target(f"{name}/batched_over_plain", 2.0, f"{name}: batched at least twice as fast as the plain loop"),
         ]
+        if (network, clients) == (mlp, 10):
+            _beside_flower(measured, name, rounds, over["batched"])
     return measured
+
+
+def _beside_flower(measured: Measurement, name: str, rounds: int, batched: Sequence[float]) -> None:
+    """Add rounds on Flower. batched: a round's time over that of the plain loop."""
+    figure = f"{name}/flower_over_batched"
+    if find_spec("flwr") is None or find_spec("ray") is None:
+        measured.missing[figure] = "flwr is not installed: extra flower"
+        return
+    model, clock = simulate_on_flower(10, rounds)
+    over = ratios(clock.seconds[1:], clock.plain_seconds[1:])
+    measured.figures[f"{name}/flower"] = summarise([1000 * s for s in clock.seconds[1:]], "ms a round")
+    measured.figures[figure] = summarise(ratios(over, batched), "x", "higher")
+    measured.checks[f"{name}, Flower: after {rounds} rounds the weights of the plain loop within 1e-4"] = equal(
+        model, clock
+    )
+    measured.targets.append(Target(figure, 5.0, f"{name}: batched at least 5 times as fast as Flower's simulation"))
 
 
 def paper_steps(where: str, quick: bool = False) -> dict[str, Callable[[], PaperStep]]:

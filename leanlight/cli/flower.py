@@ -109,21 +109,12 @@ def _federation(words: Sequence[str]) -> LeanlightCLI:
 
 
 def _simulate(cli: LeanlightCLI, timeout: float, resources: dict[str, Any]) -> int:
-    """Each client a node of Flower's simulation, in processes of Ray; the server in this one."""
+    """Each client a node of Flower's simulation."""
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "flower")
-    from flwr.simulation import run_simulation
+    from leanlight.flower import simulate
 
-    from leanlight.flower import client_app, server_app
-
-    cli.datamodule.ensure_available()
-    cli.datamodule.setup("fit")
-    run_simulation(
-        server_app(lambda: cli, timeout),
-        client_app(cli.config_text()),
-        num_supernodes=len(cli.datamodule.client_sizes),
-        backend_config={"client_resources": resources},
-    )
+    simulate(cli, timeout, resources)
     return 0
 
 

@@ -35,10 +35,17 @@ from leanlight.contracts.ranges import PositiveInt, Seed
 from lit_modules.classifier.evaluation import ClassifierEvaluation
 from lit_modules.classifier.hooks import EvaluatedClassifier
 from lit_modules.federated.aggregation import Aggregator, FedAvg
-from lit_modules.federated.batched import check_batchable, train_clients
+from lit_modules.federated.batched import LinearStack, Stack, find_stack, train_clients
 from lit_modules.federated.controls import ControlVariates, sweep
 from lit_modules.federated.firing import Reduce, measure
-from lit_modules.federated.local import LocalObjective, LocalTraining, cross_entropy, make_update, train_client
+from lit_modules.federated.local import (
+    LocalObjective,
+    LocalTraining,
+    cross_entropy,
+    is_plain_sgd,
+    make_update,
+    train_client,
+)
 from lit_modules.federated.norms import measure_norms
 from lit_modules.federated.privacy import check_private
 from lit_modules.hparams import save_hparams
@@ -76,7 +83,7 @@ class FederatedClassifier(EvaluatedClassifier):
         buffers: of batch norm: ``average`` them with the weights, ``keep`` the server's, or measure them anew with each
             new weights, on the images of all clients (``static``, HeteroFL).
         rate_reduce: of a client's firing rates over batches: ``mean`` by size, or ``sum``, as SFedCA's published code.
-        clients_at_once: clients trained as one batched computation; above 1 without batch norm and spikes only.
+        clients_at_once: clients trained as one batched computation; above 1 without batch norm and dropout only.
         seed: of the clients' data orders and noise; that of ``seed_everything`` by default.
     """
 
@@ -117,6 +124,7 @@ class FederatedClassifier(EvaluatedClassifier):
         self._waiting: list[ClientBatch] = []  # clients of a group that is not complete yet
         self._to_train = 0  # clients of this process that are still to come in this round
         self._copies: dict[int, nn.Module] = {}  # in a dict, hidden from nn.Module: they are scratch
+        self._stack: Stack = LinearStack  # how several are trained at once; found before the fit
         self._compile: dict[str, Any] | None = None  # options of `torch.compile` for them
         self._lr: list[float] = []  # of this round, by parameter group
         self.controls = ControlVariates()
@@ -136,11 +144,11 @@ class FederatedClassifier(EvaluatedClassifier):
     def _check_fit(self) -> None:
         self._check_batches_of_one()
         optimizer = self.make_optimizer(self.network.parameters())
-        if (self.objective.has_control or self.clients_at_once > 1) and not _is_plain_sgd(optimizer):
+        if (self.objective.has_control or self.clients_at_once > 1) and not is_plain_sgd(optimizer):
             needs = "Scaffold" if self.objective.has_control else "clients_at_once above 1"
             raise UserError(f"optimizer: {needs} needs SGD without momentum and weight decay")
         if self.clients_at_once > 1:
-            check_batchable(self.network, self.local)
+            self._stack = find_stack(self.network, self.local, data_of(self, ImageData).meta.shape)
         if self.local.privacy is not None:
             self._check_private()
         if self.make_scheduler is not None and isinstance(self.make_scheduler(optimizer), ReduceLROnPlateau):
@@ -314,6 +322,7 @@ class FederatedClassifier(EvaluatedClassifier):
             [self._control_gap(batch.client) for batch in group],
             [self._order(batch) for batch in group],
             [batch.work for batch in group],
+            self._stack,
         )
         updates = []
         for batch, report, state in zip(group, trained, states, strict=True):
@@ -456,11 +465,6 @@ class FederatedClassifier(EvaluatedClassifier):
 
 def _client_sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
-
-
-def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
-    options = optimizer.defaults
-    return isinstance(optimizer, torch.optim.SGD) and not options["momentum"] and not options["weight_decay"]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 
@@ -17,6 +18,7 @@ def test_a_quick_benchmark_measures_and_checks(name, leanlight, tmp_path):
     assert content["quick"]
     assert content["checks"]
     assert all(content["checks"].values()), content["checks"]
-    assert not content["missing"]
+    without_flower = {"mlp_10_clients/flower_over_batched"} if name == "sfedca" and not find_spec("flwr") else set()
+    assert set(content["missing"]) == without_flower
     assert content["figures"]
     assert all(math.isfinite(figure["value"]) for figure in content["figures"].values())

@@ -29,7 +29,7 @@ from lit_modules.federated import (
     RandomClients,
     Scaffold,
 )
-from lit_modules.federated.batched import train_clients
+from lit_modules.federated.batched import LinearStack, find_stack, train_clients
 from lit_modules.federated.firing import measure
 from lit_modules.federated.local import make_update, train_client
 from lit_modules.hparams import rebuild
@@ -38,6 +38,7 @@ from lit_modules.sfedca import CreditSelection, SpikingCNN
 
 SPIKING = functools.partial(SpikingCNN, channels=[], hidden=[16], time_steps=3, image_size=8)
 SMALL = functools.partial(MLP, in_channels=1, hidden=(8,), image_size=8)
+CONV = functools.partial(ConvNet, in_channels=1, width=4, depth=1, norm="none", image_size=8)
 WITH_NORM = functools.partial(ConvNet, in_channels=1, width=4, depth=1, norm="batch", image_size=8)
 
 
@@ -86,13 +87,54 @@ def test_rounds_equal_a_plain_loop_over_state_dicts(network, rounds):
         torch.testing.assert_close(value, clock.plain.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_clients_trained_together_equal_clients_trained_one_by_one():
+@pytest.mark.parametrize("objective", [None, FedProx(0.5), Scaffold()], ids=["plain", "fedprox", "scaffold"])
+@pytest.mark.parametrize("network", [SMALL, SPIKING, CONV], ids=["mlp", "spiking", "convolutions"])
+def test_clients_trained_together_equal_clients_trained_one_by_one(network, objective):
     options = {"partition": Dirichlet(0.3), "local": LocalTraining(epochs=2, batch_size=16)}
-    for objective in (None, FedProx(0.5), Scaffold()):
-        one, _, _ = federation(objective=objective, **options)
-        many, _, _ = federation(objective=objective, clients_at_once=3, **options)
-        for name, value in one.network.state_dict().items():
-            torch.testing.assert_close(many.network.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    one, _, _ = federation(network, objective=objective, **options)
+    many, _, _ = federation(network, objective=objective, clients_at_once=3, **options)
+    for name, value in one.network.state_dict().items():
+        torch.testing.assert_close(many.network.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Twice(nn.Module):
+    """Calls a layer twice, holds a layer in place, and never calls another."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed, self.inner, self.head = nn.Linear(64, 6).requires_grad_(False), nn.Linear(6, 6), nn.Linear(6, 10)
+        self.unused = nn.Linear(6, 2)
+
+    def forward(self, image):
+        return self.head(self.inner(self.inner(self.fixed(image.flatten(1))).relu()))
+
+
+@pytest.mark.parametrize("objective", [LocalObjective(), FedProx(0.5)], ids=["plain", "fedprox"])
+def test_layers_called_twice_never_or_held_in_place_train_together_as_alone(objective):
+    network, local = Twice(), LocalTraining(2, batch_size=8)
+    parts = [batch(20, seed=1), batch(13, seed=2)]
+    stack = find_stack(network, local, (1, 8, 8))
+    generators = [torch.Generator().manual_seed(client) for client in range(2)]
+    reports, states = train_clients(network, parts, local, 0.5, objective, [[], []], generators, [1.0, 1.0], stack)
+    assert stack is LinearStack
+    for client, part in enumerate(parts):
+        alone, order = copy.deepcopy(network), torch.Generator().manual_seed(client)
+        sgd = torch.optim.SGD(alone.parameters(), 0.5)
+        steps, passes, loss = train_client(alone, part, local, sgd, objective, [], order)
+        assert reports[client][:2] == (steps, passes)
+        torch.testing.assert_close(reports[client][2], loss)
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(states[client][name], value, rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(states[client]["fixed.weight"], network.fixed.weight)
+        assert not torch.equal(states[client]["inner.weight"], network.inner.weight)
+
+
+def test_clients_train_together_in_mixed_precision():
+    trainer = {"precision": "bf16-mixed"}
+    one, _, _ = federation(rounds=1, trainer=trainer)
+    many, _, _ = federation(rounds=1, trainer=trainer, clients_at_once=4)
+    for name, value in one.network.state_dict().items():
+        torch.testing.assert_close(many.network.state_dict()[name], value, rtol=0.01, atol=2e-3, msg=name)
 
 
 def test_stragglers_stop_early_together_as_they_do_one_by_one():
@@ -105,13 +147,42 @@ def test_stragglers_stop_early_together_as_they_do_one_by_one():
         torch.testing.assert_close(many.network.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+class Centred(nn.Module):
+    """Takes the mean of a batch off its images; in numbers that `vmap` does not see."""
+
+    def forward(self, image):
+        return image - image.detach().numpy().mean()
+
+
+class Counted(nn.Module):
+    """Brightens images from call to call."""
+
+    calls = 0
+
+    def forward(self, image):
+        self.calls += 1
+        return image * self.calls
+
+
 @pytest.mark.parametrize(
     ("network", "local"),
-    [(WITH_NORM, LocalTraining()), (SPIKING, LocalTraining()), (SMALL, LocalTraining(augment="shift"))],
+    [
+        (WITH_NORM, LocalTraining()),
+        (functools.partial(SPIKING, coding="poisson"), LocalTraining()),
+        (lambda: nn.Sequential(Centred(), SMALL()), LocalTraining()),
+        (lambda: nn.Sequential(Counted(), SMALL()), LocalTraining()),
+        (SMALL, LocalTraining(augment="shift")),
+    ],
+    ids=["batch norm", "random spikes", "images mixed", "state", "augmentation"],
 )
 def test_what_cannot_be_batched_is_refused(network, local):
-    with pytest.raises(UserError, match="clients_at_once"):
-        federation(network, local=local, clients_at_once=2)
+    with pytest.raises(UserError, match="clients_at_once: expected 1"):
+        find_stack(network(), local, (1, 8, 8))
+
+
+def test_a_fit_of_what_cannot_be_batched_is_refused():
+    with pytest.raises(UserError, match="clients_at_once: expected 1 for a network with BatchNorm2d"):
+        federation(WITH_NORM, clients_at_once=2)
 
 
 def test_choosing_every_candidate_is_fedavg_bit_for_bit():
@@ -167,6 +238,12 @@ def test_fedprox_descends_the_loss_with_its_proximal_term():
     ours, expected = train(FedProx(0.7), epochs=3), plain_steps(proximal, epochs=3)
     for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_plain_training_makes_the_steps_of_torchs_sgd_bit_for_bit():
+    ours, expected = train(LocalObjective(), epochs=3), plain_steps(lambda network, start: 0.0, epochs=3)
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_fedprox_with_mu_0_is_plain_training():
@@ -593,7 +670,8 @@ def test_clients_trained_together_wait_no_more_often_the_more_they_are():
     def train(clients):
         local, generators = LocalTraining(2, batch_size=8), [torch.Generator() for _ in range(clients)]
         parts = [batch(24 + client) for client in range(clients)]
-        train_clients(SMALL(), parts, local, 0.1, LocalObjective(), [[]] * clients, generators, [1.0] * clients)
+        works = [1.0] * clients
+        train_clients(SMALL(), parts, local, 0.1, LocalObjective(), [[]] * clients, generators, works, LinearStack)
 
     assert waits(train, 2) == waits(train, 5)
 
