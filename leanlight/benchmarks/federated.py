@@ -53,6 +53,7 @@ class Rounds(pl.Callback):
         self._begin = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, FederatedClassifier)
         self.plain = copy.deepcopy(pl_module.network)
         data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.clients = [(batch.image, batch.label) for batch in map(data.client_data, range(data.clients))]

@@ -90,6 +90,9 @@ class _StackedLinear(nn.Module):
         items: of each client, N; inputs are (…·K·N, ..., in), where time may stand before the clients.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, layer: nn.Linear, clients: int, items: int) -> None:
         super().__init__()
         self.shape, self.rows = (-1, clients, items), clients * items
@@ -189,7 +192,7 @@ def _agrees(stack: Stack, network: nn.Module, image_shape: tuple[int, ...]) -> b
         networks = [copy.deepcopy(network).to("cpu", torch.float64).train() for _ in range(2)]
         both = stack(networks[0], 2, 3)
         for name, value in both.parameters.items():
-            value += 0.1 * torch.randn_like(value)
+            value.add_(torch.randn_like(value), alpha=0.1)
             for client, part in zip(networks, value, strict=True):
                 client.get_parameter(name).copy_(part)
         for image in torch.rand(2, 6, *image_shape, dtype=torch.float64):
