@@ -197,9 +197,8 @@ def _agrees(stack: Stack, network: nn.Module, image_shape: tuple[int, ...]) -> b
                 client.get_parameter(name).copy_(part)
         for image in torch.rand(2, 6, *image_shape, dtype=torch.float64):
             alone = torch.cat([client(part) for client, part in zip(networks, image.split(3), strict=True)])
-            if not all(
-                torch.allclose(both(image), alone) for _ in range(2)
-            ):  # the second differs by what the first left
+            # The second call would show what the first one left behind.
+            if not all(torch.allclose(both(image), alone) for _ in range(2)):
                 return False
     return True
 
@@ -238,24 +237,22 @@ def train_clients(
     gaps = [torch.stack(parts) for parts in zip(*controls, strict=True)] if controls[0] else []
     index, weight = _plan(data, local, generators, works)
     counts = weight.sum(2)
-    passes, steps = counts.sum(0).tolist(), (counts > 0).sum(0).tolist()
-    images, labels = torch.cat([d.image for d in data]), torch.cat([d.label for d in data])
     shares = weight / counts.clamp(min=1).unsqueeze(2)
+    images, labels = torch.cat([d.image for d in data]), torch.cat([d.label for d in data])
     terms = []
     # (clients * batch_size,) each, and (clients,)
     plan = (to_device(part, device) for part in (index.flatten(1), shares.flatten(1), counts))
     for chosen, share, count in zip(*plan, strict=True):
         term = F.cross_entropy(stacked(images[chosen]), labels[chosen], reduction="none")
-        loss = term @ share
+        loss = (term * share).sum()  # `@` would be in half precision under autocast
         if type(objective) is LocalObjective:
             stacked.descend(loss, lr)
         else:
             _descend(objective, stacked, loss, lr * (count > 0), start, gaps)
         terms.append(term.detach())
     totals = (torch.stack(terms).view_as(weight) * to_device(weight, device)).sum((0, 2)) if terms else counts.sum(0)
-    reports = [
-        (made, int(seen), total / max(seen, 1.0)) for made, seen, total in zip(steps, passes, totals, strict=True)
-    ]
+    made = zip((counts > 0).sum(0).tolist(), counts.sum(0).tolist(), totals, strict=True)
+    reports = [(steps, int(passes), total / max(passes, 1.0)) for steps, passes, total in made]
     return reports, [_state(network, stacked.parameters, client) for client in range(clients)]
 
 
