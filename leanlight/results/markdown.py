@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,9 @@ def warnings_of(document: Document) -> list[str]:
     if len(document["commits"]) > 1:
         found.append("The runs come from more than one commit.")
     for row in document["rows"]:
-        found += [f"{row['label']}, seed {seed}: {why}." for seed, why in row["failed"].items()]
+        for why, seeds in itertools.groupby(row["failed"].items(), key=lambda pair: pair[1]):
+            numbers = [seed for seed, _ in seeds]
+            found.append(f"{row['label']}, seed{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {why}.")
     return found
 
 

@@ -21,6 +21,7 @@ import yaml
 from leanlight.cli.reproduce import main
 from leanlight.contracts import UserError
 from leanlight.results.launch import Job, environment, run_jobs
+from leanlight.results.markdown import warnings_of
 from leanlight.results.state import clear
 
 RESULT = Path("runs/results/classifier/two.json")
@@ -91,6 +92,7 @@ def test_a_run_of_replicas_that_failed_fails_for_each_and_one_that_was_cut_off_g
     path = suite.table(replicas=3, rows=rows)
     assert main([str(path)]) == 1
     assert _row(_document(), "bad")["failed"] == dict.fromkeys("012", "exit code 1")
+    assert warnings_of(_document())[-1] == "bad, seeds 0, 1, 2: exit code 1."
     rewrite(_run_dir("good", 0), status="interrupted")
     assert main([str(path), "--only", "good", "--seed", "1"]) == 0
     assert suite.commands()[-1]["argv"][:2] == ["fit", "--resume"]
