@@ -161,3 +161,9 @@ def test_clicks_train_networks_and_mean_images_teach_more_than_one_real_image_a_
     assert said["width"] <= 0
     assert said["distilled"] > said["real"] + 0.05
     assert said["many"] > 0.5
+
+
+def test_the_page_of_the_documentation_is_made_of_the_present_sources() -> None:
+    page = (FOLDER.parents[1] / "docs" / "playground.html").read_text()
+    for name in ("network.js", "page.js", "page.css"):
+        assert (FOLDER / name).read_text() in page, f"{name} has changed: run scripts/playground/make.py again"
