@@ -158,25 +158,25 @@ def train_client(
     """
     augment = find_augmentation(local.augment, "local.augment")
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in parameters]
     plain = is_plain_sgd(optimizer) and type(objective) is LocalObjective and local.privacy is None
+    start = [] if plain else [parameter.detach().clone() for parameter in parameters]
     losses: list[Tensor] = []
     order = list(local.batches(len(data), generator, work))
     counts = [len(index) for index in order]
     network.train()
-    hidden = None
+    private = None
     if local.privacy is not None:
         expected = local.sampling_rate(len(data)) * len(data)
-        hidden = private_gradient(network, local.privacy, optimizer, loss_of, expected)
+        private = private_gradient(network, local.privacy, optimizer, loss_of, expected)
     # One copy for all steps: each would hold up a GPU.
     for index in to_device(torch.cat(order), data.image.device).split(counts) if order else ():
         image, label = data.image[index], data.label[index]
         image = augment(image, None) if augment and len(index) else image
-        loss = hidden(image, label) if hidden else loss_of(network, image, label)
+        loss = private(image, label) if private else loss_of(network, image, label)
         if plain:
             _descend(loss, parameters, optimizer.param_groups[0]["lr"])
         else:
-            if hidden is None:
+            if private is None:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             objective.correct(parameters, start, control)
