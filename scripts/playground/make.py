@@ -25,7 +25,7 @@ from torch import Tensor
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError, atomic_write
 from leanlight.results.page import content_policy, style
-from leanlight.runs import read_summary
+from leanlight.runs import read_summary, run_of
 from lit_modules.at_bptt.pictures import drawable
 
 _HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def collect(export: Path, dataset: str) -> dict[str, Any]:
 
     Args:
         export: folder of an exported set.
-        dataset: its real images, by name; those that the suite brings, where it brings some.
+        dataset: its real images, by name; of Fashion-MNIST those that the suite brings, so that all make the same page.
 
     Raises:
         UserError: no such folder, a set that is not whitened, or not grey.
@@ -49,7 +49,8 @@ def collect(export: Path, dataset: str) -> dict[str, Any]:
     images, labels = tensors["images"], tensors["labels"]
     if "whitening" not in tensors or images.shape[1] != 1:
         raise UserError(f"EXPORT: expected whitened grey images, {export} has {card['preprocess']}, {card['images']}")
-    data = ImageDataModule(dataset, variant="subset", image_size=images.shape[-1])
+    variant = "subset" if dataset == "fashion_mnist" else "auto"
+    data = ImageDataModule(dataset, variant=variant, image_size=images.shape[-1])
     data.setup()
     pool, test = data.train_split, data.test_split
     classes = range(len(card["classes"]))
@@ -81,8 +82,7 @@ def _scaled(values: Tensor) -> dict[str, Any]:
 
 def made_from(export: Path) -> str:
     """The run that the export lies in, and its commit; else the folder's name."""
-    run = next((folder for folder in export.resolve().parents if (folder / "summary.json").is_file()), None)
-    summary = read_summary(run) if run else None
+    summary = read_summary(run_of(export.resolve()))
     return f"run {summary['run_id']} of commit {summary['commit'][:12]}" if summary else export.name
 
 
@@ -100,6 +100,9 @@ def render(export: Path, dataset: str) -> str:
         source=made_from(export),
         dataset=dataset,
         side=held["side"],
+        tested=len(held["test_labels"]),
+        ipc=json.loads((export / "card.json").read_text())["ipc"],
+        pool=len(held["pool_labels"]),
         guess=round(100 / len(held["classes"])),
     )
 

@@ -7,18 +7,20 @@ const COLOURS = { distilled: "--accent", real: "--amber", many: "--green" };
 
 const oneHot = (labels) => Float64Array.from({ length: labels.length * classes }, (_, i) => +(labels[(i / classes) | 0] === i % classes));
 
-/** `each` random images of every class. */
+/** `each` random images of every class, or as many as there are. */
 function drawReal(each) {
   const chosen = [];
   for (let label = 0; label < classes; label++) {
     const own = held.pool_labels.flatMap((found, index) => (found === label ? [index] : []));
-    for (let k = 0; k < each; k++) chosen.push(...own.splice(Math.floor(Math.random() * own.length), 1));
+    for (let k = 0; k < each && own.length; k++) chosen.push(...own.splice(Math.floor(Math.random() * own.length), 1));
   }
   const pixels = new Uint8Array(chosen.length * size);
   chosen.forEach((index, row) => pixels.set(pool.subarray(index * size, (index + 1) * size), row * size));
   return { pixels, rows: whitened(pixels, matrix, size), labels: oneHot(chosen.map((index) => held.pool_labels[index])) };
 }
 
+// As many as the distilled ones, class by class.
+const perClass = bytesOf(held.drawn).length / size / classes;
 const distilled = { pixels: bytesOf(held.drawn), rows: numbersOf(held.images), labels: numbersOf(held.labels) };
 
 function show(id, pixels) {
@@ -30,7 +32,7 @@ function show(id, pixels) {
     const picture = pen.createImageData(held.side, held.side);
     for (let i = 0; i < size; i++) picture.data.set([...Array(3).fill(pixels[start + i]), 255], 4 * i);
     pen.putImageData(picture, 0, 0);
-    canvas.title = held.classes[start / size] ?? "";
+    canvas.title = held.classes[Math.floor(start / size / perClass)] ?? "";
     strip.append(canvas);
   }
 }
@@ -71,13 +73,13 @@ function start(kind, set) {
 
 document.getElementById("train_distilled").addEventListener("click", () => start("distilled", distilled));
 document.getElementById("train_real").addEventListener("click", () => {
-  const set = drawReal(1);
+  const set = drawReal(perClass);
   show("real", set.pixels);
   start("real", set);
 });
-document.getElementById("train_many").addEventListener("click", () => start("many", drawReal(30)));
+document.getElementById("train_many").addEventListener("click", () => start("many", drawReal(Infinity)));
 document.getElementById("clear").addEventListener("click", () => { runs.length = 0; chart(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", chart);
 show("distilled", distilled.pixels);
-show("real", drawReal(1).pixels);
+show("real", drawReal(perClass).pixels);
 chart();

@@ -40,7 +40,13 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     white = apply_zca(images, whitening)
     means = torch.stack([white[labels == label].mean(0) for label in range(10)])
     save_file({"images": means, "labels": torch.eye(10), "whitening": whitening}, folder / "distilled.safetensors")
-    card = {"classes": list(data.meta.classes), "recipe": {"lr": 0.01}, "preprocess": "zca", "images": [10, 1, 8, 8]}
+    card = {
+        "classes": list(data.meta.classes),
+        "ipc": 1,
+        "recipe": {"lr": 0.01},
+        "preprocess": "zca",
+        "images": [10, 1, 8, 8],
+    }
     (folder / "card.json").write_text(json.dumps(card))
     return folder
 
