@@ -130,6 +130,7 @@ _LATER_DEFAULTS = {
     "inception_weights": None,
     "shuffles": 1,
     "DatasetDistillation.init": None,
+    "TrajectoryMatching.alignment": None,
     "without_augmentation": False,
     "layer_lag": False,
     "privacy": None,

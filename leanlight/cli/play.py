@@ -88,7 +88,7 @@ def _report(seeds: list[int], episodes: list[Any], data: Any) -> None:
     mean = sum(episode.score for episode in episodes) / len(episodes)
     meta = data.meta
     known = meta.random_score is not None and meta.human_score is not None
-    note = f"; random {meta.random_score:g}, human {meta.human_score:g}" if known else ""
+    note = f"; random {meta.random_score:g}, human or best {meta.human_score:g}" if known else ""
     console.print(f"mean score {mean:g}{note}")
 
 

@@ -55,7 +55,7 @@ class GameMeta(DataMeta):
         actions: names of the actions; index = action.
         shape: (K, H, W) of a state: K stacked frames.
         random_score: mean score of random play, where it is known.
-        human_score: score of a human tester, where it is known.
+        human_score: score of a human tester, where it is known; of the suite's own games the best there is.
     """
 
     actions: tuple[str, ...]

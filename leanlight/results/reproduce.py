@@ -122,7 +122,7 @@ def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: T
             if code:
                 why = why_failed(job, code)
                 for cell in todo[job.run_dir]:
-                    cell.failure = why.splitlines()[0]
+                    cell.failure = "diverged" if cell.decide().action == "diverged" else why.splitlines()[0]
                 progress.say(f"{why}\nlog: {job.log}")
             else:
                 ran += len(todo[job.run_dir])

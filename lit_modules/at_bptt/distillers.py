@@ -105,6 +105,9 @@ class Distiller:
     def study(self, study: Study) -> None:
         """Learn from all real images, before the first outer step, and again when a run goes on."""
 
+    def first_set(self, data: SyntheticData, study: Study) -> None:
+        """Change the set of a new run, in place, once all processes have studied; all have to do the same."""
+
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         """Make this epoch's choices; on rank 0 alone, see `choice`."""
 

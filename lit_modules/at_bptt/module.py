@@ -199,6 +199,8 @@ class DatasetDistillation(LightningModule):
             study = Study(self._all_real(), folder, seeds[0], self.global_rank, self.trainer.world_size, rank_zero_info)
             self.side_by_side.study(study, seeds)
             self.trainer.strategy.barrier()
+            if not self._restored:
+                self.side_by_side.first_set(self._stacked, study, seeds)
 
     @torch.no_grad()
     def _make_set(self) -> None:
@@ -569,7 +571,7 @@ class DatasetDistillation(LightningModule):
             **pictures.curves(self.history),
             **self.side_by_side.media(),
         }
-        if self.learn_labels:
+        if self._soft:
             items["labels"] = pictures.label_map(labels, self.classes)
         return items
 

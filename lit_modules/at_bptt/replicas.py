@@ -57,9 +57,22 @@ class Replicas:
 
     def study(self, study: Study, seeds: Sequence[int]) -> None:
         """See `Distiller.study`; with seeds of each replica, and a folder for each."""
-        for number, (distiller, seed) in enumerate(zip(self.each, seeds, strict=True)):
-            own = study.folder / f"replica_{number}" if len(self.each) > 1 else study.folder
-            distiller.study(dataclasses.replace(study, folder=own, seed=seed))
+        for distiller, own in zip(self.each, self._own(study, seeds), strict=True):
+            distiller.study(own)
+
+    def first_set(self, data: SyntheticData, study: Study, seeds: Sequence[int]) -> None:
+        """See `Distiller.first_set`; data: (S, …) sets."""
+        for distiller, part, own in zip(self.each, unstacked(data), self._own(study, seeds), strict=True):
+            distiller.first_set(part, own)
+
+    def _own(self, study: Study, seeds: Sequence[int]) -> list[Study]:
+        """That of each replica."""
+        folders = [study.folder]
+        if len(self.each) > 1:
+            folders = [study.folder / f"replica_{number}" for number in range(len(self.each))]
+        return [
+            dataclasses.replace(study, folder=folder, seed=seed) for folder, seed in zip(folders, seeds, strict=True)
+        ]
 
     def start_epoch(self, data: SyntheticData, seeds: Sequence[int]) -> None:
         """See `Distiller.start_epoch`; data: (S, …) sets."""

@@ -1,4 +1,4 @@
-"""MTT: a set on which a network goes, in a few steps, the way that it goes in epochs on real data."""
+"""MTT and DATM: a set on which a network goes, in a few steps, the way that it goes in epochs on real data."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from leanlight.contracts import NetworkFactory, UserError, atomic_path, derived_seed, isolated_rng, to_device
 from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from leanlight.ops.differentiable import find_augmentation
+from lit_modules.at_bptt.difficulty import DifficultyAlignment, mean_logits, rightly_labelled
 from lit_modules.at_bptt.distillers import Distiller, OuterStep, Study, Task, fresh_network
 from lit_modules.at_bptt.inner import FlatNetwork, SyntheticData
 from lit_modules.classifier.training import LabelledImages, Recipe, train
@@ -101,6 +102,7 @@ class TrajectoryMatching(Distiller):
         lr_momentum: of that SGD.
         batch_size: images of the set in a step, null for all.
         augment: augmentation of the set in the steps, a name of leanlight.ops.differentiable, null for none.
+        alignment: what makes it DATM (Guo et al. 2024), null for MTT.
     """
 
     studies = True
@@ -115,6 +117,7 @@ class TrajectoryMatching(Distiller):
     lr_momentum: Share = 0.5
     batch_size: PositiveInt | None = None
     augment: str | None = "dsa"
+    alignment: DifficultyAlignment | None = None
 
     def __post_init__(self) -> None:
         if self.max_start + self.expert_epochs > self.recipe.epochs:
@@ -122,16 +125,25 @@ class TrajectoryMatching(Distiller):
                 f"max_start: expected at most {self.recipe.epochs - self.expert_epochs}, recipe.epochs less "
                 f"expert_epochs; got {self.max_start}"
             )
+        if self.alignment is not None:
+            self.alignment.check(self.max_start, self.recipe.epochs)
         self.augmentation = find_augmentation(self.augment, "augment")
         self._task: Task | None = None
         self._experts: Experts | None = None
         self._network: FlatNetwork | None = None
-        self._rate, self._velocity = torch.tensor(self.lr), torch.tensor(0.0)
         self._shown = self.lr  # the rate where this epoch began: to show each new one would wait for the device
+        self._forget()
+
+    def _forget(self) -> None:
+        self._rate, self._velocity = torch.tensor(self.lr), torch.tensor(0.0)
+        self._logits, self._logits_velocity = torch.empty(0), torch.tensor(0.0)  # of labels; of DATM alone
+        self._outer_steps = 0
 
     def prepare(self, task: Task) -> None:
+        if task.learn_labels and self.alignment is not None:
+            raise UserError("learn_labels: with an alignment labels are learned as logits; use false")
         self._task = task
-        self._rate, self._velocity = torch.tensor(self.lr), torch.tensor(0.0)
+        self._forget()
         self._network = FlatNetwork(fresh_network(task.network, 0, task.device))  # a form for parameters alone
 
     def study(self, study: Study) -> None:
@@ -140,6 +152,30 @@ class TrajectoryMatching(Distiller):
         for number in range(study.rank, self.experts, study.world):
             self._experts.make(number, self._task.network, study.real)
             study.tell(f"expert {number + 1} of {self.experts} is there")
+
+    def first_set(self, data: SyntheticData, study: Study) -> None:
+        """With an alignment: real images that an expert labels right, and labels that are what experts say."""
+        if self.alignment is None:
+            return
+        assert self._task is not None
+        classes, ipc, device = self._task.num_classes, self._task.ipc, data.images.device
+        if self.alignment.choose_images:
+            generator = torch.Generator().manual_seed(derived_seed(study.seed, "images"))
+            chosen = rightly_labelled(self._predict, self.experts, study.real, classes, ipc, generator)
+            data.images.copy_(study.real[0][chosen])
+        labels = torch.arange(classes, device=device).repeat_interleave(ipc)
+        self._logits = mean_logits((self._predict(number, data.images) for number in range(self.experts)), labels)
+        data.labels.copy_(self._logits.softmax(1))
+
+    def _predict(self, number: int, images: Tensor) -> Tensor:
+        """Logits (N, K) of an expert."""
+        assert self._experts is not None
+        assert self._network is not None
+        assert self.alignment is not None
+        epoch = self.alignment.label_epoch or self.recipe.epochs
+        theta, _ = self._experts.after(number, (epoch, epoch), images.device)
+        with torch.no_grad():
+            return torch.cat([self._network(theta, part) for part in images.split(self.recipe.batch_size)])
 
     def start_epoch(self, data: SyntheticData, seed: int) -> None:
         self._shown = float(self._rate)
@@ -156,18 +192,32 @@ class TrajectoryMatching(Distiller):
         assert self._task is not None
         assert self._experts is not None
         generator, device = torch.Generator().manual_seed(seed), data.images.device
-        expert, begin = (
-            int(torch.randint(limit, (), generator=generator)) for limit in (self.experts, self.max_start + 1)
-        )
+        expert = int(torch.randint(self.experts, (), generator=generator))
+        first = 0 if self.alignment is None else self.alignment.min_start
+        begin = int(torch.randint(first, self._last_start + 1, (), generator=generator))
         start, target = self._experts.after(expert, (begin, begin + self.expert_epochs), device)
         images = data.images.detach().requires_grad_()
-        labels = data.labels.detach().requires_grad_(self._task.learn_labels)
         rate = to_device(self._rate, device).clone().requires_grad_()
+        if self.alignment is None:
+            given = labels = data.labels.detach().requires_grad_(self._task.learn_labels)
+        else:
+            given = to_device(self._logits, device).detach().requires_grad_()
+            labels = given.softmax(1)
         loss = trajectory_loss(self.student(SyntheticData(images, labels), start, rate, generator), start, target)
-        learned = [images, rate, labels] if self._task.learn_labels else [images, rate]
-        gradients = torch.autograd.grad(loss, learned)
-        of_labels = gradients[2] if self._task.learn_labels else None
-        return OuterStep(gradients[0], of_labels, loss.detach(), loss.new_zeros(()), gradients[1].reshape(1))
+        learned = [images, rate, given] if given.requires_grad else [images, rate]
+        gradients = list(torch.autograd.grad(loss, learned))
+        if self.alignment is None:
+            own, of_labels = gradients[1].reshape(1), gradients[2] if self._task.learn_labels else None
+        else:
+            follows = loss <= self.alignment.threshold
+            gradients = [torch.where(follows, gradient, 0.0) for gradient in gradients]
+            own, of_labels = torch.cat([gradients[1].reshape(1), gradients[2].flatten()]), None
+        return OuterStep(gradients[0], of_labels, loss.detach(), loss.new_zeros(()), own)
+
+    @property
+    def _last_start(self) -> int:
+        alignment = self.alignment
+        return self.max_start if alignment is None else alignment.latest_start(self._outer_steps, self.max_start)
 
     def student(self, data: SyntheticData, theta: Tensor, rate: Tensor, generator: torch.Generator) -> Tensor:
         """theta (P,) after `steps` steps of SGD on the set, with their graph."""
@@ -188,16 +238,35 @@ class TrajectoryMatching(Distiller):
         return theta
 
     def updated(self, data: SyntheticData, own: Tensor | None) -> None:
-        """Take a step of the learning rate."""
+        """Take a step of the learning rate and, with an alignment, of the labels."""
         assert own is not None
-        self._velocity = self.lr_momentum * self._velocity.to(own.device) + own.squeeze(0)
-        self._rate = self._rate.to(own.device) - self.lr_rate * self._velocity
+        rate, logits = own[0], own[1:]
+        self._rate, self._velocity = sgd_step(self._rate, self._velocity, rate, self.lr_rate, self.lr_momentum)
+        if self.alignment is not None:
+            lr, momentum = self.alignment.label_rate, self.alignment.label_momentum
+            gradient = logits.view_as(data.labels)
+            self._logits, self._logits_velocity = sgd_step(self._logits, self._logits_velocity, gradient, lr, momentum)
+            data.labels.copy_(self._logits.softmax(1))
+        self._outer_steps += 1
 
     def metrics(self) -> Mapping[str, float]:
-        return {"inner_lr": self._shown}
+        return {"inner_lr": self._shown} | ({"max_start": float(self._last_start)} if self.alignment else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rate": self._rate, "velocity": self._velocity}
+        state = {"rate": self._rate, "velocity": self._velocity}
+        if self.alignment is None:
+            return state
+        labels = {"logits": self._logits, "logits_velocity": self._logits_velocity}
+        return state | labels | {"outer_steps": self._outer_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rate, self._velocity = state["rate"], state["velocity"]
+        if self.alignment is not None:
+            self._logits, self._logits_velocity = state["logits"], state["logits_velocity"]
+            self._outer_steps = state["outer_steps"]
+
+
+def sgd_step(value: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
+    """A value and its velocity after a step of SGD with momentum, on the device of the gradient."""
+    velocity = momentum * velocity.to(gradient.device) + gradient
+    return value.to(gradient.device) - lr * velocity, velocity

@@ -100,6 +100,7 @@ VARIANTS: dict[str, dict[str, Case]] = {
                 *_model(distiller="lit_modules.at_bptt.TrajectoryMatching", distiller__init_args__recipe__epochs="2"),
                 *_model(distiller__init_args__experts="2", distiller__init_args__steps="3"),
                 *_model(distiller__init_args__expert_epochs="1", distiller__init_args__max_start="1"),
+                *_model(learn_labels="false", distiller__init_args__alignment__first_max_start="0"),
             )
         ),
     },

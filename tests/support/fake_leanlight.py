@@ -1,7 +1,7 @@
 """Stands in for `python -m leanlight fit|predict|export|select`: writes a run folder in milliseconds.
 
 Options of the fake model: value and slope make test/accuracy = value + 0.01 * slope * seed, of replicas that of each
-and the mean; fail ends with exit code 1;
+and the mean; fail ends with exit code 1, with the value diverged as a run that did;
 wait sleeps until interrupted, but not when resumed; files leaves so many in artifacts/bank. A select of --seed 13 ends
 with exit code 1 after its first part, once.
 """
@@ -93,7 +93,7 @@ def fit(command: str, words: list[str]) -> int:
         (bank / f"{number}.txt").write_text(str(number))
     if given.get("fail"):
         print("loading data\nboom: the reason")
-        write(run_dir, summary | {"status": "failed"})
+        write(run_dir, summary | {"status": "diverged" if given["fail"] == "diverged" else "failed"})
         return 1
     if given.get("wait"):
         try:

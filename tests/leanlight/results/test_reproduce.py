@@ -207,15 +207,18 @@ def test_a_failing_cell_is_told_with_its_log_and_the_others_go_on(
 ) -> None:
     rows = yaml.safe_load(suite.table().read_text())["rows"]
     rows[0]["overrides"]["fail"] = True
-    suite.table(rows=rows)
+    rows[1]["overrides"]["fail"] = "diverged"
+    suite.table(rows=[*rows, {"name": "third", "config": "b.yaml"}])
     assert main(["two.yaml"]) == 1
     shown = capsys.readouterr().out
     assert "boom: the reason" in shown
-    assert "3 FAILED: good s0, good s1, good s2" in shown
+    assert "6 FAILED: good s0, bad s0, good s1, bad s1, good s2, bad s2" in shown
     document = _document()
     assert not document["complete"]
     assert _row(document, "good")["metrics"] == {}
-    assert _row(document, "bad")["metrics"]["test/accuracy"]["n"] == 3
+    assert _row(document, "good")["failed"] == dict.fromkeys("012", "exit code 1")
+    assert _row(document, "bad")["failed"] == dict.fromkeys("012", "diverged")
+    assert _row(document, "third")["metrics"]["test/accuracy"]["n"] == 3
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])

@@ -12,6 +12,7 @@ from torch import nn
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError, derived_seed, isolated_rng
 from lit_modules.at_bptt import DatasetDistillation, Evaluation, GradientMatching, TrajectoryMatching
+from lit_modules.at_bptt.difficulty import DifficultyAlignment, mean_logits, rightly_labelled
 from lit_modules.at_bptt.distillers import Study, Task
 from lit_modules.at_bptt.gradient_matching import gradient_distance
 from lit_modules.at_bptt.inner import SyntheticData
@@ -207,6 +208,112 @@ def test_the_learning_rate_of_the_steps_is_learned_by_sgd_with_momentum():
     assert distiller.metrics()["inner_lr"] == pytest.approx(float(rate.detach()))
 
 
+# ---- DATM ----
+
+ALIGNED = DifficultyAlignment(first_max_start=0, grow_steps=4, threshold=1e9, label_rate=0.5, label_momentum=0.9)
+
+
+def test_the_latest_start_grows_linearly_and_stays():
+    alignment = DifficultyAlignment(first_max_start=10, grow_steps=1000)
+    for step in (0, 1, 99, 100, 555, 999, 1000, 5000):
+        expected = min(20, int(10 + (20 - 10) * step / 1000))
+        assert alignment.latest_start(step, 20) == expected
+
+
+def test_images_are_those_that_the_first_expert_knows_then_those_of_the_next():
+    labels = torch.arange(12) % 3
+    images = torch.arange(12.0)
+    knows = [{0, 3, 6, 9, 1, 4, 2}, {5, 7, 8}, {10, 11}]  # experts 0 and 1 know enough, two a class, together
+    asked = []
+
+    def predict(number, images):
+        asked.append(number)
+        right = torch.tensor([int(image) in knows[number] for image in images])
+        return torch.eye(3)[torch.where(right, labels, (labels + 1) % 3)]
+
+    seen = set()
+    for seed in range(20):
+        chosen = rightly_labelled(predict, 3, (images, labels), 3, 2, torch.Generator().manual_seed(seed)).tolist()
+        assert set(chosen[:2]) < {0, 3, 6, 9}
+        assert set(chosen[2:4]) == {1, 4}
+        assert 2 in chosen[4:]
+        assert set(chosen[4:]) < {2, 5, 8}
+        seen |= set(chosen)
+    assert seen == {0, 1, 2, 3, 4, 5, 6, 8, 9}
+    assert set(asked) == {0, 1}
+    with pytest.raises(UserError, match=r"ipc: expected at most 4, .* got 5"):
+        rightly_labelled(predict, 3, (images, labels), 3, 5, torch.Generator())
+    knows[:] = [{0}, set(), set()]
+    chosen = rightly_labelled(predict, 3, (images, labels), 3, 2, torch.Generator().manual_seed(0)).tolist()
+    assert chosen[0] == 0  # of what no expert knows others fill up
+    assert [number % 3 for number in chosen] == [0, 0, 1, 1, 2, 2]
+
+
+def test_labels_are_mean_logits_of_the_experts_that_are_right():
+    logits, labels = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    logits[:, 0, 0] = -9  # none is right
+    got = mean_logits(logits, labels)
+    for number, label in enumerate(labels.tolist()):
+        rows = [row for row in logits[:, number] if int(row.argmax()) == label] or list(logits[:, number])
+        assert torch.allclose(got[number], sum(rows) / len(rows), atol=1e-6)
+
+
+def aligned(folder, **changes):
+    """A distiller with an alignment that has studied, and its first set."""
+    settings = {"experts": 2, "recipe": EXPERTS, "steps": 3, "expert_epochs": 1, "max_start": 2, "augment": None}
+    distiller, (data, real, label) = TrajectoryMatching(**settings | {"alignment": ALIGNED} | changes), problem()
+    study(distiller, folder)
+    distiller.first_set(data, Study((real, label), folder, 3))
+    return distiller, data
+
+
+def test_the_first_set_is_real_images_under_what_experts_say_of_them(tmp_path):
+    distiller, data = aligned(tmp_path)
+    _, real, label = problem()
+    for number, image in enumerate(data.images):
+        (position,) = [place for place, other in enumerate(real) if torch.equal(image, other)]
+        assert label[position] == number // 2
+    network, logits = NETWORK(), []
+    for number in range(2):
+        theta, _ = distiller._experts.after(number, (3, 3), torch.device("cpu"))
+        nn.utils.vector_to_parameters(theta, network.parameters())
+        logits.append(network(data.images).detach())
+    expected = mean_logits(logits, torch.arange(6) // 2)
+    assert torch.allclose(data.labels, expected.softmax(1), atol=1e-6)
+    distiller, data = aligned(tmp_path, alignment=DifficultyAlignment(first_max_start=0, choose_images=False))
+    assert torch.equal(data.images, problem()[0].images)
+    assert not torch.equal(data.labels, problem()[0].labels)
+
+
+def test_labels_are_learned_as_logits_and_a_step_with_a_large_loss_has_no_gradient(double, tmp_path):
+    distiller, data = aligned(tmp_path)
+    step = distiller.outer_step(data, data.images, torch.arange(6) // 2, 7)
+    generator = torch.Generator().manual_seed(7)
+    expert, begin = int(torch.randint(2, (), generator=generator)), 0  # T is 0 in the first outer step
+    torch.randint(0, 1, (), generator=generator)
+    start, target = distiller._experts.after(expert, (begin, begin + 1), torch.device("cpu"))
+    logits = data.labels.log().requires_grad_()  # logits up to a constant, which a softmax does not see
+    end = distiller.student(SyntheticData(data.images, logits.softmax(1)), start, torch.tensor(distiller.lr), generator)
+    loss = (end - target).square().sum() / (start - target).square().sum()
+    (expected,) = torch.autograd.grad(loss, logits)
+    assert step.labels is None
+    assert torch.allclose(step.own[1:].view(6, 3), expected, rtol=1e-6, atol=1e-12)
+
+    weights = torch.nn.Parameter(distiller._logits.clone())
+    optimizer = torch.optim.SGD([weights], ALIGNED.label_rate, ALIGNED.label_momentum)
+    for _ in range(3):
+        weights.grad = step.own[1:].view(6, 3)
+        optimizer.step()
+        distiller.updated(data, step.own)
+    assert torch.allclose(data.labels, weights.detach().softmax(1))
+
+    strict, data = aligned(tmp_path, alignment=DifficultyAlignment(first_max_start=0, threshold=1e-9))
+    step = strict.outer_step(data, data.images, torch.arange(6) // 2, 7)
+    assert float(step.loss) > 1e-9
+    assert not step.images.any()
+    assert not step.own.any()
+
+
 def test_what_does_not_fit_is_one_line():
     with pytest.raises(UserError, match=r"learn_labels: .* false"):
         GradientMatching().prepare(Task(NETWORK, 3, 2, 1, True))
@@ -214,6 +321,13 @@ def test_what_does_not_fit_is_one_line():
         GradientMatching().prepare(Task(functools.partial(NETWORK, norm="batch"), 3, 2, 1, False))
     with pytest.raises(UserError, match=r"max_start: expected at most 2, .* got 3"):
         TrajectoryMatching(recipe=EXPERTS, expert_epochs=1, max_start=3)
+    short = {"recipe": EXPERTS, "expert_epochs": 1, "max_start": 2}
+    with pytest.raises(UserError, match=r"alignment: expected min_start <= first_max_start <= max_start, got 0, 3, 2"):
+        TrajectoryMatching(**short, alignment=DifficultyAlignment(first_max_start=3))
+    with pytest.raises(UserError, match=r"alignment.label_epoch: expected at most 3, .* got 4"):
+        TrajectoryMatching(**short, alignment=DifficultyAlignment(first_max_start=1, label_epoch=4))
+    with pytest.raises(UserError, match=r"learn_labels: .* false"):
+        TrajectoryMatching(**short, alignment=ALIGNED).prepare(Task(NETWORK, 3, 2, 1, True))
 
 
 # ---- whole runs ----
@@ -223,6 +337,7 @@ DISTILLERS = {
     "dc": GradientMatching(outer_loop=7, inner_loop=2),
     "dsa": GradientMatching(outer_loop=7, inner_loop=2, augment=True),
     "mtt": TrajectoryMatching(2, EXPERTS, steps=3, expert_epochs=1, max_start=1, lr_rate=1e-3),
+    "datm": TrajectoryMatching(2, EXPERTS, steps=3, expert_epochs=1, max_start=1, lr_rate=1e-3, alignment=ALIGNED),
 }
 
 
@@ -254,6 +369,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_disturbed(tmp_path, name)
     again, _ = fit(name, tmp_path / "other", 2, tmp_path / "last.ckpt")
     assert not torch.equal(whole.images, cut.images)
     assert torch.equal(again.images, whole.images)
+    assert torch.equal(again.labels, whole.labels)
     assert str(again.side_by_side.state_dict()) == str(whole.side_by_side.state_dict())
 
 
@@ -262,4 +378,5 @@ def test_replicas_are_the_runs_of_their_seeds(tmp_path, name):
     both, _ = fit(name, tmp_path / "both", 1, replicas=2)
     alone, _ = fit(name, tmp_path / "alone", 1)
     assert torch.allclose(both.images[:10], alone.images, atol=1e-6)
+    assert torch.allclose(both.labels[:10], alone.labels, atol=1e-6)
     assert not torch.allclose(both.images[:10], both.images[10:], atol=1e-2)
