@@ -120,9 +120,10 @@ def _run(asked: list[Cell], plan: dict[str, Decision], options: Options, spec: T
             nonlocal ran
             progress.ended(job, "finished" if code == 0 else "FAILED")
             if code:
-                why = why_failed(job, code)
-                for cell in todo[job.run_dir]:
-                    cell.failure = "diverged" if cell.decide().action == "diverged" else why.splitlines()[0]
+                why, cells = why_failed(job, code), todo[job.run_dir]
+                diverged = cells[0].decide().action == "diverged"
+                for cell in cells:
+                    cell.failure = "diverged" if diverged else why.splitlines()[0]
                 progress.say(f"{why}\nlog: {job.log}")
             else:
                 ran += len(todo[job.run_dir])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,13 @@ class Experts:
         with atomic_path(path) as part:
             save_file({"theta": torch.stack(passed).cpu()}, part, metadata=made_of)
 
-    def after(self, number: int, epochs: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The parameters (P,) of one of them after two numbers of epochs; no more than these is read."""
+    def after(self, number: int, epochs: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The parameters (P,) of one of them after these numbers of epochs; no more is read."""
         from safetensors import safe_open
 
         with safe_open(self._path(number), "pt") as file:
             theta = file.get_slice("theta")
-            first, second = (to_device(theta[epoch : epoch + 1].squeeze(0), device) for epoch in epochs)
-        return first, second
+            return [to_device(theta[epoch : epoch + 1].squeeze(0), device) for epoch in epochs]
 
 
 @dataclass
@@ -173,7 +172,7 @@ class TrajectoryMatching(Distiller):
         assert self._network is not None
         assert self.alignment is not None
         epoch = self.alignment.label_epoch or self.recipe.epochs
-        theta, _ = self._experts.after(number, (epoch, epoch), images.device)
+        (theta,) = self._experts.after(number, [epoch], images.device)
         with torch.no_grad():
             return torch.cat([self._network(theta, part) for part in images.split(self.recipe.batch_size)])
 

@@ -34,6 +34,13 @@ _KEPT_FACTOR = "{rank: 2, oversample: 1, power_iters: 1, drift: 1000.0}"  # past
 _ROUNDS = "--trainer.callbacks.init_args"
 _NETWORK = "network.class_path"
 
+_TRAJECTORIES = (
+    "--config=at_bptt/digits_small",
+    *_model(distiller="lit_modules.at_bptt.TrajectoryMatching", distiller__init_args__recipe__epochs="2"),
+    *_model(distiller__init_args__experts="2", distiller__init_args__steps="3"),
+    *_model(distiller__init_args__expert_epochs="1", distiller__init_args__max_start="1"),
+)
+
 # Of deep Q-learning, a step is that of learning alone: at first every decision is a random one.
 # What makes the smallest run of a method smaller still; a method without an entry runs as its config says.
 SMALLER: dict[str, tuple[str, ...]] = {
@@ -94,14 +101,9 @@ VARIANTS: dict[str, dict[str, Case]] = {
                 *_model(distiller__init_args__inner_loop="2", distiller__init_args__augment="true"),
             )
         ),
-        "trajectories": Case(
-            (
-                "--config=at_bptt/digits_small",
-                *_model(distiller="lit_modules.at_bptt.TrajectoryMatching", distiller__init_args__recipe__epochs="2"),
-                *_model(distiller__init_args__experts="2", distiller__init_args__steps="3"),
-                *_model(distiller__init_args__expert_epochs="1", distiller__init_args__max_start="1"),
-                *_model(learn_labels="false", distiller__init_args__alignment__first_max_start="0"),
-            )
+        "trajectories": Case(_TRAJECTORIES),
+        "trajectories_by_difficulty": Case(
+            (*_TRAJECTORIES, *_model(learn_labels="false", distiller__init_args__alignment__first_max_start="0"))
         ),
     },
     "dsqn": {
