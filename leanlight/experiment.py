@@ -32,7 +32,7 @@ from leanlight.contracts import CollectsPredictions, UserError, atomic_write, is
 from leanlight.invocation import Invocation, expand, option, read_config, run_config
 from leanlight.locks import locked
 from leanlight.loggers import RunCSVLogger, RunMLFlowLogger, RunTensorBoardLogger, RunWandbLogger
-from leanlight.messages import memory_errors, one_line, with_prefix
+from leanlight.messages import memory_errors, one_line, quiet_lightning, with_prefix
 from leanlight.objects import admitted_object, check_optimizers
 from leanlight.parser import LeanlightParser, restrict
 from leanlight.predictions import read_predictions
@@ -473,6 +473,7 @@ def build(config: str | Sequence[str], overrides: Mapping[str, Any] | None = Non
     Raises:
         UserError: an unknown config, key or value.
     """
+    quiet_lightning()
     names = [config] if isinstance(config, str) else list(config)
     options = [word for name in names for word in ("--config", name)]
     cli = LeanlightCLI(expand(["fit", *options, *(option(*pair) for pair in (overrides or {}).items())]))

@@ -10,11 +10,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from leanlight.contracts.errors import UserError, nearest
 
+_LIGHTNING = str(Path(find_spec("lightning").origin).parent)  # type: ignore[union-attr,arg-type]  # it is installed
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What safetensors says, and PyTorch, whose writer only notices that a file is shorter than it should be.
 _DISK_WORDS = re.compile(r"No space left on device|File too large|inline_container\.cc.*unexpected pos|iostream error")
@@ -204,9 +207,13 @@ def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:
     parts = ["data", "model"] if "datamodules" in _innermost(error.__traceback__) else ["model", "data"]
     for part in parts:
         given = (resolved.get(part) or {}).get("init_args") or {}
-        places = sorted(_places(given, name[0], f"{part}.init_args"), key=len)
-        if places and (len(places) == 1 or len(places[0].split(".")) < len(places[1].split("."))):
-            return _like(error, places[0] + text[len(name[0]) :])
+        places = dict(_places(given, name[0], f"{part}.init_args"))
+        refused = [place for place, value in places.items() if f"got {value!r}" in text] if len(places) > 1 else []
+        paths = sorted(refused or places, key=lambda path: (path.count("."), len(path)))
+        if paths and (len(paths) == 1 or paths[0].count(".") < paths[1].count(".")):
+            return _like(error, paths[0] + text[len(name[0]) :])
+        if paths:
+            break
     return _like(error, text)
 
 
@@ -225,11 +232,11 @@ def _innermost(traceback: TracebackType | None) -> str:
     return file
 
 
-def _places(given: Any, name: str, where: str) -> Iterator[str]:
-    """Every dotted path in a nested configuration that ends with `name`."""
+def _places(given: Any, name: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Every dotted path in a nested configuration that ends with `name`, with its value."""
     for key, value in given.items() if isinstance(given, Mapping) else ():
         if key == name:
-            yield f"{where}.{key}"
+            yield f"{where}.{key}", value
         yield from _places(value, name, f"{where}.{key}")
 
 
@@ -241,5 +248,13 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     # A module that puts images of its own into batches, before the data scales and augments them.
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # device lists and advertisements, on every start
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_showing)
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """False for what Lightning says by `rank_zero_info`: device lists and advertisements, on every start.
+
+    What modules and callbacks say by it is shown.
+    """
+    return record.levelno > logging.INFO or not record.pathname.startswith(_LIGHTNING)

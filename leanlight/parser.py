@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from typing import Any
 
@@ -68,6 +70,19 @@ _RANGES: dict[str, Any] = {
 }
 
 
+def _in_yaml(word: str) -> str:
+    """An option for the parser of an inner class, to which jsonargparse hands on what it has read, as Python shows it.
+
+    Null would be the text None.
+    """
+    key, equals, value = word.partition("=")
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # text
+        return word
+    return f"{key}{equals}{json.dumps(read)}" if read is None or isinstance(read, (dict, list)) else word
+
+
 def restrict(parser: LightningArgumentParser) -> None:
     """Give the numbers of the Trainer's arguments their ranges."""
     for action in parser._actions:
@@ -86,6 +101,12 @@ class LeanlightParser(LightningArgumentParser):
         if not self.exit_on_error:  # inner parsers try alternatives of a type: their errors are not final
             return super().error(message, ex)
         raise UserError(one_line(message, self)) from ex
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """As jsonargparse does it, but for what an inner parser is given."""
+        if not self.exit_on_error and args is not None:
+            args = [_in_yaml(word) for word in args]
+        return super().parse_args(args, *others, **options)
 
     def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
         """As jsonargparse does it, which lets null pass for a value of any type."""

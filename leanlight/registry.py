@@ -210,7 +210,7 @@ METHODS: dict[str, MethodInfo] = {
         ),
         MethodInfo(
             name="at_bptt",
-            title="AT-BPTT, RaT-BPTT, BPTT, DM, DC, DSA, MTT, DATM: dataset distillation",
+            title="AT-BPTT, RaT-BPTT, BPTT, DM, DC, DSA, MTT, DATM, SRe2L: dataset distillation",
             module="lit_modules.at_bptt.DatasetDistillation",
             smallest="at_bptt/digits_small",
             citation=Citation(

@@ -15,6 +15,7 @@ from .gradient_matching import GradientMatching as GradientMatching
 from .inner import InnerOptimizer as InnerOptimizer
 from .lowrank import LowRankHessian as LowRankHessian
 from .module import DatasetDistillation as DatasetDistillation
+from .recovery import SqueezeRecoverRelabel as SqueezeRecoverRelabel
 from .trajectory_matching import TrajectoryMatching as TrajectoryMatching
 from .windows import (
     AdaptiveWindow as AdaptiveWindow,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanlight.contracts import NetworkFactory, UserError, atomic_path, derived_seed, isolated_rng, to_device
+from leanlight.contracts import NetworkFactory, UserError, derived_seed, isolated_rng, to_device
 from leanlight.contracts.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Share
 from leanlight.ops.differentiable import find_augmentation
 from lit_modules.at_bptt.difficulty import DifficultyAlignment, mean_logits, rightly_labelled
 from lit_modules.at_bptt.distillers import Distiller, OuterStep, Study, Task, fresh_network
 from lit_modules.at_bptt.inner import FlatNetwork, SyntheticData
+from lit_modules.at_bptt.studied import make_once
 from lit_modules.classifier.training import LabelledImages, Recipe, train
 
 
@@ -57,23 +57,17 @@ class Experts:
             factory: makes the network.
             real: images (N, C, H, W), preprocessed, and labels (N,), on the device to train on.
         """
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
-        seed, path, device = derived_seed(self.seed, "expert", number), self._path(number), real[0].device
+        seed, device = derived_seed(self.seed, "expert", number), real[0].device
         facts = f"{seed} {self.recipe} {fresh_network(factory, 0, torch.device('cpu'))} {len(real[0])}"
-        made_of = {"made_of": hashlib.sha256(facts.encode()).hexdigest()}
-        if path.is_file():
-            with safe_open(path, "pt") as file:
-                if file.metadata() == made_of:
-                    return
-        with isolated_rng(seed), torch.inference_mode(False), torch.enable_grad():
-            network = factory().to(device)
-            passed = [FlatNetwork(network).parameters()]
-            train(network, real, self.recipe, lambda epoch: passed.append(FlatNetwork(network).parameters()))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part:
-            save_file({"theta": torch.stack(passed).cpu()}, part, metadata=made_of)
+
+        def passed() -> dict[str, Tensor]:
+            with isolated_rng(seed), torch.inference_mode(False), torch.enable_grad():
+                network = factory().to(device)
+                theta = [FlatNetwork(network).parameters()]
+                train(network, real, self.recipe, lambda epoch: theta.append(FlatNetwork(network).parameters()))
+            return {"theta": torch.stack(theta)}
+
+        make_once(self._path(number), facts, passed)
 
     def after(self, number: int, epochs: Sequence[int], device: torch.device) -> list[Tensor]:
         """The parameters (P,) of one of them after these numbers of epochs; no more is read."""

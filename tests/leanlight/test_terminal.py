@@ -1,19 +1,22 @@
-"""Closed pipes, full disks, poor encodings and small files that are endless: none of them ends a run or hangs it."""
+"""Closed pipes, full disks, poor encodings, endless small files: none of them ends a run or hangs it; what is shown."""
 
 import errno
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from leanlight import runs
 from leanlight.contracts import UserError
 from leanlight.invocation import read_config
-from leanlight.messages import disk_problem
+from leanlight.messages import _worth_showing, disk_problem, quiet_lightning
 from leanlight.results.reading import read_mapping
 from leanlight.terminal import EnduringStream, enduring_output
 
@@ -134,3 +137,21 @@ def test_a_clock_that_was_set_back_takes_no_folder_twice(tmp_path, monkeypatch):
         names.append(runs.new_run_id("a" * 64, tmp_path))
         (tmp_path / names[-1]).mkdir()
     assert names == ["20200101-000000-aaaaaa", "20200101-000000-aaaaaa-2", "20200101-000000-aaaaaa-3"]
+
+
+def test_lightning_is_quiet_and_what_modules_say_is_shown():
+    logger, said = logging.getLogger("lightning.pytorch.utilities.rank_zero"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        Trainer(accelerator="cpu", logger=False)
+        assert any("litmodels" in line or "GPU available" in line for line in said)
+        said.clear()
+        quiet_lightning()
+        Trainer(accelerator="cpu", logger=False)
+        rank_zero_info("12 of 100 weights train")
+        assert said == ["12 of 100 weights train"]
+    finally:
+        logger.removeHandler(handler)
+        logger.removeFilter(_worth_showing)

@@ -1,7 +1,9 @@
-"""Gradient matching and trajectory matching: their losses against plain loops, and runs that go on exactly."""
+"""Distillers of gradients, trajectories and statistics: their losses against plain loops, runs that go on exactly."""
 
 import copy
+import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,18 @@ from torch import nn
 
 from datamodules import ImageDataModule
 from leanlight.contracts import UserError, derived_seed, isolated_rng
-from lit_modules.at_bptt import DatasetDistillation, Evaluation, GradientMatching, TrajectoryMatching
+from lit_modules.at_bptt import (
+    DatasetDistillation,
+    Evaluation,
+    GradientMatching,
+    SqueezeRecoverRelabel,
+    TrajectoryMatching,
+)
 from lit_modules.at_bptt.difficulty import DifficultyAlignment, mean_logits, rightly_labelled
 from lit_modules.at_bptt.distillers import Study, Task
 from lit_modules.at_bptt.gradient_matching import gradient_distance
 from lit_modules.at_bptt.inner import SyntheticData
-from lit_modules.classifier.training import Recipe
+from lit_modules.classifier.training import Recipe, train
 from lit_modules.nn import MLP, ConvNet
 
 MAKE = {"in_channels": 1, "num_classes": 3, "image_size": 8, "mean": 0.0, "std": 1.0}
@@ -314,7 +322,79 @@ def test_labels_are_learned_as_logits_and_a_step_with_a_large_loss_has_no_gradie
     assert not step.own.any()
 
 
+# ---- SRe2L ----
+
+TEACHER = functools.partial(NETWORK, norm="batch")
+
+
+def squeezed(folder, real, label, **changes):
+    """A distiller whose teacher has studied real images, and that teacher, trained here."""
+    distiller = SqueezeRecoverRelabel(**{"teacher": TEACHER, "recipe": EXPERTS, "augment": None} | changes)
+    distiller.prepare(TASK)
+    lines = []
+    distiller.study(Study((real, label), folder, 3, tell=lines.append))
+    with isolated_rng(derived_seed(3, "teacher")):
+        teacher = train(TEACHER(), (real, label), EXPERTS)
+    assert len(lines) == 2
+    return distiller, teacher
+
+
+@pytest.mark.parametrize(("together", "groups"), [(None, [[0, 2, 4, 1, 3, 5]]), (3, [[0, 2, 4], [1, 3, 5]])])
+def test_an_outer_step_of_recovery_is_autograd_s_of_cross_entropy_and_statistics(double, tmp_path, together, groups):
+    data, real, label = problem()
+    distiller, teacher = squeezed(tmp_path, real, label, bn_weight=0.3, first_bn_factor=5.0, together=together)
+    step = distiller.outer_step(data, real, label, 1)
+    ((convolution, norm, *_),) = teacher.features
+    losses = []
+    for group in groups:  # the first image of each class, then the second
+        leaf, asked = data.images[group].clone().requires_grad_(), torch.arange(6)[group] // 2
+        variance, mean = torch.var_mean(convolution(leaf), (0, 2, 3), correction=0)
+        distance = (mean - norm.running_mean).norm() + (variance - norm.running_var).norm()
+        loss = F.cross_entropy(teacher(leaf), asked) + 0.3 * 5.0 * distance
+        assert torch.allclose(step.images[group], torch.autograd.grad(loss, leaf)[0], rtol=1e-8, atol=1e-12)
+        losses.append(float(loss.detach()))
+    assert float(step.loss) == pytest.approx(sum(losses) / len(losses))
+    assert step.labels is None
+
+
+def test_a_set_that_is_recovered_stays_in_the_range_of_real_images_under_what_the_teacher_says(tmp_path):
+    data, real, label = problem()
+    images = data.images * 3
+    for soft in (True, False):
+        data = SyntheticData(images.clone(), torch.eye(3).repeat_interleave(2, 0))
+        distiller, teacher = squeezed(tmp_path / str(soft), real, label, soft_labels=soft)
+        distiller.updated(data, None)
+        assert torch.equal(data.images, images.clamp(real.min(), real.max()))
+        expected = teacher(data.images).softmax(1).detach() if soft else torch.eye(3).repeat_interleave(2, 0)
+        assert torch.allclose(data.labels, expected, atol=1e-6)
+
+
+def test_a_teacher_that_is_there_is_not_trained_again_and_one_of_another_recipe_is(tmp_path):
+    _, real, label = problem()
+    squeezed(tmp_path, real, label)
+    lines = []
+    for epochs in (3, 4):
+        distiller = SqueezeRecoverRelabel(TEACHER, dataclasses.replace(EXPERTS, epochs=epochs))
+        distiller.prepare(TASK)
+        distiller.study(Study((real, label), tmp_path, 3, tell=lines.append))
+        assert len(lines) == 2 * (epochs - 3)
+
+
 def test_what_does_not_fit_is_one_line():
+    for changes, message in (
+        ({}, r"teacher: expected a network with batch norm, got null"),
+        ({"teacher": NETWORK}, r"teacher: expected a network with batch norm, got a ConvNet without"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SqueezeRecoverRelabel(**changes).prepare(TASK)
+    with pytest.raises(UserError, match=r"learn_labels: .* false"):
+        SqueezeRecoverRelabel(TEACHER).prepare(Task(NETWORK, 3, 2, 1, True))
+    distiller = SqueezeRecoverRelabel(TEACHER)
+    distiller.prepare(Task(NETWORK, 4, 2, 1, False))
+    with pytest.raises(UserError, match=r"teacher: expected one of 4 classes, .* got 3"):
+        distiller.study(Study(problem()[1:], Path(), 3))
+    with pytest.raises(UserError, match="augment: expected one of"):
+        SqueezeRecoverRelabel(TEACHER, augment="flip")
     with pytest.raises(UserError, match=r"learn_labels: .* false"):
         GradientMatching().prepare(Task(NETWORK, 3, 2, 1, True))
     with pytest.raises(UserError, match="batch norm"):
@@ -338,6 +418,7 @@ DISTILLERS = {
     "dsa": GradientMatching(outer_loop=7, inner_loop=2, augment=True),
     "mtt": TrajectoryMatching(2, EXPERTS, steps=3, expert_epochs=1, max_start=1, lr_rate=1e-3),
     "datm": TrajectoryMatching(2, EXPERTS, steps=3, expert_epochs=1, max_start=1, lr_rate=1e-3, alignment=ALIGNED),
+    "sre2l": SqueezeRecoverRelabel(functools.partial(DIGITS, norm="batch"), EXPERTS, together=4),
 }
 
 

@@ -16,15 +16,13 @@ from lit_modules.dda.inversion import (
     GeneratorInversion,
     PixelInversion,
     _Best,
-    bn_distances,
     disagreement,
-    look,
-    moments,
     total_variation,
 )
 from lit_modules.dda.students import RotationHead, rotation_labels, rotations
 from lit_modules.frozen import Frozen
 from lit_modules.nn import ConvNet, pooled_features
+from lit_modules.nn.batch_statistics import bn_distances, look, moments
 
 SHAPE = (1, 8, 8)
 N = 60
