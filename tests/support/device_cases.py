@@ -40,6 +40,7 @@ _TRAJECTORIES = (
     *_model(distiller__init_args__experts="2", distiller__init_args__steps="3"),
     *_model(distiller__init_args__expert_epochs="1", distiller__init_args__max_start="1"),
 )
+_TEACHER = "{class_path: lit_modules.nn.ConvNet, init_args: {in_channels: 1, image_size: 8, depth: 1, norm: batch}}"
 
 # Of deep Q-learning, a step is that of learning alone: at first every decision is a random one.
 # What makes the smallest run of a method smaller still; a method without an entry runs as its config says.
@@ -104,6 +105,13 @@ VARIANTS: dict[str, dict[str, Case]] = {
         "trajectories": Case(_TRAJECTORIES),
         "trajectories_by_difficulty": Case(
             (*_TRAJECTORIES, *_model(learn_labels="false", distiller__init_args__alignment__first_max_start="0"))
+        ),
+        "statistics": Case(
+            (
+                "--config=at_bptt/digits_small",
+                *_model(distiller="lit_modules.at_bptt.SqueezeRecoverRelabel", learn_labels="false"),
+                *_model(distiller__init_args__teacher=_TEACHER, distiller__init_args__recipe__epochs="1"),
+            )
         ),
     },
     "dsqn": {
