@@ -32,6 +32,12 @@ def parting_keys(rows: Sequence[Row]) -> list[str]:
     return keys if len(together) < len(rows) else []
 
 
+def shared_setting(rows: Sequence[Row]) -> dict[str, Any]:
+    """What all of several rows set alike; it is said once."""
+    first = rows[0]["setting"] if len(rows) > 1 else {}
+    return {key: value for key, value in first.items() if all(row["setting"].get(key) == value for row in rows)}
+
+
 def best_row(rows: Sequence[Row], metric: str, higher: bool) -> str | None:
     """Name of the row whose 95 % interval lies on the better side of every other row's; None where none does."""
     ends = {

@@ -26,6 +26,7 @@ from leanlight.results.format import (
     show_seconds,
     show_setting,
 )
+from leanlight.results.groups import shared_setting
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _SOURCES_SHOWN = 5
@@ -53,8 +54,10 @@ def result_table(document: Document) -> str:
         if _has_paper(document, name):
             header.append(escape(f"{metric['label']} (paper)"))
     header += ["n", "time a run", "peak memory"]
+    shared = shared_setting(document["rows"])
     for row in document["rows"]:
-        setting = f" ({escape(show_setting(row['setting']))})" if row["setting"] else ""
+        own = {key: value for key, value in row["setting"].items() if key not in shared}
+        setting = f" ({escape(show_setting(own))})" if own else ""
         cells = [escape(row["label"]) + setting + (" *stale*" if row["stale"] else "")]
         for name, metric in shown.items():
             cells.append(escape(show_measured(row["metrics"].get(name), metric, unit=False)))
@@ -62,7 +65,8 @@ def result_table(document: Document) -> str:
                 cells.append(_paper_cell(row, name, metric))
         memory = MISSING if row["peak_rss_mb"] is None else f"{row['peak_rss_mb']:,.0f} MB"
         body.append([*cells, str(len(row["seeds"])), show_seconds(row["wall_s"]), memory])
-    return markdown_table(header, body)
+    above = f"All rows: {escape(show_setting(shared))}.\n\n" if shared else ""
+    return above + markdown_table(header, body)
 
 
 def _has_paper(document: Document, metric: str) -> bool:

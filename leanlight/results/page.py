@@ -30,7 +30,7 @@ from leanlight.results.format import (
     show_seconds,
     show_setting,
 )
-from leanlight.results.groups import best_row, group_rows, parting_keys
+from leanlight.results.groups import best_row, group_rows, parting_keys, shared_setting
 from leanlight.results.markdown import data_sources, headline, warnings_of
 from leanlight.results.pictures import TELLING, Picture
 
@@ -182,7 +182,8 @@ def _table(view: TableView, position: int, output: Path) -> dict[str, Any]:
     heads = [
         {"name": name, "metric": metric, "head": show_metric(metric)} for name, metric in columns(document).items()
     ]
-    groups, keys = group_rows(document["rows"]), parting_keys(document["rows"])
+    groups, shared = group_rows(document["rows"]), shared_setting(document["rows"])
+    keys = [*parting_keys(document["rows"]), *shared]  # of the setting, which stand above rows
     return {
         "anchor": f"table-{position}",
         "document": document,
@@ -190,6 +191,7 @@ def _table(view: TableView, position: int, output: Path) -> dict[str, Any]:
         "warnings": warnings_of(document),
         "columns": heads,
         "wide": len(heads) > _WIDE,
+        "shared": show_setting(shared),
         "groups": {name: _group(rows, heads, keys, output) for name, rows in groups.items()},
         "counts": _verdicts(document["claims"]),
         "claims": [_claim(claim, document["metrics"]) for claim in document["claims"]],

@@ -20,7 +20,7 @@ from leanlight.cli.report import main
 from leanlight.cli.reproduce import main as reproduce
 from leanlight.results import pictures
 from leanlight.results.dots import all_dots, draw_dots
-from leanlight.results.groups import best_row, group_rows
+from leanlight.results.groups import best_row, group_rows, shared_setting
 from leanlight.results.pictures import read_media, store_media
 
 RESULTS = Path("runs/results/classifier")
@@ -45,6 +45,8 @@ def test_rows_are_grouped_by_what_all_set_and_not_all_alike() -> None:
     rows = [a_row("a", ipc=10, seeds=3), a_row("b", ipc=1, seeds=3), a_row("c", ipc=10, seeds=3, T=4)]
     groups = {name: [row["name"] for row in group] for name, group in group_rows(rows).items()}
     assert groups == {"ipc=10": ["a", "c"], "ipc=1": ["b"]}
+    assert shared_setting(rows) == {"seeds": 3}  # said once, above the rows
+    assert shared_setting(rows[:1]) == {}
 
 
 @pytest.mark.parametrize("settings", [[{}, {"T": 4}, {"T": 8}], [{"T": 1}, {"T": 4}, {"T": 8}], [{"T": 4}] * 3])
