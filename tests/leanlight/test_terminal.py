@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from leanlight import runs
 from leanlight.contracts import UserError
 from leanlight.invocation import read_config
-from leanlight.messages import _worth_showing, disk_problem, quiet_lightning
+from leanlight.messages import disk_problem, quiet_lightning
 from leanlight.results.reading import read_mapping
 from leanlight.terminal import EnduringStream, enduring_output
 
@@ -139,19 +139,21 @@ def test_a_clock_that_was_set_back_takes_no_folder_twice(tmp_path, monkeypatch):
     assert names == ["20200101-000000-aaaaaa", "20200101-000000-aaaaaa-2", "20200101-000000-aaaaaa-3"]
 
 
-def test_lightning_is_quiet_and_what_modules_say_is_shown():
+def test_lightning_is_quiet_and_what_modules_say_is_shown(monkeypatch):
     logger, said = logging.getLogger("lightning.pytorch.utilities.rank_zero"), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logger.addHandler(handler)
+    monkeypatch.setattr(logger, "filters", [])  # another test may have made it quiet
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
         Trainer(accelerator="cpu", logger=False)
-        assert any("litmodels" in line or "GPU available" in line for line in said)
+        assert any("GPU available" in line for line in said)
         said.clear()
         quiet_lightning()
         Trainer(accelerator="cpu", logger=False)
         rank_zero_info("12 of 100 weights train")
         assert said == ["12 of 100 weights train"]
     finally:
-        logger.removeHandler(handler)
-        logger.removeFilter(_worth_showing)
+        logger.setLevel(level)
