@@ -208,7 +208,7 @@ def with_prefix(error: BaseException, resolved: Mapping[str, Any]) -> UserError:
     for part in parts:
         given = (resolved.get(part) or {}).get("init_args") or {}
         places = dict(_places(given, name[0], f"{part}.init_args"))
-        refused = [place for place, value in places.items() if f"got {value!r}" in text] if len(places) > 1 else []
+        refused = [place for place, value in places.items() if f"got {value!r}" in text]
         paths = sorted(refused or places, key=lambda path: (path.count("."), len(path)))
         if paths and (len(paths) == 1 or paths[0].count(".") < paths[1].count(".")):
             return _like(error, paths[0] + text[len(name[0]) :])

@@ -78,9 +78,9 @@ def _in_yaml(word: str) -> str:
     key, equals, value = word.partition("=")
     try:
         read = ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # text
+        return f"{key}{equals}{json.dumps(read)}" if read is None or isinstance(read, (dict, list)) else word
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # text
         return word
-    return f"{key}{equals}{json.dumps(read)}" if read is None or isinstance(read, (dict, list)) else word
 
 
 def restrict(parser: LightningArgumentParser) -> None:

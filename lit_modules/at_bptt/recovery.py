@@ -104,24 +104,16 @@ class SqueezeRecoverRelabel(Distiller):
     def outer_step(self, data: SyntheticData, image: Tensor, label: Tensor, seed: int) -> OuterStep:
         assert self._task is not None
         generator, device = torch.Generator().manual_seed(seed), data.images.device
-        teacher, asked = self._teacher(device), self._asked(device)
-        groups = self._groups(device)
-        factors = torch.ones(len(batch_norms(teacher)), device=device)
-        factors[:1] = self.first_bn_factor
-        gradients, losses = torch.zeros_like(data.images), []
-        for group in groups:
+        teacher, gradients, losses = self._teacher(device), torch.zeros_like(data.images), []
+        for group in self._groups(device):
             leaf = data.images[group].requires_grad_()
             logits, seen = look(teacher, leaf if self.augmentation is None else self.augmentation(leaf, generator))
-            distance = (bn_distances(seen) * factors).sum()
-            loss = F.cross_entropy(logits, asked[group]) + self.bn_weight * distance
+            first, *others = bn_distances(seen)
+            distance = torch.stack([self.first_bn_factor * first, *others]).sum()
+            loss = F.cross_entropy(logits, group // self._task.ipc) + self.bn_weight * distance
             (gradients[group],) = torch.autograd.grad(loss, leaf)
             losses.append(loss.detach())
         return OuterStep(gradients, None, torch.stack(losses).mean(), gradients.new_zeros(()))
-
-    def _asked(self, device: torch.device) -> Tensor:
-        """(n,) the class that each image is made for."""
-        assert self._task is not None
-        return torch.arange(self._task.num_classes, device=device).repeat_interleave(self._task.ipc)
 
     def _groups(self, device: torch.device) -> tuple[Tensor, ...]:
         """Positions of images whose statistics are one: the first image of every class, then the second, …"""
